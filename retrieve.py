@@ -1,0 +1,113 @@
+"""Searches a folder of images by image: indexes it once with a run's model, prints the nearest paths, draws a contact sheet."""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ucdr_ref.checkpoint import file_digest
+from ucdr_ref.config import Config
+from ucdr_ref.data import Files, ImageDataset, chunks, load, preprocess
+from ucdr_ref.engine import Encoder, autocast, pick_device
+from ucdr_ref.index import EncodePaths, build_index
+from ucdr_ref.pictures import sheet
+from ucdr_ref.runs import restore
+
+
+def encoder(config: Config, method: Encoder, device: torch.device, invert: str) -> EncodePaths:
+    """encode(paths) -> (indices [b], features [b, e]) batch by batch; unreadable images are left out."""
+    def domain(path: str) -> str:
+        if invert == "auto":  # D14: a folder named like a stroke domain holds strokes
+            return next((part for part in Path(path).parts[:-1] if part in config.stroke_domains), "")
+        return "strokes" if invert == "yes" else ""
+
+    def encode(paths: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        files = Files(paths, [""] * len(paths), [domain(path) for path in paths])
+        dataset = ImageDataset(files, preprocess(method.clip.image_size), (*config.stroke_domains, "strokes"))
+        for indices, images in load(dataset, chunks(len(paths), config.eval_batch), config.workers, True, device):
+            if len(indices):
+                with torch.inference_mode(), autocast(config, device):
+                    yield indices, method.encode(images.to(device, non_blocking=True)).float()
+
+    return encode
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of a finished run")
+    parser.add_argument("--gallery", type=Path, required=True, help="folder of images to search, with all below it")
+    parser.add_argument("--query", nargs="*", default=[], metavar="IMG", help="query images")
+    parser.add_argument("--k", type=int, default=10, help="results per query")
+    parser.add_argument("--out", type=Path, metavar="SHEET.png", help="write a contact sheet of queries and results")
+    parser.add_argument("--export", type=Path, metavar="FILE.npy", help="write the gallery's vectors, and their paths beside it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument("--invert-query", default="auto", choices=("auto", "yes", "no"),
+                        help="queries are dark strokes on white; auto: when they lie in a folder named like a stroke domain")
+    parser.add_argument("--invert-gallery", default="auto", choices=("auto", "yes", "no"), help="the same for the gallery")
+    parser.add_argument("--cache", type=Path, help="where feature indexes are kept (default: RUN/index)")
+    parser.add_argument("--bad-images", default=argparse.SUPPRESS, choices=("error", "skip"), help="unreadable gallery images")
+    parser.add_argument("--weights", default=argparse.SUPPRESS, help="the CLIP weights, when they have moved")
+    parser.add_argument("--device", default=argparse.SUPPRESS, help="cpu, cuda, ... (default: a GPU when there is one)")
+    parser.add_argument("--workers", type=int, default=argparse.SUPPRESS, help="processes that read images")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    if not args.query and not args.export:
+        raise ValueError("nothing to do: give --query IMG ..., --export FILE.npy, or both")
+    if args.k < 1:
+        raise ValueError(f"--k {args.k}: expected at least 1")
+    device = pick_device(getattr(args, "device", "auto"))
+    overrides = {name: getattr(args, name) for name in ("weights", "device", "workers", "bad_images") if hasattr(args, name)}
+    config, method, state = restore(args.run, overrides, device)
+    model = [file_digest(args.run / "best.pt"), state["weights_sha256"], config.precision, args.invert_gallery]
+    key = hashlib.sha256(json.dumps(model).encode()).hexdigest()
+    index = build_index(args.gallery, encoder(config, method, device, args.invert_gallery), key, args.cache or args.run / "index",
+                        config.bad_images)
+    results = []
+    if args.query:
+        found = list(encoder(config, method, device, args.invert_query)(args.query))
+        indices = torch.cat([part for part, _ in found]).tolist() if found else []
+        missing = sorted(set(range(len(args.query))) - set(indices))
+        if missing:
+            raise ValueError(f"{os.fsencode(args.query[missing[0]])!r}: not a readable query image")
+        distances, rows = index.search(torch.cat([part for _, part in found]).cpu(), args.k)
+        for i, query in enumerate(args.query):
+            hits = zip(rows[i].tolist(), distances[i].tolist())
+            results.append({"query": query, "results": [{"path": index.path(row), "distance": d} for row, d in hits]})
+    if args.json:
+        print(json.dumps({"gallery": str(args.gallery), "images": len(index.paths), "skipped": index.skipped,
+                          "cached": index.cached, "queries": results}))
+    else:
+        print(f"{len(index.paths)} images in {args.gallery}{' (from the cache)' if index.cached else ''}"
+              + (f", {len(index.skipped)} unreadable" if index.skipped else ""))
+        for result in results:
+            print(f"\n{result['query']}")
+            for rank, hit in enumerate(result["results"], 1):
+                print(f"{rank:4d}  {hit['distance']:.4f}  {hit['path']}")
+    if args.export:
+        names = index.export(args.export)
+        print(f"{args.export}: {index.features.shape[0]} x {index.features.shape[1]} float32; paths in {names}", file=sys.stderr)
+    if args.out and results:
+        sheet([(result["query"], "query", [(hit["path"], None, f"{hit['distance']:.3f}") for hit in result["results"]])
+               for result in results], args.out)
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        run(parse(argv))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Small CLIPs for the tests: a random one, and the one behind the golden numbers."""
+from __future__ import annotations
+
+import math
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BLOCK = ("attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj.weight", "attn.out_proj.bias", "ln_1.weight", "ln_1.bias",
+         "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias", "ln_2.weight", "ln_2.bias")
+
+
+def clip_shapes(*, image_size: int = 32, patch: int = 8, vision_width: int = 64, vision_layers: int = 2, embed_dim: int = 32,
+                text_width: int = 64, text_layers: int = 2, vocab_size: int = 49408,
+                context_length: int = 77) -> dict[str, tuple[int, ...]]:
+    """{OpenAI key: shape} of a ViT CLIP."""
+    def blocks(prefix: str, w: int, layers: int) -> dict[str, tuple[int, ...]]:
+        sizes: tuple[tuple[int, ...], ...] = ((3 * w, w), (3 * w,), (w, w), (w,), (w,), (w,), (4 * w, w), (4 * w,), (w, 4 * w),
+                                              (w,), (w,), (w,))
+        return {f"{prefix}transformer.resblocks.{i}.{name}": size
+                for i in range(layers) for name, size in zip(BLOCK, sizes, strict=True)}
+
+    d, t = vision_width, text_width
+    return {"visual.class_embedding": (d,), "visual.positional_embedding": (1 + (image_size // patch) ** 2, d),
+            "visual.proj": (d, embed_dim), "visual.conv1.weight": (d, 3, patch, patch),
+            "visual.ln_pre.weight": (d,), "visual.ln_pre.bias": (d,), "visual.ln_post.weight": (d,), "visual.ln_post.bias": (d,),
+            **blocks("visual.", d, vision_layers), **blocks("", t, text_layers),
+            "token_embedding.weight": (vocab_size, t), "positional_embedding": (context_length, t),
+            "ln_final.weight": (t,), "ln_final.bias": (t,), "text_projection": (t, embed_dim), "logit_scale": ()}
+
+
+def is_norm_weight(key: str) -> bool:
+    return key.endswith(".weight") and any(part.startswith("ln_") for part in key.split("."))
+
+
+def tiny_state_dict(seed: int = 0, **shape: int) -> dict[str, Tensor]:
+    """A random small CLIP in OpenAI's names, float32; `shape` as in `clip_shapes`. Features are of order 1."""
+    generator = torch.Generator().manual_seed(seed)
+    sd = {}
+    for key, size in clip_shapes(**shape).items():
+        if key == "logit_scale":
+            sd[key] = torch.tensor(math.log(100.0))
+            continue
+        noise = torch.randn(size, generator=generator)
+        if is_norm_weight(key):
+            sd[key] = 1 + 0.1 * noise
+        elif key.endswith("bias"):
+            sd[key] = 0.1 * noise
+        elif key.endswith("embedding") or key.startswith("token_embedding"):
+            sd[key] = 0.5 * noise
+        else:
+            rows = key.endswith("proj") or key == "text_projection"
+            sd[key] = noise / math.sqrt(size[0] if rows else math.prod(size[1:]))
+    return sd
+
+
+def fill(name: str, shape: tuple[int, ...] | list[int], scale: float) -> Tensor:
+    """The deterministic values from which the golden numbers were made: uniform-looking in [-scale, scale], float32."""
+    x = np.sin((np.arange(math.prod(shape), dtype=np.float64) + crc32(name.encode()) % 10007) * 12.9898) * 43758.5453
+    return torch.from_numpy(((2 * (x - np.floor(x)) - 1) * scale).astype(np.float32).reshape(tuple(shape)))
+
+
+def golden_clip_state_dict(config: dict) -> dict[str, Tensor]:
+    """The CLIP of a golden file, from its `config`."""
+    shapes = clip_shapes(image_size=config["image_size"], patch=config["patch"], vision_width=768,
+                         vision_layers=config["vision_layers"], embed_dim=config["embed_dim"], text_width=config["text_width"],
+                         text_layers=config["text_layers"])
+    sd = {}
+    for key, shape in shapes.items():
+        if key == "logit_scale":
+            sd[key] = torch.tensor(2.6592)
+        elif is_norm_weight(key):
+            sd[key] = 1 + fill(key, shape, 0.1)
+        elif key.endswith("bias"):
+            sd[key] = fill(key, shape, 0.05)
+        elif key in ("visual.proj", "text_projection"):
+            sd[key] = fill(key, shape, 2 / math.sqrt(shape[0]))
+        elif key == "visual.conv1.weight":
+            sd[key] = fill(key, shape, 0.05)
+        elif key.endswith("embedding") or key == "token_embedding.weight":
+            sd[key] = fill(key, shape, 0.5)
+        else:
+            sd[key] = fill(key, shape, 2 / math.sqrt(shape[1]))
+    return sd
+
+
+def to_hugging_face(sd: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An OpenAI-named state dict under the names of Hugging Face's `CLIPModel`."""
+    names = {"visual.class_embedding": "vision_model.embeddings.class_embedding",
+             "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+             "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+             "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight", "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
+             "visual.ln_post.weight": "vision_model.post_layernorm.weight",
+             "visual.ln_post.bias": "vision_model.post_layernorm.bias",
+             "visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight",
+             "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+             "positional_embedding": "text_model.embeddings.position_embedding.weight",
+             "ln_final.weight": "text_model.final_layer_norm.weight", "ln_final.bias": "text_model.final_layer_norm.bias",
+             "logit_scale": "logit_scale"}
+    parts = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1",
+             "mlp.c_proj": "mlp.fc2"}
+    out = {}
+    for key, value in sd.items():
+        if key in names:
+            out[names[key]] = (value.t() if key in ("visual.proj", "text_projection") else value).contiguous()
+            continue
+        prefix, rest = key.split("transformer.resblocks.")
+        layer, part = rest.split(".", 1)
+        start = f"{'vision' if prefix else 'text'}_model.encoder.layers.{layer}."
+        if part.startswith("attn.in_proj_"):
+            for letter, rows in zip("qkv", value.chunk(3), strict=True):
+                out[f"{start}self_attn.{letter}_proj.{part.removeprefix('attn.in_proj_')}"] = rows.contiguous()
+        else:
+            module, kind = part.rsplit(".", 1)
+            out[f"{start}{parts[module]}.{kind}"] = value
+    return out

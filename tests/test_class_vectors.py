@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import tiny_state_dict
+from torch.testing import assert_close
+
+from ucdr_ref.class_vectors import check_vectors, node_vectors, read_vectors
+from ucdr_ref.clip import CLIP
+from ucdr_ref.graph import Graph
+from ucdr_ref.prompts import class_text_features
+
+
+def small_graph() -> Graph:
+    return Graph(["n00000001", "n00000002", "n00000003", "n00000004"], ["killer whale", "horse", "odd thing", "whale"],
+                 [["killer whale", "orca"], ["horse", "Equus caballus"], ["thingy"], ["whale"]], [(0, 3)], 3, "")
+
+
+def test_text_features_of_every_node_are_the_default() -> None:
+    clip = CLIP.from_state_dict(tiny_state_dict())
+    vectors = node_vectors(small_graph(), clip)
+    assert_close(vectors, class_text_features(clip, ["killer whale", "horse", "odd thing", "whale"]))
+    assert_close(vectors.norm(dim=1), torch.ones(4))
+
+
+def test_word_vectors_are_averaged_over_lemmas(tmp_path: Path) -> None:
+    path = tmp_path / "glove.txt"
+    lines = ["killer 1 0 0", "whale 0 1 0", "orca 0 0 1", "horse 2 0 0", "Horse 9 9 9", "equus 0 2 0", "odd 0 0 3",
+             "other 1 x 2"]
+    path.write_text("\n".join(lines))
+    vectors = read_vectors(path, small_graph())
+    expected = torch.tensor([[0.25, 0.25, 0.5], [1, 1, 0], [0, 0, 1], [0, 1, 0]])
+    assert_close(vectors, F.normalize(expected, dim=1))
+    path.write_text("10 3\n" + "\n".join([*lines, "killer_whale 0 4 0", "n00000002 1 1 1", "a b thingy 1 2 3", "thingy 3 2 1"]))
+    vectors = read_vectors(path, small_graph())
+    expected = torch.tensor([[0, 2, 0.5], [1, 1, 1], [3, 2, 1], [0, 1, 0]])
+    assert_close(vectors, F.normalize(expected, dim=1))
+    assert_close(node_vectors(small_graph(), None, str(path)), vectors)  # no CLIP needed
+
+
+def test_bad_vector_files(tmp_path: Path) -> None:
+    path = tmp_path / "vectors.txt"
+    with pytest.raises(FileNotFoundError, match="do not exist"):
+        read_vectors(path, small_graph())
+    path.write_text("whale 0 1 0\n")
+    with pytest.raises(ValueError, match="2 of 4 graph nodes: horse, odd thing"):
+        read_vectors(path, small_graph())
+    for bad in ("whale 0 1", "whale 0 one 0", "whale 0 nan 0"):
+        path.write_text(f"horse 1 2 3\n{bad}\n")
+        with pytest.raises(ValueError, match="line 2: 'whale 0 .*3 finite numbers"):
+            read_vectors(path, small_graph())
+
+
+def test_missing_and_identical_vectors_are_named() -> None:
+    names = ["chihuahua", "persian cat", "siamese cat", "cat"]
+    vectors = torch.eye(4)
+    check_vectors(vectors, names, 3)
+    twin = vectors[[0, 1, 1, 1]]
+    with pytest.raises(ValueError, match="'persian cat' and 'siamese cat' have identical"):
+        check_vectors(twin, names, 3)
+    check_vectors(vectors[[0, 1, 2, 1]], names, 3)  # an ancestor may share
+    for value in (0.0, float("nan")):
+        vectors[0] = value
+        with pytest.raises(ValueError, match=r"without a class vector: chihuahua \("):
+            check_vectors(vectors, names, 3)

@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import fill, golden_clip_state_dict, tiny_state_dict
+from torch import Tensor, nn
+
+from ucdr_ref.clip import CLIP, infer_architecture
+from ucdr_ref.tokenizer import tokenize
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCABULARY = 600
+
+
+def close(found: Tensor, expected: Tensor, fraction: float = 1e-5) -> bool:
+    """Equal within a fraction of the largest value."""
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max()) <= fraction * float(expected.abs().max())
+
+
+def inputs(image_size: int, length: int = 77, vocabulary: int = VOCABULARY, batch: int = 2) -> tuple[Tensor, Tensor]:
+    """Random images, and ids whose end-of-text (the largest id) stands at different places."""
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(0, vocabulary - 1, (batch, length), generator=generator)
+    for row in range(batch):
+        ids[row, length // (row + 1) - 1] = vocabulary - 1
+        ids[row, length // (row + 1):] = 0
+    return torch.randn(batch, 3, image_size, image_size, generator=generator), ids
+
+
+@pytest.fixture(scope="module")
+def tiny() -> CLIP:
+    return CLIP.from_state_dict(tiny_state_dict(vocab_size=VOCABULARY))
+
+
+# ---- parity
+
+def same_as(reference: nn.Module, image_size: int, vocabulary: int, batch: int) -> None:
+    """Our towers with the reference's weights give the reference's features."""
+    reference.eval()
+    ours = CLIP.from_state_dict(reference.state_dict())
+    images, ids = inputs(image_size, vocabulary=vocabulary, batch=batch)
+    with torch.inference_mode():
+        assert close(ours.encode_image(images), reference.encode_image(images))
+        assert close(ours.encode_text(ids), reference.encode_text(ids))
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16-quickgelu", "ViT-B-32-quickgelu"])
+def test_towers_equal_open_clip(name):
+    open_clip = pytest.importorskip("open_clip")
+    torch.manual_seed(0)
+    model = open_clip.create_model(name, pretrained=None)
+    for key, value in model.named_parameters():
+        if key.endswith("bias"):
+            nn.init.normal_(value, std=0.1)  # they start at zero, which would hide a missing one
+    same_as(model, 224, 49408, 1)
+
+
+def test_small_towers_equal_open_clip():
+    open_clip_model = pytest.importorskip("open_clip.model")
+    model = open_clip_model.CLIP(
+        48, dict(layers=3, width=128, patch_size=8, image_size=40, head_width=64),
+        dict(context_length=77, vocab_size=VOCABULARY, width=192, heads=3, layers=2), quick_gelu=True)
+    shape = dict(image_size=40, vision_width=128, vision_layers=3, text_width=192, embed_dim=48, vocab_size=VOCABULARY)
+    model.load_state_dict(tiny_state_dict(3, **shape))
+    same_as(model, 40, VOCABULARY, 4)
+
+
+def test_golden_numbers():
+    golden = json.loads((ROOT / "tests" / "golden" / "ucdr_released.json").read_text())
+    config, clip = golden["config"], golden["clip"]
+    model = CLIP.from_state_dict(golden_clip_state_dict(config))
+    images = fill("images.0", [config["batch"], 3, config["image_size"], config["image_size"]], 2.0)
+    texts = tokenize([f"a photo of a {name.replace('_', ' ')}" for name in config["classes"]])
+    for row, tokens in zip(texts, clip["tokens"], strict=True):
+        assert row[:len(tokens)].tolist() == tokens and not row[len(tokens):].any()
+    for found, name in ((model.encode_image(images), "image_features"), (model.encode_text(texts), "text_features")):
+        assert torch.allclose(found, torch.tensor(clip[name]).view_as(found), rtol=0, atol=2e-5)
+
+
+# ---- the parts of the towers
+
+def full_pass(model: CLIP, tokens: Tensor) -> Tensor:
+    """ln_pre and all blocks, every token computed."""
+    x = model.visual.ln_pre(tokens)
+    for block in model.visual.transformer.resblocks:
+        x = block(x)
+    return x
+
+
+def test_pooled_token_equals_full_pass(tiny):
+    tokens = torch.randn(3, 9, 64)
+    full = full_pass(tiny, tokens)
+    for at in (0, 4, 8):
+        assert torch.allclose(tiny.visual.blocks(tokens, at), full[:, at], atol=1e-5)
+
+
+def test_image_is_embed_blocks_pool(tiny):
+    images, _ = inputs(32)
+    patches = tiny.visual.embed(images)
+    assert patches.shape == (2, 16, 64)
+    token = tiny.visual.class_token(2)
+    assert torch.equal(token[1, 0], tiny.visual.class_embedding + tiny.visual.positional_embedding[0])
+    features = tiny.visual.pool(full_pass(tiny, torch.cat([token, patches], dim=1))[:, 0])
+    assert torch.allclose(features, tiny.encode_image(images), atol=1e-5) and features.shape == (2, 32)
+    own = torch.randn(64), torch.randn(64, 7)
+    assert torch.equal(tiny.visual.class_token(2, own[0])[0, 0], own[0] + tiny.visual.positional_embedding[0])
+    assert tiny.visual.pool(token[:, 0], own[1]).shape == (2, 7)
+
+
+def test_causal_and_past_equal_full_pass(tiny):
+    """Keys and values of a prefix, computed once, serve every continuation."""
+    block = tiny.transformer.resblocks[0]
+    x = torch.randn(2, 11, 64)
+    full = block(x, causal=True)
+    looped = torch.cat([block(x[:, :length])[:, -1:] for length in range(1, 12)], dim=1)  # each token sees its past only
+    assert torch.allclose(full, looped, atol=1e-5)
+    prefix, rest = x[:, :6], x[:, 6:]
+    past = block.attn.keys_values(block.ln_1(prefix))
+    mask = torch.cat([torch.ones(5, 6), torch.ones(5, 5).tril()], dim=1).bool()
+    assert torch.allclose(block(rest, past=past, mask=mask), full[:, 6:], atol=1e-5)
+    assert torch.allclose(block(rest[:, :1], past=past), full[:, 6:7], atol=1e-5)
+    assert torch.allclose(block(rest, at=-1, past=past), full[:, 10:], atol=1e-5)
+
+
+def test_text_reads_end_of_text_only(tiny):
+    _, ids = inputs(32)
+    features = tiny.encode_text(ids)
+    changed = ids.clone()
+    changed[1, 77 // 2:] = 7  # behind the end-of-text of row 1
+    assert torch.allclose(tiny.encode_text(changed), features, atol=1e-5)
+    changed[1, 3] = (changed[1, 3] + 1) % 500
+    assert not torch.allclose(tiny.encode_text(changed)[1], features[1], atol=1e-3)
+    one_by_one = torch.cat([tiny.encode_text(row[None]) for row in ids])
+    assert torch.allclose(one_by_one, features, atol=1e-5)
+
+
+def test_layer_norm_in_float32():
+    """float16 cannot hold the squares of these activations."""
+    model = CLIP.from_state_dict(tiny_state_dict(vocab_size=50), dtype=torch.float16)
+    x = torch.randn(2, 64) * 3000
+    found = model.visual.ln_post(x.half())
+    assert found.dtype == torch.float16
+    weight, bias = model.visual.ln_post.weight.float(), model.visual.ln_post.bias.float()
+    exact = nn.functional.layer_norm(x.half().float(), (64,), weight, bias)
+    assert torch.allclose(found.float(), exact, atol=4e-3)
+
+
+# ---- from shapes to a model
+
+def test_architecture_from_shapes():
+    sd = tiny_state_dict(image_size=48, patch=16, vision_width=128, vision_layers=3, embed_dim=24, text_width=192, text_layers=1,
+                         vocab_size=50, context_length=12)
+    assert infer_architecture(sd) == dict(
+        image_size=48, patch=16, vision_width=128, vision_layers=3, vision_heads=2, embed_dim=24, context_length=12,
+        vocab_size=50, text_width=192, text_layers=1, text_heads=3)
+    assert [infer_architecture(sd, (4, 6))[f"{tower}_heads"] for tower in ("vision", "text")] == [4, 6]
+    model = CLIP.from_state_dict({**sd, "input_resolution": torch.tensor(48)})
+    assert (model.image_size, model.embed_dim, model.context_length) == (48, 24, 12)
+    assert (model.vision_width, model.text_width) == (128, 192)
+    assert not any(value.requires_grad for value in model.parameters()) and not model.training
+    sd["visual.proj"].zero_()
+    assert model.visual.proj.any()  # a copy
+
+
+def test_heads_matter():
+    sd = tiny_state_dict(vocab_size=50)
+    images, _ = inputs(32)
+    one, four = (CLIP.from_state_dict(sd, heads).encode_image(images) for heads in (None, 4))
+    assert not torch.allclose(one, four, atol=1e-3)
+
+
+def test_image_tower_alone(tiny):
+    visual = {key: value for key, value in tiny.state_dict().items() if key.startswith("visual.")}
+    model = CLIP.from_state_dict(visual)
+    images, ids = inputs(32)
+    assert torch.equal(model.encode_image(images), tiny.encode_image(images)) and not model.has_text
+    assert float(model.logit_scale.exp()) == pytest.approx(100)
+    with pytest.raises(ValueError, match="image tower alone, so text cannot be encoded"):
+        model.encode_text(ids)
+
+
+def without(*keys: str) -> dict[str, Tensor]:
+    return {key: value for key, value in tiny_state_dict(vocab_size=50).items() if key not in keys}
+
+
+@pytest.mark.parametrize(("sd", "heads", "message"), [
+    (without("visual.proj"), None, "visual.proj is missing"),
+    (without("ln_final.bias"), None, r"missing keys \[ln_final.bias\]; unexpected keys \[\]"),
+    ({**without(), "fc.weight": torch.zeros(1)}, None, r"unexpected keys \[fc.weight\]"),
+    ({**without(), "ln_final.bias": torch.zeros(3)}, None, r"ln_final.bias has shape \[3\], expected \[64\]"),
+    ({**without(), "visual.positional_embedding": torch.zeros(12, 64)}, None, "12 vision positions"),
+    ({**without(), "visual.layer1.0.conv1.weight": torch.zeros(1)}, None, "ResNet CLIP"),
+    ({**without(), "visual.conv1.weight": torch.zeros(64, 0, 8, 8)}, None, "conv1.weight is of shape"),
+    (tiny_state_dict(vocab_size=50, vision_width=96), None, "width 96 of the vision tower .* give the number of heads"),
+    (without(), 5, "width 64 of the vision tower does not divide into 5 heads"),
+    (without(), (1, 3), "width 64 of the text tower does not divide into 3 heads"),
+    (without(), 0, "0 heads"), ({}, None, "visual.conv1.weight is missing")])
+def test_errors(sd, heads, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        CLIP.from_state_dict(sd, heads)
+    assert "\n" not in str(caught.value)
+
+
+# ---- importing does no work
+
+IMPORT = """
+import importlib, os, sys
+import torch, torchvision, PIL.Image
+opened = []
+def note(event, arguments):
+    if event == "open" and isinstance(arguments[0], (str, bytes)):
+        opened.append(os.fsdecode(arguments[0]))
+    if event in ("socket.connect", "subprocess.Popen", "os.system"):
+        opened.append(event)
+sys.addaudithook(note)
+folder = os.path.dirname(importlib.util.find_spec("ucdr_ref").origin)
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+inside = [path for path in opened if os.path.abspath(path).startswith(folder)]
+assert any(path.endswith((".py", ".pyc")) for path in inside), "the hook sees nothing"
+print([path for path in opened if path.startswith(("socket", "subprocess", "os."))]
+      + [path for path in opened if not (path.endswith((".py", ".pyc", ".so")) or ".pyc." in path or os.path.isdir(path))])
+print(torch.cuda.is_initialized())
+"""
+
+
+def test_import_does_no_work():
+    """No file but Python's own is opened and no device is touched, whatever module is imported."""
+    modules = sorted(f"ucdr_ref.{path.stem}" for path in (ROOT / "ucdr_ref").glob("*.py") if path.stem != "__init__")
+    assert "ucdr_ref.clip" in modules and importlib.util.find_spec("ucdr_ref.clip")
+    done = subprocess.run([sys.executable, "-c", IMPORT, *modules], capture_output=True, text=True, timeout=300, cwd=ROOT,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    opened, devices = done.stdout.splitlines()
+    assert opened == "[]" and devices == "False"

@@ -1,0 +1,158 @@
+"""Reading images of every kind, transforms, stroke inversion, and the domain-balanced order."""
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ucdr_ref.data import Files, ImageDataset, augment, balanced_batches, chunks, fold, load, open_image, preprocess
+
+CPU = torch.device("cpu")
+
+
+def saved(tmp_path, image: Image.Image, name: str, **options) -> str:
+    path = str(tmp_path / name)
+    image.save(path, **options)
+    return path
+
+
+def test_every_kind_of_image_becomes_rgb(tmp_path):
+    red = Image.new("RGB", (8, 8), (200, 0, 0))
+    palette = red.convert("P")
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    clear_palette = red.convert("P")
+    deep = Image.fromarray(np.full((8, 8), 51400, np.uint16))
+    floating = Image.fromarray(np.full((8, 8), 0.5, np.float32))
+    cases = {
+        "palette.png": (palette, {}, (200, 0, 0)), "grey.png": (Image.new("L", (8, 8), 70), {}, (70, 70, 70)),
+        "bits.png": (Image.new("1", (8, 8), 1), {}, (255, 255, 255)), "clear.png": (clear, {}, (255, 255, 255)),
+        "half.png": (Image.new("LA", (8, 8), (0, 128)), {}, (127, 127, 127)),
+        "clear_palette.png": (clear_palette, {"transparency": clear_palette.getpixel((0, 0))}, (255, 255, 255)),
+        "clear_rgb.png": (Image.new("RGB", (8, 8), (9, 9, 9)), {"transparency": (9, 9, 9)}, (255, 255, 255)),
+        "deep.png": (deep, {}, (200, 200, 200)), "deep.tiff": (deep, {}, (200, 200, 200)),
+        "floating.tiff": (floating, {}, (128, 128, 128)),
+        "print.jpg": (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), {}, (255, 0, 0)),
+        "moving.gif": (red, {"save_all": True, "append_images": [Image.new("RGB", (8, 8), (0, 0, 200))]}, (200, 0, 0)),
+        "plain.webp": (red, {"lossless": True}, (200, 0, 0)),
+    }
+    for name, (image, options, expected) in cases.items():
+        found = open_image(saved(tmp_path, image, name, **options))
+        assert found.mode == "RGB" and found.size == (8, 8), name
+        assert max(abs(a - b) for a, b in zip(found.getpixel((4, 4)), expected)) <= 6, (name, found.getpixel((4, 4)))
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    image = Image.new("RGB", (8, 4), "white")
+    image.putpixel((0, 0), (0, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    found = open_image(saved(tmp_path, image, "turned.png", exif=exif))
+    assert found.size == (4, 8) and found.getpixel((3, 0)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + bytes(40)])
+def test_broken_images_are_named(tmp_path, content):
+    path = tmp_path / "broken.png"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="broken.png.*not a readable image.*--bad-images skip"):
+        open_image(str(path))
+
+
+def test_folders_pipes_and_absent_files_are_not_images(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    for name in ("", "pipe.png", "loop.png", "absent.png"):
+        with pytest.raises(ValueError, match="not a readable image"):
+            open_image(str(tmp_path / name))
+
+
+def test_truncated_image_is_an_error_and_a_bomb_too(tmp_path, monkeypatch):
+    path = saved(tmp_path, Image.effect_noise((64, 64), 50), "cut.png")
+    content = open(path, "rb").read()
+    with open(path, "wb") as file:
+        file.write(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="cut.png"):
+        open_image(path)
+    monkeypatch.setattr("ucdr_ref.data.MAX_PIXELS", 10)
+    with pytest.raises(ValueError, match="8 x 8 pixels"):
+        open_image(saved(tmp_path, Image.new("RGB", (8, 8)), "big.png"))
+
+
+def test_preprocess_equals_the_written_out_computation():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
+    resized = image.resize((48, 32), Image.Resampling.BICUBIC).crop((8, 0, 40, 32))
+    mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
+    expected = ((np.asarray(resized) / 255 - mean) / std).transpose(2, 0, 1)
+    assert np.abs(preprocess(32)(image).numpy() - expected).max() < 1e-5
+
+
+def dataset(tmp_path, transform, seed=0) -> ImageDataset:
+    images = [Image.new("RGB", (40, 40), (10 * i, 0, 0)) for i in range(4)]
+    paths = [saved(tmp_path, image, f"{i}.png") for i, image in enumerate(images)]
+    return ImageDataset(Files(paths, list("abab"), ["sketch", "real", "sketch", "real"]), transform, ("sketch",), seed)
+
+
+def test_stroke_domains_are_inverted_and_others_are_not(tmp_path):
+    data = dataset(tmp_path, lambda image: torch.tensor(image.getpixel((0, 0))))
+    assert [data[i][1].tolist() for i in range(4)] == [[255, 255, 255], [10, 0, 0], [235, 255, 255], [30, 0, 0]]
+
+
+def test_augmentation_follows_from_seed_and_index_alone(tmp_path):
+    data, again, other = (dataset(tmp_path, augment(32, "clip"), seed) for seed in (1, 1, 2))
+    order = [3, 0, 2, 1]
+    torch.manual_seed(5)
+    first, second = ({i: image for indices, images in load(part, batches, workers, False, CPU)
+                      for i, image in zip(indices.tolist(), images)}
+                     for part, batches, workers in ((data, [order], 0), (again, [[0], [1, 2, 3]], 2)))
+    assert all(torch.equal(first[i], second[i]) for i in range(4))
+    assert not torch.equal(first[1], other[1][1])
+
+
+def test_unreadable_images_stop_or_are_left_out(tmp_path, capsys):
+    data = dataset(tmp_path, preprocess(32))
+    (tmp_path / "1.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="1.png"):
+        list(load(data, [[0, 1, 2]], 0, False, CPU))
+    (indices, images), = load(data, [[0, 1, 2]], 0, True, CPU)
+    assert indices.tolist() == [0, 2] and len(images) == 2
+    assert "1.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sizes,batch", [((10, 20, 30), 9), ((7, 7), 2), ((5, 50), 20), ((40, 41, 42, 43), 50)])
+def test_batches_are_balanced_and_as_many_as_the_smallest_domain_allows(sizes, batch):
+    domain_ids = [domain for domain, size in enumerate(sizes) for _ in range(size)]
+    groups = balanced_batches(domain_ids, batch, seed=3, epoch=0)
+    share = min(batch // len(sizes), min(sizes))
+    assert len(groups) == min(sizes) // share
+    for group in groups:
+        assert Counter(domain_ids[i] for i in group) == {domain: share for domain in range(len(sizes))}
+    flat = [i for group in groups for i in group]
+    assert len(flat) == len(set(flat))
+    assert groups == balanced_batches(domain_ids, batch, seed=3, epoch=0)
+    assert groups != balanced_batches(domain_ids, batch, seed=3, epoch=1)
+    assert groups != balanced_batches(domain_ids, batch, seed=4, epoch=0)
+
+
+def test_released_grouping_drifts_apart_and_keeps_one_shuffle():
+    domain_ids = [i % 4 for i in range(400)]
+    batches = balanced_batches(domain_ids, 50, seed=0, epoch=0, exact=False)
+    assert batches == balanced_batches(domain_ids, 50, seed=0, epoch=7, exact=False)
+    assert {len(group) for group in batches[:-1]} == {50}
+    assert any(len(set(Counter(domain_ids[i] for i in group).values())) > 1 for group in batches)
+
+
+def test_a_batch_must_hold_every_domain():
+    with pytest.raises(ValueError, match="batch of 2 cannot hold the 3 source domains"):
+        balanced_batches([0, 1, 2, 0, 1, 2], 2, 0, 0)
+
+
+def test_small_helpers(tmp_path):
+    assert [list(part) for part in chunks(5, 2)] == [[0, 1], [2, 3], [4]]
+    assert fold(0, "a", 1) != fold(0, "a", 2) and fold(0, "a", 1) == fold(0, "a", 1) < 2 ** 63
+    files = Files(["r/x.png", "r/y.png"], ["a", "b"], ["s", "s"])
+    assert (files + files).keep([3]) == Files(["r/y.png"], ["b"], ["s"])
+    assert files.digest("r") != files.keep([1, 0]).digest("r")

@@ -1,0 +1,44 @@
+"""Every loss against an obvious loop."""
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ucdr_ref import losses
+
+
+def unit(*shape: int) -> torch.Tensor:
+    return F.normalize(torch.randn(shape), dim=-1)
+
+
+def test_image_text_contrast():
+    torch.manual_seed(0)
+    f, t, labels = unit(5, 8), unit(3, 8), [0, 2, 1, 1, 0]
+    slow = 0.0
+    for i, label in enumerate(labels):
+        scores = [float(f[i] @ t[c]) / 0.07 for c in range(3)]
+        slow -= math.log(math.exp(scores[label]) / sum(math.exp(score) for score in scores)) / 5
+    assert losses.image_text_contrast(f, t, torch.tensor(labels), 0.07).item() == pytest.approx(slow, rel=1e-5)
+
+
+@pytest.mark.parametrize("squared", [True, False])
+def test_triplet(squared):
+    torch.manual_seed(0)
+    f, positives, negatives, valid = unit(4, 8), unit(4, 3, 8), unit(4, 3, 8), [True, False, True, True]
+    slow = 0.0
+    for i in range(4):
+        for j in range(3):
+            d_p, d_n = math.dist(f[i], positives[i, j]), math.dist(f[i], negatives[i, j])
+            if squared:
+                d_p, d_n = d_p ** 2, d_n ** 2
+            slow += valid[i] * max(0, d_p - d_n + 0.2) / 3 / 4
+    assert losses.triplet(f, positives, negatives, torch.tensor(valid), 0.2, squared).item() == pytest.approx(slow, rel=1e-5)
+
+
+def test_plain_triplet_has_a_finite_gradient_at_distance_zero():
+    f = unit(1, 8).requires_grad_()
+    losses.triplet(f, f.detach()[:, None], unit(1, 1, 8), torch.tensor([True]), 5.0, squared=False).backward()
+    assert torch.isfinite(f.grad).all() and f.grad.abs().sum() > 0

@@ -1,0 +1,255 @@
+"""Oracles are double loops over sorted Python lists; float64 distances come from explicit differences."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import fill
+from torch import Tensor
+
+from ucdr_ref import metrics
+from ucdr_ref.metrics import average_precision, class_means, retrieval, search, squared_distances
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "map_released.json").read_text())
+
+
+def slow_ranking(query: Tensor, gallery: Tensor) -> list[list[int]]:
+    """Gallery indices per query by (squared distance as float32, index)."""
+    rankings = []
+    for q in query.double().tolist():
+        distances = [np.float32(math.fsum((x - y) ** 2 for x, y in zip(q, g))) for g in gallery.double().tolist()]
+        rankings.append(sorted(range(len(distances)), key=lambda j: (distances[j], j)))
+    return rankings
+
+
+def slow_ap(hits: list[bool], divisor: float) -> float:
+    seen, total = 0, 0.0
+    for rank, hit in enumerate(hits, start=1):
+        if hit:
+            seen += 1
+            total += seen / rank
+    return total / divisor if divisor else 0.0
+
+
+def slow_retrieval(query: Tensor, labels: Tensor, gallery: Tensor, gallery_labels: Tensor, k: int) -> dict[str, Any]:
+    rows: dict[str, list[float]] = {name: [] for name in ("AP", "relevant", "Prec", "AP@all", "Prec@100")}
+    cut, hundred, no_relevant = min(k, len(gallery)), min(100, len(gallery)), 0
+    for label, ranking in zip(labels.tolist(), slow_ranking(query, gallery)):
+        hits = [gallery_labels[j].item() == label for j in ranking]
+        rows["AP"].append(slow_ap(hits[:cut], sum(hits[:cut])))
+        rows["relevant"].append(slow_ap(hits[:cut], min(sum(hits), cut)))
+        rows["Prec"].append(sum(hits[:cut]) / cut)
+        rows["AP@all"].append(slow_ap(hits, sum(hits)))
+        rows["Prec@100"].append(sum(hits[:hundred]) / hundred)
+        no_relevant += not any(hits)
+    return {**rows, "no_relevant": no_relevant}
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def random_case(seed: int, q: int, g: int, e: int, classes: int, ties: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """With ties, coordinates are 0 or 1, so equal distances (and equal vectors) abound."""
+    rng = torch.Generator().manual_seed(seed)
+    query, gallery = torch.randn(q, e, generator=rng), torch.randn(g, e, generator=rng)
+    if ties:
+        query, gallery = (query > 0).float(), (gallery > 0).float()
+    labels, gallery_labels = (torch.randint(0, classes, (n,), generator=rng) for n in (q, g))
+    return query, labels, gallery, gallery_labels
+
+
+@pytest.mark.parametrize(
+    ("q", "g", "classes", "k"),
+    [
+        pytest.param(7, 150, 4, 20, id="plain"),
+        pytest.param(7, 130, 4, 1, id="k = 1"),
+        pytest.param(5, 30, 3, 200, id="gallery smaller than k"),
+        pytest.param(4, 60, 1, 10, id="one class only"),
+        pytest.param(30, 12, 40, 5, id="most classes absent"),
+        pytest.param(1, 1, 1, 3, id="one and one"),
+        pytest.param(6, 110, 3, 100, id="k = 100"),
+    ],
+)
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("chunk", [None, 1, 3, 1000])
+def test_retrieval_equals_double_loop(q: int, g: int, classes: int, k: int, ties: bool, chunk: int | None) -> None:
+    query, labels, gallery, gallery_labels = random_case(q * g + k, q, g, 5, classes, ties)
+    expected = slow_retrieval(query, labels, gallery, gallery_labels, k)
+    result = retrieval(query, labels, gallery, gallery_labels, k=k, chunk=chunk)
+    for key, name in {"AP": "AP", "AP@all": "AP@all"}.items():
+        assert result[key].tolist() == pytest.approx(expected[name], abs=1e-6)
+    named = {
+        f"mAP@{k}": "AP",
+        f"mAP@{k}/relevant": "relevant",
+        f"Prec@{k}": "Prec",
+        "mAP@all": "AP@all",
+        "Prec@100": "Prec@100",
+    }
+    for key, name in named.items():
+        assert result[key] == pytest.approx(mean(expected[name]), abs=1e-6), key
+    assert (result["queries"], result["gallery"], result["no_relevant"]) == (q, g, expected["no_relevant"])
+    assert (result["k"], result["k_used"]) == (k, min(k, g))
+    for suffix in ("", "@all"):
+        per_class = result[f"per_class{suffix}"]
+        assert list(per_class) == sorted(set(labels.tolist()))
+        for label, value in per_class.items():
+            own = [ap for ap, own_label in zip(expected[f"AP{suffix}"], labels.tolist()) if own_label == label]
+            assert value == pytest.approx(mean(own), abs=1e-6)
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["tag"])
+def test_released_numbers(case: dict[str, Any]) -> None:
+    tag, classes, dim = case["tag"], case["classes"], case["dim"]
+    i, j = torch.arange(case["queries"]), torch.arange(case["gallery"])
+    labels, gallery_labels = (7 * i + 3) % classes, (5 * j * j + j) % classes
+    gallery_labels[gallery_labels == case["absent_class"]] = (case["absent_class"] + 1) % classes
+    centres = fill(f"{tag}.centres", (classes, dim), case["separation"])
+    query = centres[labels] + fill(f"{tag}.q", (len(i), dim), 1)
+    gallery = centres[gallery_labels] + fill(f"{tag}.g", (len(j), dim), 1)
+    result = retrieval(query, labels, gallery, gallery_labels)
+    for key in ("mAP@200", "Prec@200", "mAP@all", "Prec@100"):
+        assert result[key] == pytest.approx(case[key.replace("Prec", "prec")], abs=1e-5), key
+    assert result["AP"].tolist() == pytest.approx(case["ap200_per_query"], abs=1e-5)
+    # The recorded count is of the queries labelled with the absent class. In two cases the gallery labels miss
+    # further classes, and there the recorded AP is 0 too.
+    assert int((labels == case["absent_class"]).sum()) == case["queries_without_relevant"]
+    assert result["no_relevant"] == sum(label not in gallery_labels for label in labels)
+    assert result["no_relevant"] == case["ap200_per_query"].count(0.0)
+
+
+def test_average_precision_by_hand() -> None:
+    hits = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 1, 1]]).bool()
+    by_hand = [(1 / 1 + 2 / 3) / 2, 0.0, (1 / 2 + 2 / 3 + 3 / 4) / 3]
+    assert average_precision(hits).tolist() == pytest.approx(by_hand)
+    assert average_precision(hits.int()).tolist() == pytest.approx(by_hand)
+    relevant = torch.tensor([10, 3, 3])  # more than the list holds: divided by its length, 4
+    standard = average_precision(hits, "relevant", relevant).tolist()
+    assert standard == pytest.approx([(1 / 1 + 2 / 3) / 4, 0.0, by_hand[2]])
+    assert average_precision(hits.view(3, 1, 4)).shape == (3, 1)
+    for divisor in ("relevant", "hits"):
+        with pytest.raises(ValueError, match="divisor must be"):
+            average_precision(hits, divisor)
+
+
+def test_published_and_standard_divisor_differ_as_stated() -> None:
+    gallery = torch.arange(6.0)[:, None]
+    result = retrieval(torch.zeros(1, 1), torch.tensor([1]), gallery, torch.tensor([1, 0, 1, 1, 1, 1]), k=2)
+    assert result["mAP@2"] == 1.0 and result["mAP@2/relevant"] == 0.5 and result["Prec@2"] == 0.5
+
+
+def test_class_means() -> None:
+    assert class_means(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([7, 3, 7])) == {3: 2.0, 7: 3.5}
+
+
+def test_distances_are_the_rounded_sums_and_independent_of_company() -> None:
+    """Near copies, exact copies and a large common offset: where q^2 + g^2 - 2qg loses its digits."""
+    rng = torch.Generator().manual_seed(0)
+    base = torch.randn(40, 37, generator=rng)
+    gallery = torch.cat([base, base + 1e-4 * torch.randn(40, 37, generator=rng), base, base * 1e3, base + 300])
+    query = torch.cat([base[:6], gallery[-6:]])
+    whole = squared_distances(query, gallery)
+    for i, q in enumerate(query.double().tolist()):
+        exact = [math.fsum((x - y) ** 2 for x, y in zip(q, g)) for g in gallery.double().tolist()]
+        assert whole[i].tolist() == pytest.approx(exact, rel=1e-7, abs=0)
+    assert whole[:6, :6].diagonal().tolist() == [0.0] * 6
+    assert torch.equal(whole[:, :40], whole[:, 80:120])  # copies tie bit for bit
+    for size in (1, 7, 64):
+        parts = [squared_distances(query[i : i + 1], rows) for i in range(len(query)) for rows in gallery.split(size)]
+        assert torch.equal(torch.cat(parts, dim=1).view_as(whole), whole)
+
+
+def test_undecided_roundings_take_the_reference_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not vacuous: with an offset every pair is undecided; and cutting the pairs into blocks changes nothing."""
+    rng = torch.Generator().manual_seed(1)
+    query, gallery = torch.randn(3, 9, generator=rng) + 1e7, torch.randn(5, 9, generator=rng) + 1e7
+    seen = []
+    original = metrics._halving_sum
+    monkeypatch.setattr(metrics, "_halving_sum", lambda x: seen.append(len(x)) or original(x))
+    first = squared_distances(query, gallery)
+    assert sum(seen) == 15
+    monkeypatch.setattr(metrics, "MEMORY_BUDGET", 1)
+    assert torch.equal(squared_distances(query, gallery), first) and seen[-15:] == [1] * 15
+
+
+def test_copies_keep_gallery_order() -> None:
+    """A thousand copies of one vector among others: ranks follow the index, whatever the block sizes of the product."""
+    rng = torch.Generator().manual_seed(2)
+    vector, query = torch.randn(1, 64, generator=rng), torch.randn(3, 64, generator=rng)
+    far = 50 + torch.randn(400, 64, generator=rng)
+    gallery = torch.cat([far, vector.expand(1000, 64)])[torch.randperm(1400, generator=rng)]
+    copies = (gallery == vector).all(1).nonzero()[:, 0]
+    for chunk in (None, 1, 13, 256):
+        _, indices = search(query, gallery, k=700, chunk=chunk)
+        assert torch.equal(indices, copies[:700].expand(3, 700))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(("g", "k"), [(50, 1), (50, 10), (50, 50), (7, 20)])
+def test_search_equals_full_sort(ties: bool, g: int, k: int) -> None:
+    query, _, gallery, _ = random_case(g + k, 6, g, 5, 3, ties)
+    expected = torch.tensor(slow_ranking(query, gallery))[:, :k]
+    exact = ((query.double()[:, None] - gallery.double()) ** 2).sum(-1).sqrt().gather(1, expected)
+    for chunk in (None, 1, 4, 49, 50, 1000):
+        distances, indices = search(query, gallery, k, chunk)
+        assert torch.equal(indices, expected)
+        assert distances.dtype == torch.float32 and torch.allclose(distances.double(), exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_search_reads_a_memory_map(tmp_path: Path, dtype: type) -> None:
+    query, _, gallery, _ = random_case(9, 3, 80, 8, 2, ties=False)
+    np.save(tmp_path / "gallery.npy", gallery.numpy().astype(dtype))
+    mapped = np.load(tmp_path / "gallery.npy", mmap_mode="r")
+    distances, indices = search(query, mapped, k=9, chunk=11)
+    expected = search(query, torch.from_numpy(np.array(mapped)), k=9)
+    assert torch.equal(distances, expected[0]) and torch.equal(indices, expected[1])
+
+
+def test_search_and_retrieval_agree() -> None:
+    query, labels, gallery, gallery_labels = random_case(11, 8, 90, 4, 3, ties=True)
+    result = retrieval(query, labels, gallery, gallery_labels, k=15)
+    _, indices = search(query, gallery, k=15, chunk=17)
+    hits = gallery_labels[indices] == labels[:, None]
+    assert torch.equal(average_precision(hits), result["AP"])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e19])
+def test_non_finite_features_are_an_error(value: float) -> None:
+    query, labels, gallery, gallery_labels = random_case(1, 4, 9, 3, 2, ties=False)
+    broken = gallery.clone()
+    broken[[2, 5], 1] = value
+    with pytest.raises(ValueError, match=r"^2 of 9 gallery feature rows .* row 2\)"):
+        retrieval(query, labels, broken, gallery_labels)
+    with pytest.raises(ValueError, match=r"^1 of 3 gallery feature rows .* row 5\)"):
+        search(query, torch.cat([gallery[:3], broken[3:]]), 2, chunk=3)
+    with pytest.raises(ValueError, match=r"^2 of 9 query feature rows .* row 2\)"):
+        retrieval(broken, gallery_labels, gallery, gallery_labels)
+
+
+def test_wrong_shapes_are_an_error() -> None:
+    query, labels, gallery, gallery_labels = random_case(1, 4, 9, 3, 2, ties=False)
+    for arguments, match in [
+        ((query[:0], labels[:0], gallery, gallery_labels), "query features must be a non-empty"),
+        ((query, labels, gallery[:0], gallery_labels[:0]), "gallery features must be a non-empty"),
+        ((query[0], labels[:1], gallery, gallery_labels), "query features must be a non-empty"),
+        ((query, labels[:3], gallery, gallery_labels), r"4 query features need labels of shape \[4\]; got \[3\]"),
+        ((query, labels, gallery, gallery_labels[:, None]), r"9 gallery features need labels of shape \[9\]"),
+        ((query, labels, gallery[:, :2], gallery_labels), "of one width"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            retrieval(*arguments)
+    with pytest.raises(ValueError, match="at least 1"):
+        retrieval(query, labels, gallery, gallery_labels, k=0)
+    with pytest.raises(ValueError, match="at least 1"):
+        search(query, gallery, 3, chunk=0)
+    with pytest.raises(ValueError, match="gallery is empty"):
+        search(query, gallery[:0], 3)
+    with pytest.raises(ValueError, match="of one width"):
+        search(query, np.zeros((4, 2), np.float32), 3)

@@ -1,0 +1,146 @@
+"""What is trained on, what is queried, what is ranked: every protocol on folders of empty files."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ucdr_ref.config import resolve
+from ucdr_ref.protocols import DOMAINNET_DOMAINS, build, class_list, scan
+
+
+def make(root: Path, domains, classes, count) -> Path:
+    for domain in domains:
+        for name in classes:
+            folder = root / domain / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                (folder / f"{i:03d}.png").touch()
+    return root
+
+
+@pytest.fixture(scope="module")
+def domainnet(tmp_path_factory) -> Path:
+    names = [name for part in ("train", "val", "test") for name in class_list(f"domainnet-{part}")]
+    return make(tmp_path_factory.mktemp("domainnet"), DOMAINNET_DOMAINS, names, 8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make(tmp_path_factory.mktemp("folder"), ("photo", "sketch", "icon"), [f"class_{i}" for i in range(20)], 12)
+
+
+def config(dataset, root, **flags):
+    return resolve({"dataset": dataset, "data_root": str(root), **flags})
+
+
+def test_domainnet_holds_out_domain_and_classes(domainnet):
+    protocol = build(config("domainnet", domainnet, held_out="quickdraw"))
+    assert len(protocol.class_names) == 245 and protocol.domain_names == ["clipart", "infograph", "painting", "real", "sketch"]
+    ucdr, ud = protocol.tests
+    test, train = set(class_list("domainnet-test")), set(class_list("domainnet-train"))
+    assert (ucdr.protocol, ucdr.query_domain) == ("UCDR", "quickdraw") and set(ucdr.query.classes) == test
+    assert set(ucdr.query.domains) == {"quickdraw"} and len(ucdr.query) == 45 * 8
+    assert set(ucdr.galleries["unseen"].classes) == test and set(ucdr.galleries["unseen"].domains) == {"real"}
+    mixed = ucdr.galleries["mixed"]
+    assert len(mixed) == 45 * 8 + 245 and set(mixed.classes) == test | train  # one of eight is 8 %, at least one
+    assert not set(mixed.paths) & set(protocol.train.paths)
+    assert set(protocol.train.classes) == train and len(protocol.train) == 245 * (4 * 8 + 7)
+    assert set(ud.query.classes) == set(class_list("domainnet-train")[:45]) and len(ud.query) == 45  # 10 % of 8, at least one
+    assert not set(ud.galleries["seen"].paths) & set(protocol.train.paths)  # D7
+    validation = protocol.validation
+    assert set(validation.query.classes) == set(class_list("domainnet-val")) and validation.query_domain == "painting"
+    assert not set(validation.query.classes) & (test | train)
+
+
+def test_released_choices_of_the_protocol(domainnet):
+    protocol = build(config("domainnet", domainnet, held_out="sketch", variant="released"))
+    assert protocol.validation is protocol.tests[0]  # D5
+    ud = protocol.tests[1]
+    assert len(ud.query) == 45 * 2 and set(ud.galleries["seen"].paths) <= set(protocol.train.paths)  # D7
+    both = build(config("domainnet", domainnet, train_classes="train+val", selection="last"))  # D10
+    assert len(both.class_names) == 300 and both.validation is None
+    with pytest.raises(ValueError, match="--selection last"):
+        build(config("domainnet", domainnet, train_classes="train+val"))
+
+
+def test_splits_do_not_depend_on_the_order_of_the_folder(domainnet, monkeypatch):
+    import os
+    before = build(config("domainnet", domainnet))
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: reversed(list(scandir(path))))
+    assert build(config("domainnet", domainnet)) == before
+    assert build(config("domainnet", domainnet, seed=1)) != before
+
+
+@pytest.mark.parametrize("split,test,train", [("eccv", 21, 93), ("random", 25, 89)])
+def test_sketchy(tmp_path, split, test, train):
+    root = make(tmp_path, ("sketch", "extended_photo"), class_list("sketchy-all"), 2)
+    protocol = build(config("sketchy", root, sketchy_split=split))
+    assert len(protocol.class_names) == train and len(set(protocol.validation.query.classes)) == 11
+    (uc,) = protocol.tests
+    assert (uc.protocol, uc.query_domain, len(set(uc.query.classes))) == ("UcCDR", "sketch", test)
+    assert set(uc.galleries["unseen"].domains) == {"extended_photo"} and list(uc.galleries) == ["unseen"]
+    assert protocol.domain_names == ["extended_photo", "sketch"]
+    assert len(build(config("sketchy", root, sketchy_split=split, selection="last")).class_names) == train + 11
+
+
+def test_tuberlin_accepts_other_spellings(tmp_path):
+    names = class_list("tuberlin-test") + class_list("tuberlin-val") + [f"other {i}" for i in range(200)]
+    names = [name.replace("t_shirt", "t-shirt").replace("_(", " (") for name in names]
+    protocol = build(config("tuberlin", make(tmp_path, ("sketches", "images"), names, 1)))
+    assert len(protocol.class_names) == 200 and len(set(protocol.tests[0].query.classes)) == 30
+    assert "t_shirt" in protocol.tests[0].query.classes
+
+
+def test_folder_drawn_split_and_given_split(folder, tmp_path):
+    drawn = build(config("folder", folder))
+    assert (drawn.gallery_domain, drawn.tests[0].query_domain, drawn.validation.query_domain) == ("photo", "sketch", "icon")
+    parts = [set(drawn.class_names), set(drawn.validation.query.classes), set(drawn.tests[0].query.classes)]
+    assert [len(part) for part in parts] == [14, 2, 4] and len(set.union(*parts)) == 20
+    split = tmp_path / "split.json"
+    split.write_text(json.dumps({"seen": ["class_1", "class_2"], "val_unseen": ["class_3"], "unseen": ["class_4"]}))
+    given = build(config("folder", folder, class_split=str(split), held_out="icon", seen="sketch", per_class=5))
+    assert given.class_names == ["class_1", "class_2"] and set(given.tests[0].galleries["unseen"].classes) == {"class_4"}
+    assert len(given.tests[0].query) == 5
+    seen_domain = build(config("folder", folder, held_out="none", seen="sketch"))
+    assert seen_domain.tests[0].protocol == "UcCDR" and seen_domain.domain_names == ["icon", "photo", "sketch"]
+
+
+def test_bad_roots_and_flags_are_explained(folder, tmp_path):
+    cases = [
+        (dict(data_root=str(tmp_path / "absent")), "absent: no such folder"),
+        (dict(data_root=str(tmp_path)), "found no images.*one level too deep"),
+        (dict(held_out="paintings"), "--held-out paintings: no such domain.*icon, photo, sketch"),
+        (dict(gallery="x"), "--gallery x: no such domain"), (dict(held_out="photo"), "is the gallery domain"),
+        (dict(seen="sketch"), "--seen sketch is held out"), (dict(class_split=str(tmp_path / "no.json")), "expected a JSON file"),
+    ]
+    for flags, message in cases:
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            build(config("folder", flags.pop("data_root", folder), **flags))
+    for text, message in (('{"train": ["class_1"], "val": ["class_1"], "test": ["class_2"]}', "more than one part"),
+                          ('{"train": ["class_1", "class_5"], "val": ["class_2"], "test": ["class_99"]}', "no folder.*class_99"),
+                          ("[" * 100000, "expected a JSON file"), ('{"train": 3}', "expected a JSON file"),
+                          ('{"train": ["class_1"], "val": ["class_2"], "test": ["class_3"]}', "1 training classes")):
+        (tmp_path / "split.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            build(config("folder", folder, class_split=str(tmp_path / "split.json")))
+
+
+def test_wrong_number_of_classes_is_counted(tmp_path):
+    make(tmp_path, DOMAINNET_DOMAINS, ["dog", "cat"], 1)
+    with pytest.raises(ValueError, match="found 2 classes, expected 345.*one level too deep"):
+        build(config("domainnet", tmp_path))
+    (tmp_path / "real" / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: a class folder without images"):
+        scan(str(tmp_path))
+
+
+def test_no_query_left(tmp_path):
+    make(tmp_path, ("photo", "icon"), ["a", "b", "c", "d"], 2)
+    make(tmp_path, ("sketch",), ["a", "b"], 2)
+    split = tmp_path / "split.json"
+    split.write_text(json.dumps({"train": ["a", "b"], "val": ["c"], "test": ["d"]}))
+    with pytest.raises(ValueError, match="UCDR with queries of sketch: no query left"):
+        build(config("folder", tmp_path, class_split=str(split)))

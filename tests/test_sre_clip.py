@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import tiny_state_dict
+from torch import nn
+from torch.testing import assert_close
+
+from ucdr_ref import losses, sre_clip
+from ucdr_ref.clip import CLIP
+from ucdr_ref.config import Config
+from ucdr_ref.graph import normalised_adjacency
+from ucdr_ref.sre_clip import SRECLIP, Batch, TargetBank
+
+
+class Features(nn.Module):
+    """Stands for CLIP where only its embedding width matters."""
+
+    def __init__(self, e: int) -> None:
+        super().__init__()
+        self.embed_dim = e
+
+
+def small_method(seed: int = 0, e: int = 6, c: int = 7, nodes: int = 9, w: int = 5, **options: object) -> SRECLIP:
+    torch.manual_seed(seed)
+    vectors = F.normalize(torch.randn(nodes, w), dim=1)
+    edges = [(k, c + k % (nodes - c)) for k in range(c)]
+    config = Config(**{**dict(sre_hidden=8, sre_bank=10), **options})
+    return SRECLIP(Features(e), [f"class {k}" for k in range(c)], vectors, normalised_adjacency(edges, nodes), [1, 5], config)
+
+
+# the careful reading
+
+def test_prediction_depends_neither_on_the_batch_nor_on_its_order() -> None:
+    method = small_method().eval()
+    x = torch.randn(9, 6)
+    together, order = method.logits(x), torch.randperm(9)
+    assert_close(torch.cat([method.logits(row[None]) for row in x]), together)
+    assert_close(method.logits(x[order]), together[order])
+    released = small_method(test_attention="batch").eval()
+    assert (released.logits(x[:4]) - released.logits(x)[:4]).abs().max() > 1e-3
+
+
+def test_retention_compares_cosines_or_scaled_cosines() -> None:
+    x, y = torch.randn(5, 6), torch.arange(5)
+    for scale, divisor in (("cosine", 1.0), ("scaled", 0.05)):
+        method = small_method(retention_scale=scale).eval()
+        f, e = F.normalize(method.adapter(x), dim=1), method.class_embeddings()
+        expected = losses.alignment_retention(f @ e.T / divisor, e)
+        assert_close(method.source_step(Batch(x, y, x, 0))["retention"], expected)
+
+
+def test_warm_up_leaves_the_target_losses_out_but_fills_the_bank() -> None:
+    method = small_method(sre_warmup=3, sre_bank=8)
+    for i in range(5):
+        batch = Batch(torch.randn(4, 6), torch.randint(0, 5, (4,)), torch.randn(4, 6), i)
+        terms = method.step(batch, "sre")
+        expected = terms["source"] if i < 3 else terms["target"] + 1.5 * terms["source"]
+        assert_close(terms["loss"], expected)
+        assert len(method.bank.rows) == min(8, 4 * (i + 1))
+        assert bool(terms["diversity"] != 0) == (i >= 2)
+        weighted = 3 * terms["entropy"] + 5 * terms["diversity"] + 5 * terms["bias"]
+        assert_close(terms["target"], weighted)
+
+
+def test_structure_classes_limits_the_loss_to_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(losses, "relation_structure", lambda x, e, permutation: seen.append((len(x), len(e), len(permutation))))
+    for limit in (0, 3, 100):
+        method = small_method(structure_classes=limit)
+        method.structure(method.class_embeddings(), None)
+    assert seen == [(7, 7, 7), (3, 3, 3), (7, 7, 7)]
+
+
+def test_what_trains_and_which_gradients_flow_where() -> None:
+    method = small_method(sre_bank=4)
+    trained = method.trainable("sre")
+    assert set(trained) == {f"adapter.{part}.{kind}" for part in ("query", "key", "value") for kind in ("weight", "bias")} | {
+        "gcn.w1", "gcn.b1", "gcn.w2", "gcn.b2"}
+    assert {id(p) for group in sre_clip.optimizer(method).param_groups for p in group["params"]} == {
+        id(p) for p in trained.values()}
+    for group in sre_clip.optimizer(method).param_groups:
+        assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 1e-4)
+    method.target_step(torch.randn(4, 6))
+    terms = method.target_step(torch.randn(4, 6))
+    for name, adapter, gcn in (("entropy", True, False), ("diversity", False, True), ("bias", True, True)):
+        weights = [method.adapter.value.weight, method.gcn.w2]
+        gradients = torch.autograd.grad(terms[name], weights, retain_graph=True, allow_unused=True)
+        assert [g is not None and bool(g.abs().sum() > 0) for g in gradients] == [adapter, gcn]
+
+
+def test_learning_rate() -> None:
+    config = Config()
+    assert sre_clip.learning_rate(0, config) == sre_clip.learning_rate(600, config) == 1e-3
+    assert sre_clip.learning_rate(1600, config) == pytest.approx(1e-3 * 2 ** -0.75)
+
+
+# bank
+
+@pytest.mark.parametrize("seed", range(8))
+def test_bank_equals_a_list_for_any_batch_and_size(seed: int) -> None:
+    draw = random.Random(seed)
+    size = draw.randint(1, 9)
+    bank, plain, pointer = TargetBank(size, 2), [], 0
+    for step in range(12):
+        x = torch.randn(draw.randint(1, 14), 2, requires_grad=True)
+        for row in x.detach():
+            if len(plain) < size:
+                plain.append(row)
+            else:
+                plain[pointer] = row
+                pointer = (pointer + 1) % size
+        bank.push(x)
+        assert not bank.rows.requires_grad
+        assert_close(bank.rows, torch.stack(plain), rtol=0, atol=0)
+        assert bank.full == (len(plain) == size)
+        if step == 5:  # a bank comes back from its state
+            state, bank = bank.state_dict(), TargetBank(size, 2)
+            bank.load_state_dict(state)
+
+
+def test_released_bank_leaves_rows_stale() -> None:
+    bank = TargetBank(5, 1, "released")
+    for k in range(6):
+        bank.push(torch.full((2, 1), float(k)))
+    # Three batches make six rows; the pointer turns back at 4, so the rows of batch 2 stay for ever.
+    assert bank.rows[:, 0].tolist() == [5, 5, 4, 4, 2, 2]
+    assert int(bank.pointer) == 2
+
+
+def test_bank_of_no_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        TargetBank(0, 4)
+
+
+# bad input
+
+def test_unseen_classes_are_checked() -> None:
+    names = ["killer_whale", "cow", "horse"]
+    assert sre_clip.unseen_indices(names, ["Horse", "killer whale"]) == [0, 2]
+    with pytest.raises(ValueError, match="among the 3 classes: lion, tiger"):
+        sre_clip.unseen_indices(names, ["lion", "cow", "tiger"])
+    with pytest.raises(ValueError, match="no class is unseen"):
+        sre_clip.unseen_indices(names, [])
+    with pytest.raises(ValueError, match="all 3 classes are unseen"):
+        sre_clip.unseen_indices(names, names)
+    vectors, adjacency = torch.eye(3), normalised_adjacency([], 3)
+    for unseen in ([], [3], [-1], [0, 0], [0, 1, 2]):
+        with pytest.raises(ValueError, match="unseen"):
+            SRECLIP(Features(4), names, vectors, adjacency, unseen, Config(sre_hidden=4))
+    for vectors, nodes in ((torch.eye(3), 4), (torch.eye(2), 2)):
+        with pytest.raises(ValueError, match="one vector per node"):
+            SRECLIP(Features(4), names, vectors, normalised_adjacency([], nodes), [0], Config(sre_hidden=4))
+
+
+# metrics and CLIP
+
+def test_accuracies_equal_a_slow_loop() -> None:
+    torch.manual_seed(3)
+    logits, labels, unseen = torch.randn(60, 6), torch.randint(0, 5, (60,)), [1, 4]
+    labels[labels == 2] = 3  # class 2 and class 5 have no image
+    logits[torch.arange(60), labels] += 1
+    hits: dict[str, dict[int, list[bool]]] = {"zsl": {}, "unseen": {}, "seen": {}}
+    for row, y in zip(logits.tolist(), labels.tolist()):
+        right = max(range(6), key=row.__getitem__) == y
+        hits["unseen" if y in unseen else "seen"].setdefault(y, []).append(right)
+        if y in unseen:
+            hits["zsl"].setdefault(y, []).append(max(unseen, key=row.__getitem__) == y)
+    result = sre_clip.zero_shot_accuracy(logits, labels, unseen)
+    for name, classes in hits.items():
+        assert result["instance"][name] == pytest.approx(np.mean([hit for one in classes.values() for hit in one]))
+        assert result["class"][name] == pytest.approx(np.mean([np.mean(one) for one in classes.values()]))
+    assert result["instance"]["seen"] != pytest.approx(result["class"]["seen"])
+    for values in result.values():
+        assert values["h"] == pytest.approx(2 / (1 / values["unseen"] + 1 / values["seen"]))
+
+
+def test_accuracies_without_hits_or_images() -> None:
+    wrong = sre_clip.zero_shot_accuracy(torch.eye(3)[[1, 0]], torch.tensor([0, 2]), [2])
+    assert wrong["class"] == {"zsl": 1.0, "unseen": 0.0, "seen": 0.0, "h": 0.0}
+    none = sre_clip.zero_shot_accuracy(torch.eye(3), torch.tensor([0, 1, 0]), [2])
+    assert np.isnan(none["instance"]["unseen"]) and np.isnan(none["class"]["h"]) and none["class"]["seen"] == 0.75
+
+
+def test_images_are_encoded_through_clip() -> None:
+    clip = CLIP.from_state_dict(tiny_state_dict())
+    adjacency = normalised_adjacency([(0, 3)], 4)
+    method = SRECLIP(clip, ["a", "b", "c"], F.normalize(torch.randn(4, 5), dim=1), adjacency, [2], Config(sre_hidden=12)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    features = method.encode(images)
+    assert_close(features, F.normalize(method.adapter.value(clip.encode_image(images)), dim=1))
+    assert not any(p.requires_grad for p in clip.parameters())
+    assert_close(method.logits(clip.encode_image(images)), features @ method.class_embeddings().T / 0.05)
+
+
+def test_state_round_trip_resumes_the_bank() -> None:
+    method, other = small_method(seed=0), small_method(seed=1)
+    for _ in range(3):
+        method.target_step(torch.randn(4, 6))
+    other.load_state_dict(method.state_dict())
+    x = torch.randn(4, 6)
+    torch.manual_seed(0)
+    expected = method.target_step(x)
+    torch.manual_seed(0)
+    found = other.target_step(x)
+    assert expected["diversity"] != 0
+    for name in expected:
+        assert_close(found[name], expected[name])

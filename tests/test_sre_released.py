@@ -1,0 +1,147 @@
+"""SRE-CLIP, variant `released`, against the numbers of the authors' code."""
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from ucdr_ref import sre_clip
+from ucdr_ref.config import Config
+from ucdr_ref.graph import normalised_adjacency
+from ucdr_ref.sre_clip import SRECLIP, Batch
+
+GOLDEN = Path(__file__).parent / "golden"
+NAMES = {"adapter.fcq.weight": "adapter.query.weight", "adapter.fcq.bias": "adapter.query.bias",
+         "adapter.fck.weight": "adapter.key.weight", "adapter.fck.bias": "adapter.key.bias",
+         "adapter.fcv.weight": "adapter.value.weight", "adapter.fcv.bias": "adapter.value.bias",
+         "gcn.conv1.w": "gcn.w1", "gcn.conv1.b": "gcn.b1", "gcn.conv-last.w": "gcn.w2", "gcn.conv-last.b": "gcn.b2"}
+RELEASED = dict(test_attention="batch", retention_scale="scaled", bank_ring="released")
+
+
+class Golden(dict):
+    def __init__(self, name: str) -> None:
+        with np.load(GOLDEN / name) as stored:
+            super().__init__({key: torch.from_numpy(stored[key]) for key in stored.files})
+
+
+@pytest.fixture(scope="module")
+def golden() -> Golden:
+    return Golden("sre_released_tiny.npz")
+
+
+class Features(nn.Module):
+    """Stands for CLIP where only its embedding width matters."""
+
+    def __init__(self, e: int) -> None:
+        super().__init__()
+        self.embed_dim = e
+
+
+def golden_method(golden: Golden, **options: object) -> SRECLIP:
+    config = Config(sre_hidden=32, sre_bank=24, **{"sre_dropout": 0.0, **RELEASED, **options})
+    adjacency = normalised_adjacency([tuple(edge) for edge in golden["edges"].tolist()], 14)
+    method = SRECLIP(Features(16), [f"class {k}" for k in range(10)], golden["word_vectors"], adjacency, golden["unseen_ids"],
+                     config)
+    method.load_state_dict({ours: golden[f"param.{theirs}"] for theirs, ours in NAMES.items()}, strict=False)
+    return method
+
+
+def check_gradients(method: SRECLIP, loss: Tensor, golden: Golden, name: str) -> None:
+    parameters = dict(method.named_parameters())
+    gradients = torch.autograd.grad(loss, [parameters[ours] for ours in NAMES.values()], retain_graph=True, allow_unused=True)
+    for theirs, gradient in zip(NAMES, gradients):
+        if theirs != "adapter.fck.bias":  # softmax ignores a shift of its scores, so its true gradient is zero
+            expected = golden[f"grad.{name}.{theirs}"]
+            gradient = torch.zeros_like(expected) if gradient is None else gradient
+            assert_close(gradient, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item() + 1e-9, msg=f"{name} {theirs}")
+
+
+def check_loss(value: Tensor, expected: Tensor | float) -> None:
+    assert_close(value.detach().double(), torch.as_tensor(expected).double(), rtol=1e-5, atol=1e-6)
+
+
+def test_forward_equals_released(golden: Golden) -> None:
+    method = golden_method(golden)
+    assert_close(method.adjacency.to_dense(), golden["adj"])
+    x = golden["x_source"]
+    tolerance = dict(rtol=1e-5, atol=1e-5)
+    assert_close(method.adapter(x), golden["adapter.out"], **tolerance)
+    assert_close(method.adapter(x, alone=True), golden["adapter.out.one_by_one"], **tolerance)
+    assert_close(method.encode_features(x) / 0.05, golden["adapter.norm"], **tolerance)
+    assert_close(method.gcn(method.class_vectors, method.adjacency), golden["gcn.out"], **tolerance)
+    assert_close(method.class_embeddings(), golden["class.emb"], **tolerance)
+    assert_close(method.logits(x), golden["logits"], **tolerance)
+    assert_close(method.logits(x).softmax(dim=1), golden["probs"], **tolerance)
+
+
+def test_source_losses_and_gradients_equal_released(golden: Golden) -> None:
+    method = golden_method(golden)
+    batch = Batch(golden["x_source"], golden["y_source"], golden["x_target.0"], 0, golden["perm"])
+    terms = method.source_step(batch)
+    for ours, theirs in (("ce", "ce"), ("retention", "img2cls"), ("structure", "srs_intended"), ("source", "source_fixed")):
+        check_loss(terms[ours], golden[f"loss.{theirs}"])
+        check_gradients(method, terms[ours], golden, theirs)
+    effective = golden_method(golden, structure_pairs="diagonal")
+    terms = effective.source_step(batch)
+    check_loss(terms["source"], golden["loss.source_effective"])
+    check_gradients(effective, terms["source"], golden, "source_effective")
+
+
+@pytest.mark.parametrize("ring", ["released", "exact"])  # the same where the bank is a multiple of the batch
+def test_target_steps_equal_released(golden: Golden, ring: str) -> None:
+    method = golden_method(golden, bank_ring=ring)
+    for k, (total, entropy, diversity, bias, rows, pointer) in enumerate(golden["target.steps"].tolist()):
+        terms = method.target_step(golden[f"x_target.{k}"])
+        for name, expected in (("target", total), ("entropy", entropy), ("diversity", diversity), ("bias", bias)):
+            check_loss(terms[name], expected)
+        assert len(method.bank.rows) == rows
+        assert not method.bank.full or method.bank.pointer == pointer
+        assert_close(method.bank.rows, golden[f"warehouse.after.{k}"], rtol=1e-5, atol=1e-4)
+        if k == 3:
+            for ours, theirs in (("target", "target_total"), *((name, name) for name in ("entropy", "diversity", "bias"))):
+                check_gradients(method, terms[ours], golden, f"{theirs}.3")
+
+
+@pytest.mark.parametrize("name", ["fixed", "effective"])
+def test_trajectory_equals_released(golden: Golden, name: str) -> None:
+    method = golden_method(golden, structure_pairs="pairs" if name == "fixed" else "diagonal")
+    sgd = sre_clip.optimizer(method)
+    for k, row in enumerate(golden[f"traj.{name}.rows"].tolist()):
+        i, adapter_rate, gcn_rate, source, target, entropy, diversity, bias, loss = row
+        sre_clip.set_learning_rate(sgd, int(i), method.config)
+        assert [group["lr"] for group in sgd.param_groups] == pytest.approx([adapter_rate, gcn_rate], rel=1e-9)
+        step = k % 6
+        terms = method.step(Batch(golden[f"x_source.{step}"], golden[f"y_source.{step}"], golden[f"x_target.{step}"], int(i),
+                                  golden[f"traj.{name}.perms"][k]), "sre")
+        expected = dict(source=source, target=target, entropy=entropy, diversity=diversity, bias=bias, loss=loss)
+        for key, value in expected.items():
+            check_loss(terms[key], value)
+        sgd.zero_grad()
+        terms["loss"].backward()
+        sgd.step()
+    parameters = dict(method.named_parameters())
+    for theirs, ours in NAMES.items():
+        assert_close(parameters[ours].detach(), golden[f"traj.{name}.{theirs}"], rtol=1e-4, atol=1e-5)
+
+
+def test_graph_head_under_given_dropout_masks_equals_released(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = Golden("sre_released_tiny_dropout.npz")
+    inputs: list[Tensor] = []
+
+    def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+        assert p == 0.5 and training
+        inputs.append(x)
+        return x * stored[f"mask.{len(inputs) - 1}"]
+
+    method = golden_method(golden, sre_dropout=0.5)
+    monkeypatch.setattr(sre_clip, "F", SimpleNamespace(dropout=dropout, leaky_relu=F.leaky_relu))
+    out = method.gcn(method.class_vectors, method.adjacency)
+    assert_close(out, stored["gcn.out.train"], rtol=1e-5, atol=1e-5)
+    for k in range(2):
+        assert_close(inputs[k], stored[f"in.{k}"], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,108 @@
+"""Vectors of a class graph's nodes: CLIP's text features, or a file of word vectors. Rows are L2-normalised."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .clip import CLIP
+from .graph import Graph, canonical
+from .prompts import class_text_features
+
+
+def node_vectors(graph: Graph, clip: CLIP, source: str = "clip") -> Tensor:
+    """X [N, w] on the CPU: CLIP's text features of "a photo of a {name}" for every node, or `source`, a file (S4).
+
+    Raises ValueError for a node without a vector, two classes with identical vectors, and a malformed file.
+    """
+    vectors = class_text_features(clip, graph.names).cpu() if source == "clip" else read_vectors(source, graph)  # S4
+    check_vectors(vectors, graph.names, graph.classes)
+    return vectors
+
+
+def read_vectors(path: str | Path, graph: Graph) -> Tensor:
+    """X [N, w] from GloVe-style text, `word v1 v2 ...` a line.
+
+    A line under a node's synset id is that node's vector. Otherwise it is the mean over the synset's lemmas that have
+    one (the node's name when none has): the vector of the lemma joined by `_` or `-`, or else the mean over its words.
+    Raises FileNotFoundError, or ValueError for a malformed line and for nodes without a vector, which it names.
+    """
+    table = read_table(path, {form for k in range(len(graph.ids)) for form in node_forms(graph, k)})
+    rows = [node_vector(table, graph, k) for k in range(len(graph.ids))]
+    missing = [name for name, row in zip(graph.names, rows) if row is None]
+    if missing:
+        raise ValueError(f"{path} has no vector for {len(missing)} of {len(rows)} graph nodes: {', '.join(missing)}")
+    return F.normalize(torch.stack([row for row in rows if row is not None]), dim=1)
+
+
+def node_forms(graph: Graph, k: int) -> Iterable[str]:
+    """Every key under which a part of node k's vector may stand."""
+    yield graph.ids[k]
+    for text in [graph.names[k], *graph.lemmas[k]]:
+        words = canonical(text).replace("-", " ").split()
+        yield from ["_".join(words), "-".join(words), canonical(text).replace(" ", "_"), *words]
+
+
+def node_vector(table: dict[str, Tensor], graph: Graph, k: int) -> Tensor | None:
+    if graph.ids[k] in table:
+        return table[graph.ids[k]]
+    found = [vector for lemma in graph.lemmas[k] if (vector := phrase_vector(table, lemma)) is not None]
+    return torch.stack(found).mean(dim=0) if found else phrase_vector(table, graph.names[k])
+
+
+def phrase_vector(table: dict[str, Tensor], text: str) -> Tensor | None:
+    """The vector of a lemma of one or several words, None when no form of it is in the table."""
+    words = canonical(text).replace("-", " ").split()
+    for joined in (canonical(text).replace(" ", "_"), "_".join(words), "-".join(words)):
+        if joined in table:
+            return table[joined]
+    found = [table[word] for word in words if word in table]
+    return torch.stack(found).mean(dim=0) if found else None
+
+
+def read_table(path: str | Path, wanted: set[str]) -> dict[str, Tensor]:
+    """The wanted lines of a vector file; a lower-case spelling goes before others, a word2vec header is skipped."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"class vectors {path} do not exist; give `clip`, or a file of `word v1 v2 ...` lines")
+    table: dict[str, Tensor] = {}
+    width = 0
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            fields = line.split()
+            if not fields or (number == 1 and len(fields) == 2):
+                continue
+            width = width or len(fields) - 1
+            word = "_".join(fields[:-width]) or fields[0]  # some GloVe files hold words with spaces
+            key = word if word in wanted else word.lower()
+            if key not in wanted or (key in table and key != word):
+                continue
+            try:
+                vector = torch.tensor([float(value) for value in fields[1:][-width:]])
+            except ValueError:
+                vector = torch.empty(0)
+            if len(vector) != width or not bool(vector.isfinite().all()):
+                raise ValueError(f"{path}, line {number}: {line[:60]!r} is not a word and {width} finite numbers")
+            table[key] = vector
+    return table
+
+
+def check_vectors(vectors: Tensor, names: Sequence[str], classes: int) -> None:
+    """vectors [N, w] of the nodes `names`, L2-normalised, `classes` of them first.
+
+    Raises ValueError that names the nodes without a vector (zero or not finite), or two classes that share one: no
+    image could ever be told to be of the second.
+    """
+    norms = torch.linalg.vector_norm(vectors, dim=1)
+    missing = [name for name, norm in zip(names, norms.tolist()) if not norm > 0 or norm == float("inf")]
+    if missing:
+        raise ValueError(f"graph nodes without a class vector: {', '.join(missing)} (zero or not finite)")
+    x = vectors[:classes]
+    for start in range(0, classes, 1024):
+        near = (x[start : start + 1024] @ x.T > 1 - 1e-6).triu(start + 1)
+        for i, j in near.nonzero().tolist():
+            if torch.allclose(x[start + i], x[j], rtol=0, atol=1e-6):
+                raise ValueError(f"classes {names[start + i]!r} and {names[j]!r} have identical vectors, so their "
+                                 "images cannot be told apart; give one of them another name or vector")

@@ -1,0 +1,178 @@
+"""Images from disk to batches: reading, transforms, stroke inversion, domain-balanced batches.
+
+Nothing here keeps a random state: what an image or an order looks like follows from the seed, the phase, the epoch and the
+index, so a run that was interrupted goes on exactly as it would have.
+"""
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MAX_PIXELS = 120_000_000  # more is taken for a decompression bomb
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+@dataclass(frozen=True)
+class Files:
+    """A list of images with their labels as text; the three lists have one length."""
+
+    paths: list[str]
+    classes: list[str]
+    domains: list[str]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __add__(self, other: Files) -> Files:
+        return Files(self.paths + other.paths, self.classes + other.classes, self.domains + other.domains)
+
+    def keep(self, indices: Sequence[int]) -> Files:
+        return Files(*([column[i] for i in indices] for column in (self.paths, self.classes, self.domains)))
+
+    def digest(self, root: str) -> str:
+        """sha256 over the paths below `root`, so that two runs can be seen to use the same list."""
+        names = "\n".join(os.path.relpath(path, root) for path in self.paths)
+        return hashlib.sha256(os.fsencode(names)).hexdigest()
+
+
+def fold(*parts: object) -> int:
+    """A seed from everything that identifies a draw, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
+
+
+def open_image(path: str) -> Image.Image:
+    """Any image that Pillow reads as RGB: first frame, upright, transparency over white, 16 bits scaled to 8.
+
+    Raises ValueError that names the file when it is not a readable image.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("not a regular file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's size warning is an error below; broken EXIF is no reason to speak
+            with Image.open(path) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+                return to_rgb(ImageOps.exif_transpose(image))
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, ArithmeticError, AttributeError,
+            MemoryError, RuntimeError, AssertionError, NotImplementedError, Image.DecompressionBombError) as error:
+        # Pillow's decoders raise all of these on damaged files.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        name = os.fsencode(path)
+        raise ValueError(f"{name!r}: not a readable image ({reason}); remove it or run with --bad-images skip") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        pixels = np.asarray(image, dtype=np.float64)
+        # 16-bit files come as I or I;16; floating-point ones span 0..1 or 0..255.
+        scale = 1 / 257 if image.mode != "F" else 255.0 if pixels.max(initial=0) <= 1 else 1.0
+        image = Image.fromarray((np.nan_to_num(pixels) * scale).clip(0, 255).round().astype(np.uint8))
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def preprocess(image_size: int) -> Transform:
+    """CLIP's evaluation transform: RGB image -> [3, H, W], short side resized (bicubic), centre crop, CLIP's mean and std."""
+    return transforms.Compose([
+        transforms.Resize(image_size, transforms.InterpolationMode.BICUBIC, antialias=True), transforms.CenterCrop(image_size),
+        transforms.ToTensor(), transforms.Normalize(CLIP_MEAN, CLIP_STD)])
+
+
+def augment(image_size: int, normalization: str) -> Transform:
+    """The training transform of both phases; `normalization` clip or imagenet (D4)."""
+    mean, std = (CLIP_MEAN, CLIP_STD) if normalization == "clip" else (IMAGENET_MEAN, IMAGENET_STD)  # D4
+    return transforms.Compose([
+        transforms.RandomResizedCrop(image_size, scale=(0.8, 1.0)), transforms.RandomHorizontalFlip(),
+        transforms.ColorJitter(0.4, 0.4, 0.4, 0.4), transforms.ToTensor(), transforms.Normalize(mean, std)])
+
+
+class ImageDataset(Dataset):
+    """Item i: the transformed image, or the sentence that says why it cannot be read."""
+
+    def __init__(self, files: Files, transform: Transform, stroke_domains: Sequence[str], seed: int = 0) -> None:
+        self.files, self.transform, self.seed = files, transform, seed
+        self.stroke_domains = frozenset(stroke_domains)
+
+    def __getitem__(self, i: int) -> tuple[int, Tensor | str]:
+        try:
+            image = open_image(self.files.paths[i])
+        except ValueError as error:
+            return i, str(error)
+        if self.files.domains[i] in self.stroke_domains:
+            image = ImageOps.invert(image)  # D14
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(fold(self.seed, i))
+            return i, self.transform(image)
+
+
+def collate(items: list[tuple[int, Tensor | str]]) -> tuple[Tensor, Tensor, list[str]]:
+    """-> indices [b] and images [b, 3, H, W] of the readable ones, and a sentence for each other one."""
+    good = [(i, image) for i, image in items if isinstance(image, Tensor)]
+    images = torch.stack([image for _, image in good]) if good else torch.empty(0)
+    return torch.tensor([i for i, _ in good], dtype=torch.long), images, [text for _, text in items if isinstance(text, str)]
+
+
+def load(dataset: ImageDataset, batches: Sequence[Sequence[int]], workers: int, skip_bad: bool,
+         device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields (indices [b], images [b, 3, H, W] on the CPU, pinned for a GPU) for each list of indices.
+
+    Unreadable images raise ValueError, or are left out with one line on stderr when `skip_bad`.
+    """
+    workers = min(workers, len(batches))
+    loader = DataLoader(dataset, batch_sampler=[list(batch) for batch in batches], num_workers=workers, collate_fn=collate,
+                        pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None)
+    for indices, images, bad in loader:
+        if bad and not skip_bad:
+            raise ValueError(bad[0])
+        for sentence in bad:
+            print(f"skipped {sentence}", file=sys.stderr)
+        yield indices, images
+
+
+def chunks(count: int, size: int) -> list[range]:
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def balanced_batches(domain_ids: Sequence[int], batch: int, seed: int, epoch: int, exact: bool = True) -> list[list[int]]:
+    """Domain-balanced order of one epoch: as many batches as the smallest domain allows, each with as many images per domain.
+
+    With s domains a batch holds (batch // s) * s images. Not `exact` (D15): those groups are concatenated and cut at `batch`,
+    so that with 4 domains and batches of 50 they drift apart, and one shuffle serves the whole run.
+    Raises ValueError when the batch is smaller than the number of domains, or a domain too small to fill its share once.
+    """
+    members: dict[int, list[int]] = {}
+    for i, domain in enumerate(domain_ids):
+        members.setdefault(domain, []).append(i)
+    share = batch // len(members)
+    if share == 0:
+        raise ValueError(f"a batch of {batch} cannot hold the {len(members)} source domains; raise --source-batch and "
+                         f"--target-batch to {len(members)} or more")
+    smallest = min(len(indices) for indices in members.values())
+    share = min(share, smallest)
+    orders = []
+    for domain, indices in sorted(members.items()):
+        generator = torch.Generator().manual_seed(fold(seed, "order", epoch if exact else 0, domain))  # D15
+        orders.append([indices[j] for j in torch.randperm(len(indices), generator=generator).tolist()])
+    groups = [[i for order in orders for i in order[g * share:(g + 1) * share]] for g in range(smallest // share)]
+    if exact:
+        return groups
+    flat = [i for group in groups for i in group]
+    return [flat[start:start + batch] for start in range(0, len(flat), batch)]  # D15

@@ -1,0 +1,309 @@
+"""The training loop, and feature extraction.
+
+All randomness of a step follows from (seed, phase, epoch, step), so a
+run that is started again by the same command equals one that was never interrupted.
+"""
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import threading
+import time
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import load_state, save_atomic, write_text_atomic
+from .clip import CLIP
+from .config import Config
+from .data import Files, ImageDataset, augment, balanced_batches, chunks, fold, load, preprocess
+from .protocols import Protocol
+from .ucdr_adapter import Batch
+
+
+@dataclass
+class Feed:
+    """What a phase iterates over. `load` yields (batch, its files) for the batches of an epoch's order that are left."""
+
+    epochs: int
+    order: Callable[[int], Sequence[Any]]
+    load: Callable[[int, Sequence[Any]], Iterator[tuple[Any, list[str]]]]
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with the weights and the optimizer, all that a resumed run needs."""
+
+    phase: int = 0
+    epoch: int = 0
+    step: int = 0
+    best: float = -1.0  # validation mAP
+    stale: int = 0  # epochs since the best
+    log_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder a run writes into, and what goes with its weights into every checkpoint."""
+
+    folder: Path
+    config: Config
+    device: torch.device
+    extra: dict[str, Any]
+    save_every: int = 50  # steps
+
+
+class Encoder(typing.Protocol):
+    """What evaluation and retrieval need of a method."""
+
+    clip: CLIP
+
+    def encode(self, images: Tensor) -> Tensor: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any: ...
+
+
+class Method(Encoder, typing.Protocol):
+    """What the loop needs of a method; any module with these will do."""
+
+    PHASES: tuple[str, ...]
+
+    def trainable(self, phase: str) -> dict[str, nn.Parameter]: ...
+    def start(self, phase: str) -> None: ...
+    def optimizer(self, phase: str) -> torch.optim.Optimizer: ...
+    def learning_rate(self, phase: str, epoch: int, step: int) -> float: ...
+    def step(self, batch: Any, phase: str) -> dict[str, Tensor]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM arrived; the step was finished and saved."""
+
+
+def pick_device(name: str) -> torch.device:
+    """cpu, cuda, ... or auto; ValueError when this machine does not have it."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu") from None
+    return device
+
+
+def own_state(method: Encoder) -> dict[str, Tensor]:
+    """The method's state without CLIP's frozen weights, which stay in their own file."""
+    return {name: value for name, value in method.state_dict().items() if not name.startswith("clip.")}
+
+
+def load_own_state(method: Encoder, state: dict[str, Tensor], path: Path) -> None:
+    """Strict, in names and shapes; ValueError in one sentence."""
+    expected = own_state(method)
+    wrong = sorted(set(expected) ^ set(state)) or [name for name in expected if expected[name].shape != state[name].shape]
+    if wrong:
+        name = wrong[0]
+        shapes = [list(part[name].shape) if name in part else "absent" for part in (state, expected)]
+        raise ValueError(f"{path} was trained with other weights, classes or domains: {name} is {shapes[0]} there, {shapes[1]} "
+                         "here; give the run's own --weights and --data-root")
+    method.load_state_dict(state, strict=False)
+
+
+def autocast(config: Config, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
+def feed(phase: str, protocol: Protocol, config: Config, image_size: int, device: torch.device) -> Feed:
+    """Domain-balanced, augmented batches of the training files for one phase of UCDR-Adapter."""
+    class_ids = torch.tensor([protocol.class_names.index(name) for name in protocol.train.classes])
+    domain_ids = torch.tensor([protocol.domain_names.index(name) for name in protocol.train.domains])
+    size = config.source_batch if phase == "source" else config.target_batch
+
+    def order(epoch: int) -> list[list[int]]:
+        return balanced_batches(domain_ids.tolist(), size, fold(config.seed, phase), epoch, config.balance == "exact")
+
+    def batches(epoch: int, left: Sequence[list[int]]) -> Iterator[tuple[Batch, list[str]]]:
+        dataset = ImageDataset(protocol.train, augment(image_size, config.train_normalization), config.stroke_domains,
+                               fold(config.seed, phase, epoch))
+        for indices, images in load(dataset, left, config.workers, config.bad_images == "skip", device):
+            batch = (images, class_ids[indices], domain_ids[indices])
+            yield Batch(*(part.to(device, non_blocking=True) for part in batch)), [protocol.train.paths[i] for i in indices]
+
+    return Feed(config.source_epochs if phase == "source" else config.target_epochs, order, batches)
+
+
+def extract(encode: Callable[[Tensor], Tensor], files: Files, config: Config, image_size: int,
+            device: torch.device) -> tuple[Tensor, list[int]]:
+    """Features [N, e] of a file list, on the CPU in float32, and the indices of the N readable files."""
+    dataset = ImageDataset(files, preprocess(image_size), config.stroke_domains)
+    features, kept = [], []
+    batches = chunks(len(files), config.eval_batch)
+    for indices, images in load(dataset, batches, config.workers, config.bad_images == "skip", device):
+        if len(indices):
+            with torch.inference_mode(), autocast(config, device):
+                features.append(encode(images.to(device, non_blocking=True)).float().cpu())
+            kept += indices.tolist()
+    if not kept:
+        raise ValueError(f"none of the {len(files)} images could be read; the first is {files.paths[0]}")
+    return torch.cat(features), kept
+
+
+def train(method: Method, feeds: Mapping[str, Feed], validate: Callable[[], float] | None, run: Run) -> None:
+    """All phases of a method, from where last.pt stands; leaves last.pt, best.pt and log.jsonl in the run folder.
+
+    `validate` gives the mAP by which the last phase keeps its best epoch and stops early; None keeps the last.
+    Raises Stopped after SIGINT or SIGTERM, ValueError at a non-finite loss.
+    """
+    progress, optimizer_state = Progress(), None
+    last = run.folder / "last.pt"
+    if last.exists():
+        state = load_state(last)
+        load_own_state(method, state["method"], last)
+        progress, optimizer_state = Progress(**state["progress"]), state["optimizer"]
+    with open(run.folder / "log.jsonl", "ab") as log, stop_signals() as stopping:
+        log.truncate(progress.log_bytes)  # steps after the checkpoint are done, and written, again
+        for index, phase in enumerate(method.PHASES):
+            if index < progress.phase:
+                continue
+            selecting = validate if index == len(method.PHASES) - 1 else None
+            fit(method, phase, feeds[phase], selecting, run, progress, optimizer_state, log, stopping)
+            progress, optimizer_state = Progress(phase=index + 1, log_bytes=progress.log_bytes), None
+    if validate is None or not feeds[method.PHASES[-1]].epochs:
+        save_atomic({"method": own_state(method), **run.extra}, run.folder / "best.pt")
+
+
+def fit(method: Method, phase: str, feed: Feed, validate: Callable[[], float] | None, run: Run, progress: Progress,
+        optimizer_state: dict[str, Any] | None, log: BinaryIO, stopping: list[int]) -> None:
+    """One phase: steps, checkpoints, validation after each epoch, early stop."""
+    config = run.config
+    method.start(phase)
+    trained = method.trainable(phase)
+    for name, parameter in method.named_parameters():
+        parameter.requires_grad_(name in trained)
+    optimizer = method.optimizer(phase)
+    if optimizer_state is not None:
+        optimizer.load_state_dict(optimizer_state)
+
+    def save() -> None:
+        log.flush()
+        save_atomic({"progress": asdict(progress), "method": own_state(method), "optimizer": optimizer.state_dict(), **run.extra},
+                    run.folder / "last.pt")
+
+    line = ProgressLine(phase, feed.epochs)
+    while progress.epoch < feed.epochs and (validate is None or progress.stale < config.patience):
+        order = feed.order(progress.epoch)
+        for batch, files in feed.load(progress.epoch, order[progress.step:]):
+            torch.manual_seed(fold(config.seed, phase, progress.epoch, progress.step))
+            for group in optimizer.param_groups:
+                group["lr"] = method.learning_rate(phase, progress.epoch, progress.step) * group.get("factor", 1.0)
+            with autocast(config, run.device):
+                terms = method.step(batch, phase)
+            optimizer.zero_grad(set_to_none=True)
+            terms["loss"].backward()
+            values = dict(zip(terms, torch.stack([term.detach().float() for term in terms.values()]).tolist()))
+            stop_if_not_finite(values, trained, {"phase": phase, **asdict(progress), "files": files}, run)
+            optimizer.step()
+            progress.step += 1
+            record(log, progress, {"phase": phase, "epoch": progress.epoch, "step": progress.step, **values})
+            line.show(progress, len(order), len(files), values)
+            if stopping or progress.step % run.save_every == 0:
+                save()
+            if stopping:
+                raise Stopped(f"stopped by {signal.Signals(stopping[0]).name} in phase {phase}, epoch {progress.epoch + 1}, step "
+                              f"{progress.step}; everything is saved: run the same command to go on")
+        progress.epoch, progress.step = progress.epoch + 1, 0
+        if validate is not None:
+            found = validate()
+            progress.stale = 0 if found > progress.best else progress.stale + 1
+            if found > progress.best:
+                progress.best = found
+                save_atomic({"method": own_state(method), **run.extra}, run.folder / "best.pt")
+            record(log, progress, {"phase": phase, "epoch": progress.epoch, "validation_mAP": found})
+            line.end(f"{phase} {progress.epoch}/{feed.epochs} | validation mAP@200 {found:.4f} (best {progress.best:.4f})")
+        save()
+    line.end()
+
+
+def record(log: BinaryIO, progress: Progress, values: dict[str, Any]) -> None:
+    progress.log_bytes += log.write((json.dumps(values) + "\n").encode())
+
+
+def stop_if_not_finite(values: dict[str, float], trained: dict[str, nn.Parameter], where: dict[str, Any], run: Run) -> None:
+    """Raises ValueError before a non-finite loss or gradient reaches the weights; the batch goes into nonfinite.json."""
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if not bad:
+        norms = [parameter.grad.norm() for parameter in trained.values() if parameter.grad is not None]
+        if not norms or torch.isfinite(torch.stack(norms).sum()):
+            return
+        bad = ["gradient"]
+    path = run.folder / "nonfinite.json"
+    shown = {name: repr(value) for name, value in values.items()}  # JSON has no word for NaN
+    write_text_atomic(path, json.dumps({"terms": bad, "values": shown, **where}, indent=2) + "\n")
+    raise ValueError(f"{', '.join(bad)} not finite in phase {where['phase']}, epoch {where['epoch'] + 1}, step "
+                     f"{where['step'] + 1}; the batch's files are in {path}; lower the learning rate or look at them (the "
+                     "last checkpoint is intact)")
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM in a list for as long as the block runs, so that a step can be finished first."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class ProgressLine:
+    """`target 2/10 | 120/480 | loss 1.234 align 0.98 | 812 img/s | 9.1 GiB | eta 3m12s` on stderr, at most twice a second."""
+
+    def __init__(self, phase: str, epochs: int) -> None:
+        self.phase, self.epochs = phase, epochs
+        self.start, self.images, self.steps, self.shown = 0.0, 0, 0, 0.0
+        self.live = sys.stderr.isatty()
+
+    def show(self, progress: Progress, steps: int, images: int, values: dict[str, float]) -> None:
+        now = time.monotonic()
+        if not self.start:  # the first step pays for start-up: it counts for nothing
+            self.start = now
+            return
+        self.images, self.steps = self.images + images, self.steps + 1
+        if now - self.shown < (0.5 if self.live else 15) and progress.step < steps:
+            return
+        self.shown, seconds = now, now - self.start
+        left = int((steps * (self.epochs - progress.epoch) - progress.step) * seconds / self.steps)
+        self.write(f"{self.phase} {progress.epoch + 1}/{self.epochs} | {progress.step}/{steps} | "
+                   + " ".join(f"{name} {value:.3f}" for name, value in values.items())
+                   + f" | {self.images / seconds:.0f} img/s | {memory_gib():.1f} GiB | eta {left // 60}m{left % 60:02d}s")
+
+    def write(self, text: str) -> None:
+        sys.stderr.write(f"\r{text:<110}" if self.live else text + "\n")
+        sys.stderr.flush()
+
+    def end(self, text: str = "") -> None:
+        if self.live:
+            sys.stderr.write("\n")
+        if text:
+            print(text, file=sys.stderr, flush=True)
+
+
+def memory_gib() -> float:
+    """Peak memory: of the GPU where one is used, else of the process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)

@@ -1,0 +1,257 @@
+"""Class graph of SRE-CLIP: WordNet 3.0's noun files -> hypernym closure -> JSON -> normalised adjacency.
+
+    python -m ucdr_ref.graph --wordnet DIR --classes FILE --out graph.json
+
+DIR holds `data.noun` and `index.noun` (Debian package `wordnet-base`: /usr/share/wordnet).
+Imports nothing from the package.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+SYNSET_ID = re.compile(r"n\d{8}")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """N nodes, the c classes first; an edge is (child, parent), as node numbers."""
+
+    ids: list[str]  # WordNet synset ids, `n` and eight digits
+    names: list[str]  # of a class as its list gives it, of an ancestor its first lemma
+    lemmas: list[list[str]]
+    edges: list[tuple[int, int]]
+    classes: int
+    notice: str  # WordNet's licence asks that it stay with every copy
+
+
+class ClassLine(NamedTuple):
+    split: str | None  # `seen`, `unseen` or not given
+    id: str | None
+    name: str
+
+
+class WordNet:
+    """WordNet 3.0's nouns. A synset's id is its byte offset in `data.noun`, so a synset is read where its id points."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Raises FileNotFoundError when a file is missing, ValueError when a line of `index.noun` is not WordNet's."""
+        paths = [Path(folder) / name for name in ("data.noun", "index.noun")]
+        for path in paths:
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} does not exist; install Debian's wordnet-base (/usr/share/wordnet) or "
+                                        "unpack WordNet 3.0's database files, and give that folder")
+        self.path, self.data = paths[0], paths[0].read_bytes()
+        self.senses: dict[str, list[int]] = {}
+        for number, line in enumerate(paths[1].read_text(encoding="utf-8").splitlines(), start=1):
+            if line.startswith("  "):  # licence header
+                continue
+            try:
+                lemma, _, count, *rest = line.split()
+                self.senses[lemma] = [int(offset) for offset in rest[-int(count):]]
+            except ValueError:
+                raise ValueError(f"{paths[1]}, line {number}: {line[:60]!r} is not of WordNet 3.0's index") from None
+
+    def notice(self) -> str:
+        """The licence in the header of `data.noun`, its line numbers removed."""
+        lines = self.data[:8192].decode("utf-8", errors="replace").splitlines()
+        header = [re.sub(r"^\s*\d+ ", "", line).strip() for line in lines if line.startswith("  ")]
+        return "\n".join(header) or "WordNet 3.0 Copyright 2006 by Princeton University. All rights reserved."
+
+    def synset(self, offset: int) -> tuple[list[str], list[int]]:
+        """Lemmas and direct hypernyms (`@`; an instance's `@i` is left out) of the synset at a byte offset."""
+        try:
+            fields = self.line(offset).decode("utf-8").split(" | ")[0].split()
+            if int(fields[0]) != offset or fields[2] != "n":
+                raise ValueError
+            count = int(fields[3], 16)
+            lemmas = fields[4 : 4 + 2 * count : 2]
+            pointers = fields[5 + 2 * count :]
+            if len(lemmas) != count or len(pointers) != 4 * int(fields[4 + 2 * count]):
+                raise ValueError
+            hypernyms = [int(pointers[k + 1]) for k in range(0, len(pointers), 4) if pointers[k] == "@"]
+        except (ValueError, IndexError):
+            raise ValueError(f"{self.path} has no noun synset at byte {offset} (n{offset:08d}); "
+                             "WordNet 3.0's own file is expected, unchanged") from None
+        return lemmas, hypernyms
+
+    def line(self, offset: int) -> bytes:
+        end = self.data.find(b"\n", offset)
+        return self.data[offset : len(self.data) if end < 0 else end]
+
+    def has(self, synset_id: str) -> bool:
+        return self.line(int(synset_id[1:])).startswith(synset_id[1:].encode() + b" ")
+
+    def synset_name(self, offset: int) -> str:
+        """`first_lemma.n.SENSE`, by which the hypernyms of a synset are sorted."""
+        lemma = self.synset(offset)[0][0].lower()
+        senses = self.senses.get(lemma, [])
+        return f"{lemma}.n.{senses.index(offset) + 1 if offset in senses else 0:02d}"
+
+    def first_sense(self, name: str) -> str | None:
+        """Id of the first noun sense of a name (spaces, `_` or `+` between words), None when there is none."""
+        senses = self.senses.get(canonical(name).replace(" ", "_"))
+        return f"n{senses[0]:08d}" if senses else None
+
+
+def canonical(name: str) -> str:
+    """A class name for comparison: lower case, single spaces for underscores and plus signs."""
+    return " ".join(re.split(r"[\s_+]+", name.strip().lower()))
+
+
+def read_classes(path: str | Path) -> list[ClassLine]:
+    """Lines `seen|unseen nXXXXXXXX name`, `nXXXXXXXX name` or `name`; empty lines and `#` comments are skipped.
+
+    Raises FileNotFoundError, or ValueError for a file without a class, an id without a name, and a class listed twice.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"class list {path} does not exist; give a text file with one class per line")
+    lines: list[ClassLine] = []
+    for text in Path(path).read_text(encoding="utf-8").splitlines():
+        words = text.split()
+        if not words or words[0].startswith("#"):
+            continue
+        split = words.pop(0) if words[0] in ("seen", "unseen") and SYNSET_ID.fullmatch(" ".join(words[1:2])) else None
+        synset = words.pop(0) if SYNSET_ID.fullmatch(words[0]) else None
+        if not words:
+            raise ValueError(f"{path}: {text!r} gives no class name; expected `name`, `nXXXXXXXX name` or "
+                             "`seen|unseen nXXXXXXXX name`")
+        lines.append(ClassLine(split, synset, " ".join(words)))
+    if not lines:
+        raise ValueError(f"{path} lists no class; expected one per line")
+    if twice := duplicates([canonical(line.name) for line in lines]):
+        raise ValueError(f"{path} lists classes twice: {', '.join(twice)}")
+    return lines
+
+
+def duplicates(items: Sequence[str]) -> list[str]:
+    return [item for item, count in Counter(items).items() if count > 1]
+
+
+def build_graph(wordnet: WordNet, classes: Sequence[ClassLine]) -> Graph:
+    """Hypernym closure: the classes in their order, then their ancestors breadth-first; edges in the children's order.
+
+    A class without an id takes the first noun sense of its name. Hypernyms of a synset follow its synset names' order.
+    Raises ValueError that lists every class missing in WordNet, or two classes that are one synset.
+    """
+    ids = [line.id or wordnet.first_sense(line.name) for line in classes]
+    missing = [line.name if line.id is None else f"{line.name} ({line.id})"
+               for line, synset in zip(classes, ids) if synset is None or not wordnet.has(synset)]
+    if missing:
+        raise ValueError(f"missing among WordNet 3.0's nouns: {', '.join(missing)}; give each its id, `nXXXXXXXX name`")
+    order = [int(synset[1:]) for synset in ids if synset is not None]
+    if twice := duplicates([f"n{offset:08d}" for offset in order]):
+        same = [line.name for line, synset in zip(classes, ids) if synset == twice[0]]
+        raise ValueError(f"classes {' and '.join(same)} are one WordNet synset ({twice[0]}); keep one")
+
+    number = {offset: k for k, offset in enumerate(order)}
+    lemmas: list[list[str]] = []
+    edges: list[tuple[int, int]] = []
+    for child, offset in enumerate(order):  # grows while it is walked: breadth-first
+        words, hypernyms = wordnet.synset(offset)
+        lemmas.append([word.replace("_", " ") for word in words])
+        for parent in sorted(hypernyms, key=wordnet.synset_name):
+            if parent not in number:
+                number[parent] = len(order)
+                order.append(parent)
+            edges.append((child, number[parent]))
+    names = [re.sub(r"[_+]+", " ", line.name) for line in classes] + [words[0] for words in lemmas[len(classes):]]
+    return Graph([f"n{offset:08d}" for offset in order], names, lemmas, edges, len(classes), wordnet.notice())
+
+
+def save_graph(graph: Graph, path: str | Path) -> None:
+    """Writes JSON, one field per line, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fields = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in asdict(graph).items())
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("{\n" + fields + "\n}\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def load_graph(path: str | Path, class_names: Sequence[str] | None = None) -> Graph:
+    """Reads `save_graph`'s file; with `class_names` [c], the graph's first nodes must be these, in this order.
+
+    Raises FileNotFoundError, or ValueError for malformed JSON, an edge to no node, and other classes.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"graph {path} does not exist; build it with python -m ucdr_ref.graph --wordnet DIR "
+                                "--classes FILE --out graph.json")
+    try:
+        graph = parse_graph(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a class graph as ucdr_ref.graph writes it ({type(error).__name__}: {error}); "
+                         "build it again") from None
+    for edge in graph.edges:
+        if not all(0 <= node < len(graph.ids) for node in edge):
+            raise ValueError(f"{path}: edge {list(edge)} leaves the graph's {len(graph.ids)} nodes; build it again")
+    if class_names is not None:
+        require_classes(graph, class_names, str(path))
+    return graph
+
+
+def parse_graph(fields: dict[str, Any]) -> Graph:
+    """Checks types and lengths; raises KeyError, TypeError or ValueError with the reason."""
+    ids, names, lemmas = ([*fields[key]] for key in ("ids", "names", "lemmas"))
+    edges = [(child, parent) for child, parent in fields["edges"]]
+    classes = fields["classes"]
+    if not len(ids) == len(names) == len(lemmas):
+        raise ValueError(f"{len(ids)} ids, {len(names)} names, {len(lemmas)} lemma lists")
+    if not all(isinstance(number, int) for number in [classes, *(node for edge in edges for node in edge)]):
+        raise TypeError("class count and edges must be whole numbers")
+    if not all(isinstance(text, str) for text in [*ids, *names, *(word for words in lemmas for word in words)]):
+        raise TypeError("ids, names and lemmas must be text")
+    if not 0 < classes <= len(ids):
+        raise ValueError(f"{classes} classes among {len(ids)} nodes")
+    return Graph(ids, names, lemmas, edges, classes, str(fields.get("notice", "")))
+
+
+def require_classes(graph: Graph, class_names: Sequence[str], origin: str = "the graph") -> None:
+    """ValueError unless the first nodes are `class_names`, in order (case, spaces, `_` and `+` do not matter)."""
+    if graph.classes != len(class_names):
+        raise ValueError(f"{origin} holds {graph.classes} classes, expected {len(class_names)}; build one for these")
+    for k, (node, name) in enumerate(zip(graph.names, class_names)):
+        if canonical(node) != canonical(name):
+            raise ValueError(f"{origin}: node {k} is {node!r} where class {name!r} is expected; the first nodes must "
+                             "be the classes, in their order")
+
+
+def normalised_adjacency(edges: Sequence[tuple[int, int]], nodes: int) -> Tensor:
+    """D^-1 (A + A^T + I) [N, N], rows sum to one, sparse (COO: its product has a gradient on every device)."""
+    children, parents = (torch.tensor([edge[k] for edge in edges], dtype=torch.long) for k in (0, 1))
+    own = torch.arange(nodes)
+    rows, columns = torch.cat([children, parents, own]), torch.cat([parents, children, own])
+    degree = torch.bincount(rows, minlength=nodes)
+    index, size = torch.stack([rows, columns]), (nodes, nodes)
+    return torch.sparse_coo_tensor(index, 1 / degree[rows], size, check_invariants=True).coalesce()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ucdr_ref.graph", description="hypernym closure of a class list")
+    parser.add_argument("--wordnet", required=True, metavar="DIR", help="folder of data.noun and index.noun")
+    parser.add_argument("--classes", required=True, metavar="FILE", help="per line: [seen|unseen] [nXXXXXXXX] name")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the graph, as JSON")
+    args = parser.parse_args(argv)
+    try:
+        graph = build_graph(WordNet(args.wordnet), read_classes(args.classes))
+        save_graph(graph, args.out)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: {graph.classes} classes, {len(graph.ids)} nodes, {len(graph.edges)} edges")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

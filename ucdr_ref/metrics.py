@@ -1,0 +1,216 @@
+"""Retrieval metrics and exact search: pure functions of features and labels. Imports nothing from the package.
+
+Conventions (the evaluation protocol of UCDR-Adapter, shared with ProS and SnMpNet):
+
+- Ranking is by squared Euclidean distance of the vectors as they are given. Equal distances keep the gallery's order.
+- The distance of a pair is *defined* as the float32 nearest to one fixed float64 sum over the pair's two vectors
+  (`squared_distances`). It depends on nothing else: not on the chunk, the thread count, the BLAS or the device. So
+  copies of one vector tie exactly, every chunk size gives the same ranks, and `search` and `retrieval` always agree.
+- AP@k is divided by the number of hits within the first k (`mAP@k`), as published tables are; the textbook divisor
+  min(relevant, k) is reported beside it (`mAP@k/relevant`). A query without hit scores 0 and stays in the mean.
+- A gallery smaller than k: k is the gallery size. The keys keep the k that was asked for, `k_used` tells the cut.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MEMORY_BUDGET = 2**26  # bytes of a chunk when no size is given; larger ones leave the CPU's cache and are slower
+BYTES_PER_PAIR = 48  # of a chunk: float64 distances and their bounds, sorted values and indices, hits, precisions
+
+
+def retrieval(
+    query: Tensor,
+    query_labels: Tensor,
+    gallery: Tensor,
+    gallery_labels: Tensor,
+    k: int = 200,
+    chunk: int | None = None,
+) -> dict[str, Any]:
+    """Rank the gallery for every query and score the ranks.
+
+    query [q, e], query_labels [q], gallery [g, e], gallery_labels [g]; labels are integers of one common numbering.
+    `chunk` queries are ranked at once, with one matrix product and one sort on the queries' device, in O(chunk * g)
+    memory; None takes what MEMORY_BUDGET allows.
+
+    Returns, for k = 200:
+      `mAP@200`, `mAP@200/relevant`, `Prec@200`, `mAP@all`, `Prec@100`   floats in 0..1, means over all queries
+      `AP`, `AP@all`                 float64 tensors [q] on the CPU: AP@k and AP@g of each query
+      `per_class`, `per_class@all`   {label: mean of `AP` / of `AP@all` over that class's queries}
+      `queries`, `gallery`           q and g
+      `no_relevant`                  number of queries whose class is absent from the gallery (they score 0)
+      `k`, `k_used`                  what was asked for, and min(k, g)
+    At g the two divisors are the same number, so mAP@all has one variant. Prec@100 is cut to g likewise.
+
+    Raises ValueError on empty or mismatching input and on features that are not finite. Source: evaluation protocol of
+    UCDR-Adapter (WACV 2025); divisor as in the benchmark's released code.
+    """
+    _check_k(k, chunk)
+    _check_rows(query, "query", query_labels)
+    _check_rows(gallery, "gallery", gallery_labels)
+    _check_widths(query, gallery)
+    query = _double(query)
+    gallery = _double(gallery).to(query.device)
+    query_labels, gallery_labels = query_labels.to(query.device), gallery_labels.to(query.device)
+    k_used, hundred = min(k, len(gallery)), min(100, len(gallery))
+
+    columns: list[Tensor] = []
+    for rows, labels in zip(_split(query, chunk, len(gallery)), _split(query_labels, chunk, len(gallery)), strict=True):
+        order = squared_distances(rows, gallery).sort(dim=1, stable=True).indices
+        hits = gallery_labels[order] == labels[:, None]
+        relevant, first = hits.sum(1), hits[:, :k_used]
+        columns.append(
+            torch.stack(
+                [
+                    average_precision(first),
+                    average_precision(first, "relevant", relevant),
+                    first.sum(1, dtype=torch.float64) / k_used,
+                    average_precision(hits),
+                    hits[:, :hundred].sum(1, dtype=torch.float64) / hundred,
+                    relevant.double(),
+                ]
+            )
+        )
+    ap, ap_relevant, precision, ap_all, precision_100, relevant = torch.cat(columns, dim=1).cpu()
+    return {
+        f"mAP@{k}": ap.mean().item(),
+        f"mAP@{k}/relevant": ap_relevant.mean().item(),
+        "Prec@100": precision_100.mean().item(),
+        f"Prec@{k}": precision.mean().item(),
+        "mAP@all": ap_all.mean().item(),
+        "AP": ap,
+        "AP@all": ap_all,
+        "per_class": class_means(ap, query_labels),
+        "per_class@all": class_means(ap_all, query_labels),
+        "queries": len(query),
+        "gallery": len(gallery),
+        "no_relevant": int((relevant == 0).sum()),
+        "k": k,
+        "k_used": k_used,
+    }
+
+
+def average_precision(hits: Tensor, divisor: str = "retrieved", relevant: Tensor | None = None) -> Tensor:
+    """AP@k = sum over hits i <= k of (hits up to i) / i, over the divisor; 0 where that is 0.
+
+    hits [..., k] (true where the item at that rank is relevant) -> [...] float64. `divisor`: "retrieved" divides by the
+    hits within the list (published tables), "relevant" by min(relevant, k), with `relevant` [...] the number of items
+    of the query's class in the gallery.
+    """
+    hits = hits.bool()
+    k = hits.shape[-1]
+    if divisor == "retrieved":
+        count = hits.sum(-1)
+    elif divisor == "relevant" and relevant is not None:
+        count = relevant.clamp(max=k)
+    else:
+        raise ValueError(f'divisor must be "retrieved", or "relevant" with the counts `relevant`; got {divisor!r}.')
+    ranks = torch.arange(1, k + 1, device=hits.device, dtype=torch.int32)
+    precision_at_hits = hits.cumsum(-1, dtype=torch.int32) / ranks * hits
+    return precision_at_hits.sum(-1, dtype=torch.float64) / count.clamp(min=1)
+
+
+def class_means(values: Tensor, labels: Tensor) -> dict[int, float]:
+    """Mean of values [q] over the queries of each class in labels [q]: {label: mean}, labels ascending."""
+    classes, position, count = labels.to(values.device).unique(return_inverse=True, return_counts=True)
+    sums = values.new_zeros(len(classes)).index_add_(0, position, values)
+    return dict(zip(classes.tolist(), (sums / count).tolist(), strict=True))
+
+
+def search(query: Tensor, gallery: Tensor | np.ndarray, k: int, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    """The k nearest gallery rows of each query, exactly, with the gallery read `chunk` rows at a time.
+
+    query [q, e]; gallery [g, e], a tensor or an array such as a memory map larger than memory: O(q * chunk) memory
+    whatever g is. Returns (Euclidean distances [q, k] float32, gallery indices [q, k]) on the query's device, nearest
+    first, equal squared distances by index; k is cut to g. Raises ValueError as `retrieval` does.
+    """
+    _check_k(k, chunk)
+    _check_rows(query, "query")
+    if len(gallery) == 0:
+        raise ValueError("The gallery is empty; give at least one row.")
+    _check_widths(query, gallery)
+    home, query, k = query.device, _double(query), min(k, len(gallery))
+    if chunk is None:
+        chunk = max(1, MEMORY_BUDGET // (BYTES_PER_PAIR * len(query) + 16 * query.shape[1]))
+
+    best = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
+    for start in range(0, len(gallery), chunk):
+        rows = gallery[start : start + chunk]
+        rows = rows if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows))
+        _check_rows(rows, "gallery", offset=start)
+        # Float32 >= 0 sort like their bits; with the index below them, keys are distinct and any top-k is stable.
+        bits = squared_distances(query, rows.to(query.device)).view(torch.int32).to(torch.int64)
+        keys = (bits << 32) | torch.arange(start, start + len(rows), device=query.device)
+        best = torch.cat([best, keys], dim=1)
+        best = best.topk(min(k, best.shape[1]), dim=1, largest=False, sorted=True).values
+    distances = (best >> 32).to(torch.int32).view(torch.float32).sqrt()
+    return distances.to(home), (best & 0xFFFFFFFF).to(home)
+
+
+def squared_distances(query: Tensor, gallery: Tensor) -> Tensor:
+    """||query_i - gallery_j||^2 as float32: [q, e], [g, e] -> [q, g], the same bits for a pair in whatever company.
+
+    One float64 matrix product gives q^2 + g^2 - 2qg, whose last digits depend on how the BLAS blocks the sum. They
+    matter only where the error bound spans two float32 values: those pairs (about one in 100,000) get the reference sum
+    `_halving_sum` instead, and all others provably round to what it would have given.
+    """
+    query, gallery = query.double(), gallery.double()
+    query_sq, gallery_sq = torch.linalg.vector_norm(query, dim=1) ** 2, torch.linalg.vector_norm(gallery, dim=1) ** 2
+    product = torch.addmm(gallery_sq, query, gallery.T, alpha=-2).add_(query_sq[:, None])
+    # |error| <= (e + 3) u (|q| + |g|)^2 <= (e + 3) eps (q^2 + g^2); 16 covers the reference sum's, and 2 is for safety.
+    bound = 2 * (query.shape[1] + 16) * torch.finfo(torch.float64).eps * (query_sq[:, None] + gallery_sq)
+    distances = (product + bound).float()
+    undecided = (product.sub_(bound).float() != distances).nonzero()
+    for pairs in undecided.split(max(1, MEMORY_BUDGET // (32 * query.shape[1]))):
+        i, j = pairs.unbind(1)
+        distances[i, j] = _halving_sum((query[i] - gallery[j]) ** 2).float()
+    return distances
+
+
+def _halving_sum(x: Tensor) -> Tensor:
+    """Row sums [rows, e] -> [rows] by adding halves: elementwise additions, so no library chooses another order."""
+    x = torch.nn.functional.pad(x, (0, (1 << (x.shape[1] - 1).bit_length()) - x.shape[1]))
+    while x.shape[1] > 1:
+        left, right = x.chunk(2, dim=1)
+        x = left + right
+    return x[:, 0]
+
+
+def _double(x: Tensor) -> Tensor:
+    """float64 on the tensor's own device, or on the CPU where the device (Apple's GPU) has no float64."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
+def _split(x: Tensor, chunk: int | None, gallery_size: int) -> tuple[Tensor, ...]:
+    return x.split(chunk or max(1, MEMORY_BUDGET // (BYTES_PER_PAIR * gallery_size)))
+
+
+def _check_k(k: int, chunk: int | None) -> None:
+    if k < 1 or (chunk is not None and chunk < 1):
+        raise ValueError(f"k and chunk must be at least 1; got k = {k}, chunk = {chunk}.")
+
+
+def _check_widths(query: Tensor, gallery: Tensor | np.ndarray) -> None:
+    if gallery.ndim != 2 or query.shape[1] != gallery.shape[1]:
+        raise ValueError(
+            f"Query features {tuple(query.shape)} and gallery features {tuple(gallery.shape)} must be [q, e] and "
+            "[g, e] of one width e; encode both with the same model."
+        )
+
+
+def _check_rows(x: Tensor, name: str, labels: Tensor | None = None, offset: int = 0) -> None:
+    if x.ndim != 2 or x.numel() == 0:
+        raise ValueError(f"The {name} features must be a non-empty [rows, e] matrix; got shape {tuple(x.shape)}.")
+    if labels is not None and labels.shape != x.shape[:1]:
+        raise ValueError(f"{len(x)} {name} features need labels of shape [{len(x)}]; got {list(labels.shape)}.")
+    # Two lengths below 9e18 add up to a distance whose square still fits float32. NaN compares false.
+    bad = (~(torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) < 9e18)).nonzero()
+    if len(bad):
+        raise ValueError(
+            f"{len(bad)} of {len(x)} {name} feature rows hold NaN, infinite or overflowing values (first: row "
+            f"{offset + int(bad[0])}); a rank would mean nothing, so check the images and the model's precision."
+        )

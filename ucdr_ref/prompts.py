@@ -1,0 +1,130 @@
+"""The learnable parts of UCDR-Adapter: text template, prompt banks, target prompt generator."""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .clip import CLIP
+from .tokenizer import encode, tokenize
+
+
+def readable(name: str) -> str:
+    """A class folder's name as text: underscores become spaces."""
+    return name.replace("_", " ")
+
+
+def class_text_features(clip: CLIP, class_names: Sequence[str], chunk: int = 256) -> Tensor:
+    """L2-normalised features [c, e] of "a photo of a {name}", without gradient; ValueError when there is no text tower."""
+    clip.require_text()
+    ids = tokenize([f"a photo of a {readable(name)}" for name in class_names], clip.context_length)
+    with torch.no_grad():
+        features = [clip.encode_text(part.to(clip.logit_scale.device)) for part in ids.split(chunk)]
+    return F.normalize(torch.cat(features).float(), dim=-1)
+
+
+class TextTemplate(nn.Module):
+    """Learnable Textual Semantic Template (T): `a photo of {name} from X ... X domain.` with m learnable vectors for the X's.
+
+    `ctx` [m, t] is shared by all classes, N(0, 0.02^2) at the start; all other token embeddings are frozen. Attention is
+    causal, so the tokens before the context do not depend on it: their keys and values are computed once, here, and only
+    the m + 3 tokens from the context to end-of-text take part in a step.
+
+    Raises ValueError for a class name that does not fit into the text tower's context, naming it.
+    """
+
+    ctx: nn.Parameter
+    prefix: Tensor  # [layers, 2, c, heads, P, t / heads], keys and values of the constant tokens
+    mask: Tensor  # [c, 1, m + 3, P + m + 3], True where a token may attend
+    tail: Tensor  # [3, t], embeddings of `domain`, `.` and end-of-text
+    positions: Tensor  # [c, m + 3, t]
+
+    def __init__(self, clip: CLIP, class_names: Sequence[str], m: int) -> None:
+        super().__init__()
+        clip.require_text()
+        device = clip.logit_scale.device
+        self.ctx = nn.Parameter(torch.empty(m, clip.text_width, device=device).normal_(std=0.02))
+        prompts = [encode(f"a photo of {readable(name)} from {' '.join('X' * m)} domain.") for name in class_names]
+        for name, ids in zip(class_names, prompts):
+            if len(ids) > clip.context_length:
+                raise ValueError(f"class name {name!r} makes a prompt of {len(ids)} tokens with {m} context vectors; the text "
+                                 f"tower takes {clip.context_length}: shorten the name or lower --context-vectors")
+        suffix = m + 3
+        starts = torch.tensor([len(ids) - suffix for ids in prompts], device=device)  # len(bpe(name)) + 5
+        heads = [ids[:-suffix] for ids in prompts]
+        padded = torch.zeros(len(heads), int(starts.max()), dtype=torch.long, device=device)
+        for row, ids in zip(padded, heads):
+            row[: len(ids)] = torch.tensor(ids, device=device)
+
+        before = (torch.arange(padded.shape[1], device=device) < starts[:, None])[:, None, None].expand(-1, 1, suffix, -1)
+        causal = torch.ones(suffix, suffix, dtype=torch.bool, device=device).tril().expand(len(heads), 1, -1, -1)
+        with torch.no_grad():
+            tail = clip.token_embedding(torch.tensor(prompts[0][-3:], device=device))
+            positions = clip.positional_embedding[starts[:, None] + torch.arange(suffix, device=device)]
+            constants = self.constant_prefix(clip, padded)
+        for name, value in (("tail", tail), ("positions", positions), ("prefix", constants),
+                            ("mask", torch.cat([before, causal], dim=-1))):
+            self.register_buffer(name, value, persistent=False)
+
+    @staticmethod
+    def constant_prefix(clip: CLIP, ids: Tensor) -> Tensor:
+        """ids [c, P], padded at the end -> every layer's keys and values [layers, 2, c, heads, P, t / heads]."""
+        x = clip.token_embedding(ids) + clip.positional_embedding[: ids.shape[1]]
+        layers = []
+        for block in clip.transformer.blocks():
+            layers.append(torch.stack(block.attn.keys_values(block.ln_1(x))))
+            x = block(x, causal=True)
+        return torch.stack(layers)
+
+    def forward(self, clip: CLIP) -> Tensor:
+        """L2-normalised class text features t_c [c, e]."""
+        count = len(self.positions)
+        x = torch.cat([self.ctx, self.tail]).expand(count, -1, -1) + self.positions
+        *body, last = clip.transformer.blocks()
+        for block, (keys, values) in zip(body, self.prefix):
+            x = block(x, past=(keys, values), mask=self.mask)
+        x = last(x, at=-1, past=(self.prefix[-1, 0], self.prefix[-1, 1]), mask=self.mask[:, :, -1:])
+        return F.normalize(clip.pool_text(x.squeeze(1)).float(), dim=-1)
+
+
+def prompt_bank(rows: int, p: int, patch: int, d: int) -> nn.Parameter:
+    """Source prompts (P) [rows, p, d], uniform(-v, v) with v = sqrt(6 / (3 patch^2 + d))."""
+    bound = math.sqrt(6 / (3 * patch ** 2 + d))
+    return nn.Parameter(torch.empty(rows, p, d).uniform_(-bound, bound))
+
+
+class TargetPromptGenerator(nn.Module):
+    """Target Prompt Generator (A): describes an image by attention over a bank of source prompts.
+
+    One set of projections serves the domain and the class bank; keys and values are the same projected rows.
+    """
+
+    DIVISOR = 33.0
+
+    def __init__(self, d: int, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.W_i, self.W_p, self.W_o = (nn.Linear(d, d) for _ in range(3))
+        self.norm = nn.LayerNorm(d)
+
+    def forward(self, query: Tensor, bank: Tensor, own: Tensor | None = None) -> Tensor:
+        """query I_g [b, d], bank [rows, p, d] -> one prompt token [b, 1, d].
+
+        own [b]: the bank row that image b must do without (phase 2). It is set to zero before W_p (D1), so its p keys become
+        the bias of W_p. Putting that bias in place of the keys gives the same result without a masked bank per image.
+        """
+        keys = self.W_p(bank.flatten(0, 1))
+        q = self.W_i(query)
+        scores = q @ keys.T
+        if own is None:
+            prompt = (scores / self.temperature).softmax(dim=-1) @ keys
+        else:
+            masked = torch.arange(len(bank), device=bank.device).repeat_interleave(bank.shape[1]) == own[:, None]  # D1
+            scores = torch.where(masked, (q @ self.W_p.bias)[:, None].to(scores.dtype), scores)
+            weights = (scores / self.temperature).softmax(dim=-1)
+            prompt = weights.masked_fill(masked, 0) @ keys + (weights * masked).sum(-1, keepdim=True) * self.W_p.bias
+        prompt = prompt + self.norm(self.W_o(prompt))
+        return (prompt / self.DIVISOR).unsqueeze(1)

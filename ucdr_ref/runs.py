@@ -1,0 +1,87 @@
+"""Run folders: what a run was made of, written before it starts, and the way back from a folder to a method."""
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import PIL
+import torch
+import torchvision
+
+from . import __version__
+from .checkpoint import file_digest, load_clip, load_state, write_text_atomic
+from .config import Config, differences, from_dict, to_json
+from .engine import Encoder, load_own_state
+from .ucdr_adapter import UCDRAdapter, ZeroShot
+
+
+def versions() -> dict[str, str]:
+    return {"ucdr_ref": __version__, "python": platform.python_version(), "torch": torch.__version__,
+            "torchvision": torchvision.__version__, "pillow": PIL.__version__, "machine": platform.platform(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none", "threads": str(torch.get_num_threads())}
+
+
+def open_run(folder: Path, config: Config, about: dict[str, Any]) -> None:
+    """Makes the run folder, or checks that it belongs to this very config, and writes config.json and run.json.
+
+    Raises ValueError that lists the fields in which an existing run differs, or names a folder that holds something else.
+    """
+    path = folder / "config.json"
+    if path.exists():
+        found = read_config(path)
+        different = differences(config, found)
+        if different:
+            raise ValueError(f"{folder} holds a run of another config ({'; '.join(different)}); name another --run, or delete "
+                             "that folder to start anew")
+        before = json.loads((folder / "run.json").read_text(encoding="utf-8")) if (folder / "run.json").exists() else about
+        for key in ("weights_sha256", "files"):
+            if before.get(key) != about.get(key):
+                what = "weights" if key == "weights_sha256" else "image files"
+                raise ValueError(f"{folder} was started with other {what} than there are now; name another --run, or delete that "
+                                 "folder to start anew")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is no run folder (it has no config.json); name another --run")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(folder / "run.json", json.dumps({"command": sys.argv, "versions": versions(), **about}, indent=2) + "\n")
+    write_text_atomic(path, to_json(config))
+
+
+def read_config(path: Path) -> Config:
+    try:
+        return from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: not a readable run config ({error}); name another --run, or delete that folder") from None
+
+
+def describe(config: Config, class_names: list[str], domain_names: list[str], weights_sha256: str) -> dict[str, Any]:
+    """What goes with a method's weights into every checkpoint."""
+    return {"config": asdict(config), "class_names": class_names, "domain_names": domain_names, "weights_sha256": weights_sha256,
+            "version": __version__}
+
+
+def restore(folder: Path, overrides: dict[str, Any], device: torch.device) -> tuple[Config, Encoder, dict[str, Any]]:
+    """The config, the best method and the checkpoint's other contents of a run folder, ready to encode images.
+
+    `overrides` may give other `weights`, `data_root` and machine fields. No text tower is needed: what text there was
+    in training is in the trained weights. Raises FileNotFoundError or ValueError when the folder holds no finished run, or
+    the weights are not those of the run.
+    """
+    path = folder / "best.pt"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; train first: python train.py --run {folder}")
+    state = load_state(path)
+    config = from_dict({**state["config"], **overrides})
+    if file_digest(config.weights) != state["weights_sha256"] and "weights" not in overrides:
+        raise ValueError(f"{config.weights} is not the file that {folder} was trained with (its sha256 differs); give that file "
+                         "as --weights")
+    clip = load_clip(config.weights, config.heads or None).to(device)
+    if config.method == "zero-shot":
+        return config, ZeroShot(clip), state
+    anchors = torch.zeros(len(state["class_names"]), clip.embed_dim, device=device)
+    method = UCDRAdapter(clip, state["class_names"], state["domain_names"], config, anchors).to(device)
+    load_own_state(method, {name: value for name, value in state["method"].items() if name != "template.ctx"}, path)
+    return config, method.eval(), state

@@ -1,0 +1,293 @@
+"""SRE-CLIP adapter (Yu et al., arXiv 2510.21808): image adapter and graph head over frozen CLIP features.
+
+It learns from labelled source images of seen classes and unlabelled target images of seen and unseen classes. Legend:
+`b` batch, `e` CLIP embedding, `h` adapter width, `c` classes, `N` graph nodes (classes first), `w` class-vector width.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import losses
+from .clip import CLIP
+from .config import Config
+from .graph import canonical
+
+GRAPH_RATE = 5.0  # the graph head learns this many times faster than the adapter
+DECAY_GAMMA, DECAY_POWER = 0.001, 0.75
+
+
+class Batch(NamedTuple):
+    source: Tensor  # [b, e], features of labelled images
+    labels: Tensor  # [b]
+    target: Tensor  # [b, e], features of unlabelled images
+    iteration: int
+    permutation: Tensor | None = None  # [c], of the structure loss; drawn when None
+
+
+class ImageAdapter(nn.Module):
+    """f = softmax(q k^T / sqrt(h)) v + v, with q, k, v = Linear(e -> h) and attention across the batch."""
+
+    def __init__(self, e: int, h: int) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(e, h) for _ in range(3))
+
+    def forward(self, x: Tensor, alone: bool = False) -> Tensor:
+        """x [b, e] -> f [b, h]. `alone`: every image attends to itself only, which leaves v + v."""
+        v = self.value(x)
+        if alone:
+            return v + v
+        scores = self.query(x) @ self.key(x).T / math.sqrt(v.shape[1])
+        return scores.softmax(dim=1) @ v + v
+
+
+class GCN(nn.Module):
+    """H = LeakyReLU_0.2(A (drop(X) W1) + b1); G = A (drop(H) W2) + b2."""
+
+    def __init__(self, w: int, h: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.w1, self.b1 = nn.Parameter(torch.empty(w, hidden)), nn.Parameter(torch.zeros(hidden))
+        self.w2, self.b2 = nn.Parameter(torch.empty(hidden, h)), nn.Parameter(torch.zeros(h))
+        for weight in (self.w1, self.w2):
+            nn.init.xavier_uniform_(weight)
+
+    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+        """class vectors [N, w], adjacency [N, N] (rows sum to one, sparse or dense) -> G [N, h]"""
+        x = adjacency @ (F.dropout(x, self.dropout, self.training) @ self.w1) + self.b1
+        x = F.leaky_relu(x, 0.2)
+        return adjacency @ (F.dropout(x, self.dropout, self.training) @ self.w2) + self.b2
+
+
+class TargetBank(nn.Module):
+    """The last `size` target features: appended while there is room, then overwritten in a ring.
+
+    ring "exact": right for any batch. "released" (S7): whole batches, so the bank may outgrow `size`, and the pointer
+    goes back to 0 as soon as another batch like this one would pass `size`, so the rows behind it go stale.
+    """
+
+    rows: Tensor  # [at most size, h]; in the released ring up to size + b - 1
+    pointer: Tensor  # [], the next row to overwrite
+
+    def __init__(self, size: int, h: int, ring: str = "exact") -> None:
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"the target bank has {size} rows; it needs at least 1")
+        self.size, self.ring = size, ring
+        self.register_buffer("rows", torch.zeros(0, h))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
+
+    @property
+    def full(self) -> bool:
+        return len(self.rows) >= self.size
+
+    @torch.no_grad()
+    def push(self, x: Tensor) -> None:
+        """x [b, h], detached here."""
+        if not self.full:
+            room = len(x) if self.ring == "released" else self.size - len(self.rows)  # S7
+            self.rows, x = torch.cat([self.rows, x[:room].to(self.rows.dtype)]), x[room:]
+        b = len(x)
+        if b == 0:
+            return
+        if self.ring == "released":  # S7
+            assert self.pointer + b <= len(self.rows), f"{b} rows at {self.pointer} of the bank's {len(self.rows)}"
+            index = self.pointer + torch.arange(b, device=x.device)
+            end = self.pointer + b
+            self.pointer = torch.where(end + b > self.size, 0, end)
+        else:
+            # Only the last `size` rows: of two writes to one row, a GPU leaves open which wins.
+            index = (self.pointer + torch.arange(b, device=x.device))[-self.size:] % self.size
+            self.pointer = (self.pointer + b) % self.size
+        self.rows = self.rows.index_copy(0, index, x[-len(index):].to(self.rows.dtype))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if prefix + "rows" in state_dict:  # a bank is as long as it has been filled
+            self.rows = self.rows.new_zeros(len(state_dict[prefix + "rows"]), self.rows.shape[1])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class SRECLIP(nn.Module):
+    """Frozen CLIP features -> adapter; class graph -> graph head; cosine / temperature between the two.
+
+    class_names [c]; class_vectors X [N, w], rows L2-normalised; adjacency [N, N] of `graph.normalised_adjacency`;
+    unseen_ids: indices of the classes without labelled images.
+    Raises ValueError when there is no unseen class, or when names, vectors and graph do not belong together.
+    """
+
+    PHASES = ("sre",)
+
+    class_vectors: Tensor  # [N, w]
+    adjacency: Tensor  # [N, N]
+    unseen_ids: Tensor
+
+    def __init__(self, clip: CLIP, class_names: Sequence[str], class_vectors: Tensor, adjacency: Tensor,
+                 unseen_ids: Sequence[int] | Tensor, config: Config) -> None:
+        super().__init__()
+        unseen = torch.as_tensor(unseen_ids, dtype=torch.long)
+        check_unseen(unseen, class_names)
+        if len(class_vectors) != len(adjacency) or len(class_names) > len(class_vectors):
+            raise ValueError(f"{len(class_names)} classes, {len(class_vectors)} class vectors, {len(adjacency)} graph "
+                             "nodes: there must be one vector per node, and the classes come first")
+        self.clip, self.config, self.class_names = clip.requires_grad_(False), config, list(class_names)
+        h = config.sre_hidden
+        self.adapter = ImageAdapter(clip.embed_dim, h)
+        self.gcn = GCN(class_vectors.shape[1], h, h, config.sre_dropout)
+        self.bank = TargetBank(config.sre_bank, h, config.bank_ring)
+        self.register_buffer("class_vectors", class_vectors.float())
+        self.register_buffer("adjacency", adjacency, persistent=False)
+        self.register_buffer("unseen_ids", unseen, persistent=False)
+
+    def trainable(self, phase: str) -> dict[str, nn.Parameter]:
+        """The parameters that the one phase trains, by name."""
+        return {name: value for name, value in self.named_parameters() if name.startswith(("adapter.", "gcn."))}
+
+    def class_embeddings(self) -> Tensor:
+        """E [c, h]: L2-normalised first c rows of the graph head's output."""
+        return F.normalize(self.gcn(self.class_vectors, self.adjacency)[: len(self.class_names)], dim=1)
+
+    def scaled(self, features: Tensor, alone: bool = False) -> Tensor:
+        """features [b, e] -> f / |f| / temperature [b, h]"""
+        return F.normalize(self.adapter(features, alone), dim=1) / self.config.sre_temperature
+
+    def step(self, batch: Batch, phase: str) -> dict[str, Tensor]:
+        """Loss terms of one iteration; `loss` is the one to minimise.
+
+        L_s during the warm-up (the target images enter the bank all the same), then L_t + 1.5 L_s.
+        """
+        source, target = self.source_step(batch), self.target_step(batch.target)
+        warm = batch.iteration < self.config.sre_warmup
+        loss = source["source"] if warm else target["target"] + self.config.sre_source * source["source"]
+        return {"loss": loss, **source, **target}
+
+    def source_step(self, batch: Batch) -> dict[str, Tensor]:
+        """L_s = CE(P, y) + 100 L-structure + 0.01 L-retain"""
+        config, e = self.config, self.class_embeddings()
+        logits = self.scaled(batch.source) @ e.T
+        ce = F.cross_entropy(logits, batch.labels)
+        similarity = logits * config.sre_temperature if config.retention_scale == "cosine" else logits  # S3
+        retention = losses.alignment_retention(similarity, e)
+        structure = self.structure(e, batch.permutation)
+        total = ce + config.sre_structure * structure + config.sre_retention * retention
+        return {"source": total, "ce": ce, "structure": structure, "retention": retention}
+
+    def structure(self, e: Tensor, permutation: Tensor | None) -> Tensor:
+        """L-structure of E [c, h] under a permutation of the classes in it (drawn when None)."""
+        if self.config.structure_pairs == "diagonal":  # S1: the released index has no gradient
+            return e.new_zeros(())
+        c = min(self.config.structure_classes or len(e), len(e))  # S8
+        if permutation is None:
+            permutation = torch.randperm(c).to(e.device)  # drawn on the CPU: the same pairs on every device
+        return losses.relation_structure(self.class_vectors[:c], e[:c], permutation)
+
+    def target_step(self, features: Tensor) -> dict[str, Tensor]:
+        """L_t = 3 L-ent + 5 L-div + 5 L-bias for features [b, e]; the last two from a full bank on. Fills the bank."""
+        config, e = self.config, self.class_embeddings()
+        x = self.scaled(features)
+        entropy = losses.entropy(x @ e.detach().T)
+        diversity = bias = e.new_zeros(())
+        was_full = self.bank.full
+        self.bank.push(x)
+        if was_full:
+            diversity = losses.bank_diversity(self.bank.rows @ e.T)
+            bias = losses.seen_bias(x @ e.T, self.unseen_ids, config.sre_kappa)  # S5
+        total = config.sre_entropy * entropy + config.sre_diversity * diversity + config.sre_bias * bias
+        return {"target": total, "entropy": entropy, "diversity": diversity, "bias": bias}
+
+    @torch.no_grad()
+    def logits(self, features: Tensor) -> Tensor:
+        """Test-time class logits [b, c], cosine / temperature, of CLIP features [b, e], not normalised."""
+        return self.encode_features(features) @ self.class_embeddings().T / self.config.sre_temperature
+
+    @torch.no_grad()
+    def encode_features(self, features: Tensor) -> Tensor:
+        """CLIP features [b, e], not normalised -> adapted features [b, h], L2-normalised."""
+        alone = self.config.test_attention == "alone"  # S2
+        return F.normalize(self.adapter(features, alone), dim=1)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """images [b, 3, H, W], preprocessed -> adapted features [b, h], L2-normalised."""
+        return self.encode_features(self.clip.encode_image(images).float())
+
+
+def learning_rate(i: int, config: Config) -> float:
+    """The adapter's rate at iteration i: constant in the warm-up, then eta (1 + 0.001 (i - warm-up))^-0.75."""
+    return config.sre_lr * (1 + DECAY_GAMMA * max(0, i - config.sre_warmup)) ** -DECAY_POWER
+
+
+def optimizer(method: SRECLIP) -> torch.optim.SGD:
+    """SGD with Nesterov momentum 0.9 and weight decay 1e-4; two groups, adapter and graph head."""
+    groups = [{"params": list(method.adapter.parameters()), "factor": 1.0},
+              {"params": list(method.gcn.parameters()), "factor": GRAPH_RATE}]
+    sgd = torch.optim.SGD(groups, lr=method.config.sre_lr, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    set_learning_rate(sgd, 0, method.config)
+    return sgd
+
+
+def set_learning_rate(sgd: torch.optim.Optimizer, i: int, config: Config) -> None:
+    """Sets both groups' rates for iteration i."""
+    for group in sgd.param_groups:
+        group["lr"] = group["factor"] * learning_rate(i, config)
+
+
+def unseen_indices(class_names: Sequence[str], unseen_names: Sequence[str]) -> list[int]:
+    """Indices of the unseen classes (case, spaces, `_` and `+` do not matter), in class order.
+
+    Raises ValueError that lists the names that are no class, or says that none or all are unseen.
+    """
+    wanted, classes = {canonical(name): name for name in unseen_names}, [canonical(name) for name in class_names]
+    unknown = [name for key, name in wanted.items() if key not in classes]
+    if unknown:
+        raise ValueError(f"unseen classes that are not among the {len(class_names)} classes: {', '.join(unknown)}")
+    indices = [k for k, name in enumerate(classes) if name in wanted]
+    check_unseen(torch.tensor(indices, dtype=torch.long), class_names)
+    return indices
+
+
+def check_unseen(unseen: Tensor, class_names: Sequence[str]) -> None:
+    """ValueError unless there are an unseen and a seen class, and every index is a class."""
+    c = len(class_names)
+    if len(unseen) == 0:
+        raise ValueError("no class is unseen; name at least one that has no labelled image")
+    if int(unseen.min()) < 0 or int(unseen.max()) >= c or len(unseen.unique()) != len(unseen):
+        raise ValueError(f"unseen class indices {unseen.tolist()} are not different numbers from 0 to {c - 1}")
+    if len(unseen) == c:
+        raise ValueError(f"all {c} classes are unseen; at least one needs labelled images")
+
+
+def zero_shot_accuracy(logits: Tensor, labels: Tensor,
+                       unseen_ids: Sequence[int] | Tensor) -> dict[str, dict[str, float]]:
+    """ZSL and generalised ZSL accuracy, in 0..1, of logits [b, c] and labels [b].
+
+    `zsl`: unseen-class images among unseen classes; `unseen`, `seen`: images of these classes among all classes;
+    `h` = 2US / (U + S). Under `instance` averaged over images, under `class` over the classes that have images.
+    NaN where there is no image.
+    """
+    logits, labels = logits.cpu(), labels.cpu()
+    c = logits.shape[1]
+    is_unseen = torch.zeros(c, dtype=torch.bool)
+    is_unseen[torch.as_tensor(unseen_ids, dtype=torch.long)] = True
+    of_unseen = is_unseen[labels]
+    everywhere = logits.argmax(dim=1) == labels
+    among_unseen = logits.masked_fill(~is_unseen, -torch.inf).argmax(dim=1) == labels
+
+    def accuracy(hits: Tensor, images: Tensor, by_class: bool) -> float:
+        hits, classes = hits[images].double(), labels[images]
+        if not by_class:
+            return float(hits.mean())
+        counts = torch.bincount(classes, minlength=c)
+        right = torch.bincount(classes, weights=hits, minlength=c)
+        return float((right[counts > 0] / counts[counts > 0]).mean())
+
+    result = {}
+    for name, by_class in (("instance", False), ("class", True)):
+        u, s = accuracy(everywhere, of_unseen, by_class), accuracy(everywhere, ~of_unseen, by_class)
+        result[name] = {"zsl": accuracy(among_unseen, of_unseen, by_class), "unseen": u, "seen": s,
+                        "h": 2 * u * s / (u + s) if u + s else 0.0}
+    return result

@@ -1,0 +1,126 @@
+"""Trains the small CLIP of the demonstration on drawn image-caption pairs: `python -m ucdr_ref.toy --pretrain FILE`.
+
+The pairs are a web-like mix: photographs abound, infographs and doodles are rare, some classes are seldom drawn in some
+domains, captions often name the domain and sometimes not the object. So the features hold the class and also the domain,
+and zero-shot retrieval across domains is decent but can be improved, as with the real CLIP.
+"""
+from __future__ import annotations
+
+import math
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .checkpoint import save_atomic
+from .clip import CLIP
+from .data import CLIP_MEAN, CLIP_STD
+from .tokenizer import tokenize
+from .toy import CLASSES, DOMAINS, draw
+
+SIZE = 96
+SHAPE = dict(image_size=SIZE, patch=16, vision_width=128, vision_layers=4, vision_heads=2, embed_dim=64, context_length=77,
+             vocab_size=49408, text_width=64, text_layers=3, text_heads=1)  # 9 MB in half precision, most of it the vocabulary
+DOMAIN_WEIGHTS = {"real": 45, "painting": 14, "clipart": 15, "infograph": 7, "sketch": 11, "quickdraw": 8}
+CAPTIONS = {
+    "real": ("a photo of a {}", "a photo of a {}", "photo of my {}", "the {} in the garden", "a {}", "look at this {}",
+             "a nice photo"),
+    "painting": ("a painting of a {}", "oil painting: {}", "a {} by an unknown artist", "impressionist {}", "an old painting"),
+    "clipart": ("clipart of a {}", "a {} icon", "cartoon {}", "free vector {}", "a {}", "colourful clipart"),
+    "infograph": ("infographic about the {}", "facts about the {}", "{} statistics", "a chart", "an infographic"),
+    "sketch": ("a sketch of a {}", "pencil drawing of a {}", "how to draw a {}", "a {} drawing", "my sketchbook"),
+    "quickdraw": ("a doodle of a {}", "quick drawing of a {}", "scribbled {}", "a {} doodle", "a doodle"),
+}
+
+
+def sample_pair(seed: int, index: int) -> tuple[np.ndarray, str]:
+    """Pair `index`: an image [96, 96, 3] of 0..255 and its caption. No benchmark image is drawn from these seeds."""
+    r = Random(f"web/{seed}/{index}")
+    domain = r.choices(DOMAINS, [DOMAIN_WEIGHTS[name] for name in DOMAINS])[0]
+    # A class's share in a domain varies by a factor of up to 8, and differently in every domain.
+    shares = [2 ** (3 * Random(f"share/{domain}/{name}").random()) for name in CLASSES]
+    name = r.choices(CLASSES, shares)[0]
+    caption = r.choice(CAPTIONS[domain]).format(name.replace("_", " "))
+    return np.asarray(draw(name, domain, f"web/{seed}/{index}", SIZE)), caption
+
+
+def sample_pairs(seed: int, count: int, workers: int = 2) -> tuple[Tensor, list[str]]:
+    """Images [count, 3, 96, 96] uint8 and their captions."""
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        pairs = list(pool.map(sample_pair, [seed] * count, range(count), chunksize=200))
+    return torch.from_numpy(np.stack([image for image, _ in pairs])).permute(0, 3, 1, 2), [caption for _, caption in pairs]
+
+
+def random_clip() -> CLIP:
+    """A CLIP of SHAPE with the initial values of Radford et al. (drawn from torch's global generator)."""
+    clip = CLIP(**SHAPE)
+    for name, parameter in clip.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        width = SHAPE["vision_width"] if name.startswith("visual.") else SHAPE["text_width"]
+        layers = SHAPE["vision_layers"] if name.startswith("visual.") else SHAPE["text_layers"]
+        if name == "logit_scale":
+            nn.init.constant_(parameter, math.log(1 / 0.07))
+        elif "ln_" in name:
+            nn.init.constant_(parameter, float(leaf == "weight"))
+        elif leaf.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif module.endswith(("out_proj", "c_proj")):
+            nn.init.normal_(parameter, std=(2 * layers * width) ** -0.5)
+        elif module.endswith("c_fc"):
+            nn.init.normal_(parameter, std=(2 * width) ** -0.5)
+        elif "token_embedding" in name or "positional_embedding" in name:
+            nn.init.normal_(parameter, std=0.02)
+        else:  # class token, patches, in_proj, both projections
+            nn.init.normal_(parameter, std=width ** -0.5 if parameter.dim() < 4 else (3 * SHAPE["patch"] ** 2) ** -0.5)
+    return clip
+
+
+def jitter(images: Tensor) -> Tensor:
+    """uint8 [b, 3, H, W] -> normalised floats, each mirrored at random and shifted by up to 6 pixels."""
+    images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(3), images)
+    shift = torch.randint(-6, 7, (2,)).tolist()
+    images = images.roll(shift, (2, 3)).float() / 255
+    return (images - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+
+
+def pretrain(path: str, pairs: int = 30000, epochs: int = 12, batch: int = 64, lr: float = 1e-3, seed: int = 0) -> None:
+    """Contrastive training (AdamW, warm-up, cosine) from scratch; writes a half-precision state dict in OpenAI's names."""
+    start = time.monotonic()
+    images, captions = sample_pairs(seed, pairs)
+    ids = tokenize(captions)
+    torch.manual_seed(seed)
+    clip = random_clip()
+    decayed = [p for p in clip.parameters() if p.dim() > 1]
+    others = [p for p in clip.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+                                  lr=lr, betas=(0.9, 0.98))
+    steps = epochs * (pairs // batch)
+    for step in range(steps):
+        if step % (pairs // batch) == 0:
+            order = torch.randperm(pairs)
+        rows = order[step % (pairs // batch) * batch:][:batch]
+        rate = lr * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with torch.autocast("cpu", torch.bfloat16):
+            x, t = clip.encode_image(jitter(images[rows])), clip.encode_text(ids[rows])
+        x, t = F.normalize(x.float(), dim=-1), F.normalize(t.float(), dim=-1)
+        logits = clip.logit_scale.exp() * x @ t.T
+        target = torch.arange(batch)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            clip.logit_scale.clamp_(max=math.log(100))
+        if (step + 1) % 50 == 0:
+            seconds = time.monotonic() - start
+            print(f"step {step + 1}/{steps} | loss {loss.item():.3f} | {seconds:.0f} s", file=sys.stderr, flush=True)
+    save_atomic({name: value.detach().half() for name, value in clip.state_dict().items()}, Path(path))

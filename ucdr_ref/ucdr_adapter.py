@@ -1,0 +1,232 @@
+"""UCDR-Adapter (Jiang et al., WACV 2025): source adapter learning, target prompt generation, retrieval by image alone."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import losses
+from .clip import CLIP
+from .config import Config
+from .prompts import TargetPromptGenerator, TextTemplate, class_text_features, prompt_bank
+
+
+class Batch(NamedTuple):
+    images: Tensor  # [b, 3, H, W], preprocessed
+    class_ids: Tensor  # [b]
+    domain_ids: Tensor  # [b]
+
+
+class ClassQueues(nn.Module):
+    """One first-in-first-out queue of momentum features per class (M), as a single ring tensor: no loop over the batch."""
+
+    rows: Tensor  # [c + 1, size, e]; the last row takes what a push need not keep
+    pushed: Tensor  # [c], features ever pushed
+
+    def __init__(self, c: int, size: int, e: int) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(c + 1, size, e))
+        self.register_buffer("pushed", torch.zeros(c, dtype=torch.long))
+
+    @property
+    def counts(self) -> Tensor:
+        """Features now in each queue [c]."""
+        return self.pushed.clamp(max=self.rows.shape[1])
+
+    def push(self, features: Tensor, class_ids: Tensor) -> None:
+        """features [b, e] enter their classes' queues in batch order; the oldest leave."""
+        size = self.rows.shape[1]
+        same = class_ids[:, None] == class_ids
+        earlier, later = same.tril(-1).sum(1), same.triu(1).sum(1)
+        target = torch.where(later < size, class_ids, len(self.pushed))  # a later image of this very batch would push it out
+        self.rows[target, (self.pushed[class_ids] + earlier) % size] = features.to(self.rows.dtype)
+        self.pushed.index_add_(0, class_ids, torch.ones_like(class_ids))
+
+    def take(self, class_ids: Tensor, index: Tensor) -> Tensor:
+        """Row `index` (oldest first) of the queue of `class_ids`, broadcast against each other: [..., e]."""
+        size = self.rows.shape[1]
+        oldest = (self.pushed - self.counts)[class_ids]
+        return self.rows[class_ids, (oldest + index) % size]
+
+    def pairs(self, class_ids: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+        """Features I_p, I_n [b, r, e] for indices [b, r]: into the own queue, oldest first, and into all others by class."""
+        ends = self.counts.cumsum(0)
+        own_start = (ends - self.counts)[class_ids][:, None]
+        flat = negative + torch.where(negative >= own_start, self.counts[class_ids][:, None], 0)  # skip the own queue
+        other = torch.searchsorted(ends, flat, right=True).clamp(max=len(ends) - 1)
+        return (self.take(class_ids[:, None], positive),
+                self.take(other, flat - (ends - self.counts)[other]))
+
+    def draw(self, class_ids: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+        """r uniform positives and negatives per image: I_p, I_n [b, r, e], and which images have both [b]."""
+        own = self.counts[class_ids][:, None]
+        others = self.counts.sum() - own
+        # Drawn on the CPU, so that a run takes the same pairs on every device.
+        u = torch.rand(2, len(class_ids), r, dtype=torch.float64).to(own.device)
+        positive, negative = (u[0] * own).long(), (u[1] * others).long()
+        valid = ((own > 0) & (others > 0)).squeeze(1)
+        return *self.pairs(class_ids, positive, negative), valid
+
+
+class UCDRAdapter(nn.Module):
+    """CLIP with source prompts, text template and target prompt generator.
+
+    clip: both towers, frozen. class_names [c], domain_names [s]: what the training images are labelled with.
+    class_features [c, e]: fixed anchors in place of the text template (D13).
+    Raises ValueError when a class name is too long, or when text is needed and the weights have no text tower.
+    """
+
+    PHASES: tuple[str, ...] = ("source", "target")
+    TRAINED = {"source": ("template.ctx", "domain_prompts", "class_prompts"),
+               "target": ("generator.", "class_token", "proj")}
+
+    anchors: Tensor  # [c, e]
+    momentum_domain_prompts: Tensor  # [s, p, d]
+    momentum_class_prompts: Tensor  # [c, p, d]
+
+    def __init__(self, clip: CLIP, class_names: Sequence[str], domain_names: Sequence[str], config: Config,
+                 class_features: Tensor | None = None) -> None:
+        super().__init__()
+        self.clip, self.config = clip.requires_grad_(False), config
+        c, s, d, p = len(class_names), len(domain_names), clip.vision_width, config.prompt_length
+        self.domain_prompts = prompt_bank(s, p, clip.patch, d)  # U
+        self.class_prompts = prompt_bank(c, p, clip.patch, d)  # V
+        self.generator = TargetPromptGenerator(d, config.temperature)
+        self.class_token = nn.Parameter(clip.visual.class_embedding.detach().clone())
+        self.proj = nn.Parameter(clip.visual.proj.detach().clone())
+
+        self.template: TextTemplate | None = None
+        if class_features is None and config.class_features == "template":
+            self.template = TextTemplate(clip, class_names, config.context_vectors)
+            anchors = torch.zeros(c, clip.embed_dim)
+        elif class_features is None:
+            anchors = class_text_features(clip, class_names)  # D13
+        else:
+            anchors = F.normalize(class_features.float(), dim=-1)  # D13
+        self.register_buffer("anchors", anchors)
+
+        same = config.momentum_start == "online"  # D9
+        for name, online in (("domain_prompts", self.domain_prompts), ("class_prompts", self.class_prompts)):
+            start = online if same else prompt_bank(len(online), p, clip.patch, d)
+            self.register_buffer(f"momentum_{name}", start.detach().clone())
+        self.queues = ClassQueues(c, config.queue_size, clip.embed_dim)
+
+    def text_features(self) -> Tensor:
+        """Class anchors t_c [c, e], L2-normalised: the text template's, or the fixed ones that replace it (D13)."""
+        return self.anchors if self.template is None else self.template(self.clip)
+
+    def source_features(self, images: Tensor, class_ids: Tensor, domain_ids: Tensor) -> Tensor:
+        """Source encoding (E) with the true domain and class: images [b, 3, H, W], ids [b] -> f [b, e], L2-normalised."""
+        patches = self.clip.visual.embed(images)
+        features = self.encode_tokens(patches, self.domain_prompts[domain_ids], self.class_prompts[class_ids])
+        return F.normalize(features.float(), dim=-1)
+
+    def encode_tokens(self, patches: Tensor, domain_prompts: Tensor, class_prompts: Tensor) -> Tensor:
+        """[class token + pos_0 ; domain prompts ; class prompts ; patches] -> blocks -> token k -> ln_post -> proj: [b, e]."""
+        tokens = [self.clip.visual.class_token(len(patches), self.class_token), domain_prompts, class_prompts, patches]
+        x = torch.cat([token.to(patches.dtype) for token in tokens], dim=1)
+        return self.clip.visual.pool(self.clip.visual.blocks(x, at=self.config.feature_token), self.proj)  # D2
+
+    @torch.no_grad()
+    def query_feature(self, patches: Tensor) -> Tensor:
+        """I_g [b, d]: the frozen tower's feature after ln_post, before projection. Nothing in it is trained: no autograd."""
+        visual = self.clip.visual
+        if self.config.query_feature == "class":  # D6
+            patches = torch.cat([visual.class_token(len(patches)).to(patches.dtype), patches], dim=1)
+        return visual.ln_post(visual.blocks(patches, at=0))
+
+    def target_features(self, images: Tensor, class_ids: Tensor | None = None, domain_ids: Tensor | None = None) -> Tensor:
+        """Target encoding (G): images [b, 3, H, W] -> [b, e], not normalised.
+
+        With ids [b] (phase 2) the rows of the image's own class and domain are masked; at test time there are none.
+        """
+        patches = self.clip.visual.embed(images)
+        if self.config.target_epochs == 0:  # phase 1 alone has no generator: the banks' means stand in
+            prompts = [bank.mean((0, 1)).expand(len(images), 1, -1) for bank in (self.domain_prompts, self.class_prompts)]
+            return self.encode_tokens(patches, *prompts)
+        if self.config.mask == "none":  # D1
+            class_ids = domain_ids = None
+        query = self.query_feature(patches)
+        return self.encode_tokens(patches, self.generator(query, self.domain_prompts, domain_ids),
+                                  self.generator(query, self.class_prompts, class_ids))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Test-time features [b, e] of images [b, 3, H, W]: no labels, no text."""
+        features = self.target_features(images).float()
+        return F.normalize(features, dim=-1) if self.config.evaluation_features == "normalized" else features  # D3
+
+    def trainable(self, phase: str) -> dict[str, nn.Parameter]:
+        """The parameters that `phase` trains, by name; everything else stays frozen."""
+        wanted = [prefix for prefix in self.TRAINED[phase] if self.template is not None or prefix != "template.ctx"]  # D13
+        names = [name for name, _ in self.named_parameters()]
+        for prefix in wanted:
+            assert any(name.startswith(prefix) for name in names), f"phase {phase}: {prefix!r} matches no parameter of {names}"
+        return {name: value for name, value in self.named_parameters() if name.startswith(tuple(wanted))}
+
+    def optimizer(self, phase: str) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.trainable(phase).values(), betas=(0.9, 0.999))
+
+    def learning_rate(self, phase: str, epoch: int, step: int) -> float:
+        """Constant in phase 1; target_lr * 10^(-3 epoch / 20), at least 1e-6, in phase 2 (epochs from 0)."""
+        if phase == "source":
+            return self.config.source_lr
+        return max(self.config.target_lr * 10 ** (-3 * epoch / 20), 1e-6)  # D11
+
+    def start(self, phase: str) -> None:
+        """Prepares a phase: in phase 2 the text features are constants, so they are computed once."""
+        if phase == "target" and self.template is not None:
+            with torch.no_grad():
+                self.anchors.copy_(self.text_features())
+
+    def step(self, batch: Batch, phase: str) -> dict[str, Tensor]:
+        """Loss terms of one batch; `loss` is the one to minimise."""
+        return self.source_step(batch) if phase == "source" else self.target_step(batch)
+
+    def source_step(self, batch: Batch) -> dict[str, Tensor]:
+        """Phase 1, source adapter learning: L-align + L-triplet, and the momentum features enter the queues."""
+        config = self.config
+        f = self.source_features(*batch)
+        align = losses.image_text_contrast(f, self.text_features(), batch.class_ids, config.tau)
+        if config.triplet_pairs == 0:
+            return {"loss": align, "align": align}
+        f_momentum = self.momentum_features(batch)
+        if config.queue_push == "before":  # D12
+            self.queues.push(f_momentum, batch.class_ids)
+        positives, negatives, valid = self.queues.draw(batch.class_ids, config.triplet_pairs)
+        triplet = losses.triplet(f, positives, negatives, valid, config.margin, config.triplet_distance == "squared")
+        if config.queue_push == "after":  # D12
+            self.queues.push(f_momentum, batch.class_ids)
+        return {"loss": align + triplet, "align": align, "triplet": triplet}
+
+    @torch.no_grad()
+    def momentum_features(self, batch: Batch) -> Tensor:
+        """Momentum encoder (M): theta_M <- alpha theta_M + (1 - alpha) theta, then f_M [b, e] with the averaged prompts."""
+        for average, online in ((self.momentum_domain_prompts, self.domain_prompts),
+                                (self.momentum_class_prompts, self.class_prompts)):
+            average.lerp_(online, 1 - self.config.momentum)
+        features = self.encode_tokens(self.clip.visual.embed(batch.images), self.momentum_domain_prompts[batch.domain_ids],
+                                      self.momentum_class_prompts[batch.class_ids])
+        return F.normalize(features.float(), dim=-1)
+
+    def target_step(self, batch: Batch) -> dict[str, Tensor]:
+        """Phase 2, target prompt generation: L-align against the constant text features."""
+        f = F.normalize(self.target_features(*batch).float(), dim=-1)
+        align = losses.image_text_contrast(f, self.anchors, batch.class_ids, self.config.tau)
+        return {"loss": align, "align": align}
+
+
+class ZeroShot(nn.Module):
+    """CLIP as it is, behind a method's `encode`: the baseline."""
+
+    def __init__(self, clip: CLIP) -> None:
+        super().__init__()
+        self.clip = clip.requires_grad_(False)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """images [b, 3, H, W] -> L2-normalised features [b, e]."""
+        return F.normalize(self.clip.encode_image(images).float(), dim=-1)

@@ -1,0 +1,163 @@
+"""Interpreter of PyTorch's pickles that executes nothing.
+
+A pickle is a program, so none is handed to an unpickler that could import or call what the file names. `Pickle` interprets
+the few instructions that PyTorch's writers use and knows tensors, dicts, lists and inert stand-ins for module classes only.
+"""
+from __future__ import annotations
+
+import math
+import pickletools
+from collections.abc import Callable
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+            "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+            "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
+MAX_STEPS = 1_000_000  # instructions; ViT-L/14 needs about 15,000
+MAX_NAME, MAX_RANK = 300, 8
+
+LoadStorage = Callable[[str, torch.dtype, int], Tensor]
+
+
+class FormatError(ValueError):
+    """The file is broken, hostile or of another kind; the message says which, without the path."""
+
+
+class Instance:
+    """Inert stand-in for an object of a TorchScript class: its attributes and nothing else."""
+
+    def __init__(self) -> None:
+        self.attributes: dict[Any, Any] = {}
+
+
+class Pickle:
+    """Interpreter of the pickle instructions that PyTorch's writers use.
+
+    storage: gives the vector for (key, dtype, elements) of a persistent id; every tensor is a view of such a vector.
+    """
+
+    def __init__(self, storage: LoadStorage) -> None:
+        self.storage = storage
+        self.stack: list[Any] = []
+        self.outer: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+
+    def read(self, stream: IO[bytes]) -> Any:
+        """The object that the program builds; reading stops behind its last instruction."""
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+            if opcode.name == "STOP":
+                return self.stack.pop()
+            if count > MAX_STEPS:
+                raise FormatError(f"has a pickle of more than {MAX_STEPS} instructions")
+            self.step(opcode.name, argument)
+        raise FormatError("ends inside its pickle")
+
+    def step(self, name: str, argument: Any) -> None:
+        stack = self.stack
+        if name in ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "BINSTRING", "SHORT_BINSTRING"):
+            stack.append(argument)
+        elif name in CONSTANTS:
+            stack.append(CONSTANTS[name]())
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            self.memo[argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(self.memo[argument])
+        elif name == "MARK":
+            self.outer.append(stack)
+            self.stack = []
+        elif name in ("TUPLE", "APPENDS", "SETITEMS"):
+            self.stack = self.outer.pop()
+            if name == "TUPLE":
+                self.stack.append(tuple(stack))
+            else:
+                add(self.stack[-1], stack if name == "APPENDS" else list(zip(stack[::2], stack[1::2], strict=True)))
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            count = int(name[-1])
+            stack[-count:] = [tuple(stack[-count:])]
+        elif name == "APPEND":
+            value = stack.pop()
+            add(stack[-1], [value])
+        elif name == "SETITEM":
+            value, key = stack.pop(), stack.pop()
+            add(stack[-1], [(key, value)])
+        elif name == "GLOBAL":
+            stack.append(self.known(argument.replace(" ", ".")))
+        elif name in ("REDUCE", "NEWOBJ"):
+            arguments, function = stack.pop(), stack.pop()
+            if not isinstance(function, Known):
+                raise FormatError("has a pickle that calls something other than a tensor constructor")
+            stack.append(function.call(*arguments))
+        elif name == "BUILD":
+            state, target = stack.pop(), stack[-1]
+            if isinstance(target, Instance) and isinstance(state, dict):
+                target.attributes = state
+            elif not isinstance(target, dict):  # a state dict carries `_metadata`, which is dropped
+                raise FormatError("has a pickle that sets the state of something other than a module")
+        elif name == "BINPERSID":
+            stack.append(self.persistent(*stack.pop()))
+        elif name != "PROTO":
+            raise FormatError(f"has a pickle with the instruction {name}, which no weight file needs")
+
+    def known(self, name: str) -> Known:
+        """What a global of the file stands for; FormatError for anything that is not part of a weight file."""
+        if name in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
+            return Known(lambda vector, offset, size, stride, *_: self.rebuild(vector, offset, size, stride))
+        if name.startswith("torch.jit._pickle.") or name in ("torch.Size", "torch._utils._rebuild_parameter"):
+            return Known(lambda value, *_: value)  # typed lists of TorchScript, shapes, parameters
+        if name == "collections.OrderedDict":
+            return Known(lambda: {})
+        if name.startswith("__torch__."):
+            return Known(lambda *_: Instance())
+        module, _, last = name.rpartition(".")
+        if module == "torch" and last in STORAGES:
+            return Known(None, STORAGES[last])
+        raise FormatError(f"has a pickle that asks for {name[:MAX_NAME]}, which no weight file needs; nothing was executed")
+
+    def persistent(self, kind: str, storage: Known, key: str, location: str, count: int, view: None = None) -> Tensor:
+        if kind != "storage" or not isinstance(storage, Known) or storage.dtype is None or view is not None:
+            raise FormatError("has a pickle with an unknown kind of storage")
+        if not (isinstance(key, str) and is_size(count)):
+            raise FormatError("has a pickle with a malformed storage")
+        return self.storage(key, storage.dtype, count)
+
+    def rebuild(self, vector: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+        """The view of a storage that `_rebuild_tensor_v2` describes, checked against the storage."""
+        well_formed = is_size(offset) and all(map(is_size, size)) and all(map(is_size, stride)) and len(size) == len(stride)
+        if not (well_formed and len(size) <= MAX_RANK):
+            raise FormatError("has a tensor with malformed or negative sizes")
+        count = math.prod(size)
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if count else 0
+        if count > len(vector) or (count and last >= len(vector)):
+            raise FormatError(f"has a tensor of sizes {list(size)} that does not fit its storage of {len(vector)} elements")
+        return vector.as_strided(size, stride, offset) if count else vector.new_empty(size)
+
+
+class Known:
+    """A global that a pickle may name: a constructor to call, or a storage type."""
+
+    def __init__(self, call: Callable[..., Any] | None, dtype: torch.dtype | None = None) -> None:
+        self.dtype = dtype
+        self.call = call or self.refuse
+
+    def refuse(self, *_: Any) -> None:
+        raise FormatError("has a pickle that calls a storage type")
+
+
+CONSTANTS: dict[str, Callable[[], Any]] = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
+                                           "EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}
+
+
+def is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def add(target: Any, items: list[Any]) -> None:
+    if isinstance(target, list):
+        target.extend(items)
+    elif isinstance(target, dict) and all(isinstance(key, (str, int, float, bool, type(None))) for key, _ in items):
+        target.update(items)  # plain keys only: hashing nested tuples can take forever
+    else:
+        raise FormatError("has a pickle that fills something other than a list or a dict with plain keys")
