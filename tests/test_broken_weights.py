@@ -161,6 +161,7 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
     return bytes(out)
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")  # Python's own, about a mutated text
 @pytest.mark.parametrize("form", ["zip", "torchscript"])
 def test_mutated_pickles(form, files, tmp_path):
     """Programs that the checksum does not catch: a sentence, or a CLIP that is whole."""

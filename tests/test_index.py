@@ -151,6 +151,7 @@ DAMAGE = {
     "a number": lambda f, j: j.write_text("7"),
     "binary list": lambda f, j: j.write_bytes(b"\xff\xfe\x00"),
     "missing list": lambda f, j: j.unlink(),
+    "the list is a FIFO": lambda f, j: (j.unlink(), os.mkfifo(j)),
     "other names": lambda f, j: j.write_text(j.read_text().replace("red.png", "rad.png")),
     "other order": lambda f, j: j.write_text(json.dumps({**json.loads(j.read_text()), "paths": sorted(COLOURS)[::-1]})),
     "made-up skips": lambda f, j: j.write_text(json.dumps({**json.loads(j.read_text()), "skipped": ["x.png"]})),

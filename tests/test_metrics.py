@@ -220,7 +220,7 @@ def test_search_and_retrieval_agree() -> None:
     assert torch.equal(average_precision(hits), result["AP"])
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e19])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e19])
 def test_non_finite_features_are_an_error(value: float) -> None:
     query, labels, gallery, gallery_labels = random_case(1, 4, 9, 3, 2, ties=False)
     broken = gallery.clone()

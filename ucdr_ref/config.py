@@ -110,10 +110,11 @@ class Config:
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto: a GPU when there is one")
     workers: int = option(2, "processes that read and augment images; 0: in the main process")
     precision: str = option("fp32", "arithmetic of the towers; losses and LayerNorm stay float32", ("fp32", "tf32", "bf16"))
+    save_every: int = option(50, "steps between checkpoints; each epoch ends with one too")
     eval_batch: int = option(128, "images per batch when features are extracted")
 
 
-MACHINE = ("device", "workers", "precision", "eval_batch")  # may differ when a run is resumed
+MACHINE = ("device", "workers", "precision", "save_every", "eval_batch")  # may differ when a run is resumed
 FIELDS: dict[str, dataclasses.Field[Any]] = {field.name: field for field in dataclasses.fields(Config)}
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -58,7 +58,6 @@ class Run:
     config: Config
     device: torch.device
     extra: dict[str, Any]
-    save_every: int = 50  # steps
 
 
 class Encoder(typing.Protocol):
@@ -212,7 +211,7 @@ def fit(method: Method, phase: str, feed: Feed, validate: Callable[[], float] | 
             progress.step += 1
             record(log, progress, {"phase": phase, "epoch": progress.epoch, "step": progress.step, **values})
             line.show(progress, len(order), len(files), values)
-            if stopping or progress.step % run.save_every == 0:
+            if stopping or progress.step % config.save_every == 0:
                 save()
             if stopping:
                 raise Stopped(f"stopped by {signal.Signals(stopping[0]).name} in phase {phase}, epoch {progress.epoch + 1}, step "

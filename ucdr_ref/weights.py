@@ -50,7 +50,7 @@ class Source:
             return torch.frombuffer(self.map, dtype=dtype, count=count, offset=start)
         own = torch.empty(count, dtype=dtype)
         self.file.seek(start)
-        if self.file.readinto(memoryview(own.view(torch.uint8).numpy())) != length:
+        if self.file.readinto(own.view(torch.uint8).numpy().data) != length:
             raise FormatError("became shorter while it was read")
         return own
 
