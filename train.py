@@ -61,13 +61,13 @@ def run(args: argparse.Namespace) -> None:
     else:
         method = UCDRAdapter(clip, protocol.class_names, protocol.domain_names, config).to(device)
     print(summary(config, protocol, method))
+    feeds = {phase: feed(phase, protocol, config, clip.image_size, device) for phase in getattr(method, "PHASES", ())}
+    for phase_feed in feeds.values():
+        phase_feed.order(0)  # a batch that cannot be balanced is refused before anything is written
     if args.dry_run:
         return
     weights = file_digest(config.weights)
-    open_run(args.run, config, {"weights_sha256": weights, "files": {
-        "train": protocol.train.digest(protocol.root),
-        **{test.protocol: {"query": test.query.digest(protocol.root), **{name: files.digest(protocol.root)
-                           for name, files in test.galleries.items()}} for test in protocol.tests}}})
+    open_run(args.run, config, {"weights_sha256": weights, "files": protocol.digests()})
     extra = describe(config, protocol.class_names, protocol.domain_names, weights)
 
     validate = None
@@ -76,7 +76,6 @@ def run(args: argparse.Namespace) -> None:
     if isinstance(method, ZeroShot):
         save_atomic({"method": {}, **extra}, args.run / "best.pt")
     else:
-        feeds = {phase: feed(phase, protocol, config, clip.image_size, device) for phase in method.PHASES}
         train(method, feeds, validate, Run(args.run, config, device, extra))
     evaluate.report(args.run, {})
 

@@ -81,9 +81,9 @@ def test_what_trains_and_which_gradients_flow_where() -> None:
     trained = method.trainable("sre")
     assert set(trained) == {f"adapter.{part}.{kind}" for part in ("query", "key", "value") for kind in ("weight", "bias")} | {
         "gcn.w1", "gcn.b1", "gcn.w2", "gcn.b2"}
-    assert {id(p) for group in sre_clip.optimizer(method).param_groups for p in group["params"]} == {
+    assert {id(p) for group in method.optimizer("sre").param_groups for p in group["params"]} == {
         id(p) for p in trained.values()}
-    for group in sre_clip.optimizer(method).param_groups:
+    for group in method.optimizer("sre").param_groups:
         assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 1e-4)
     method.target_step(torch.randn(4, 6))
     terms = method.target_step(torch.randn(4, 6))
@@ -94,9 +94,10 @@ def test_what_trains_and_which_gradients_flow_where() -> None:
 
 
 def test_learning_rate() -> None:
-    config = Config()
-    assert sre_clip.learning_rate(0, config) == sre_clip.learning_rate(600, config) == 1e-3
-    assert sre_clip.learning_rate(1600, config) == pytest.approx(1e-3 * 2 ** -0.75)
+    method = small_method()
+    assert method.learning_rate("sre", 0, 0) == method.learning_rate("sre", 6, 0) == 1e-3
+    assert method.learning_rate("sre", 16, 0) == pytest.approx(1e-3 * 2 ** -0.75)
+    assert method.learning_rate("sre", 15, 99) == pytest.approx(1e-3 * 1.999 ** -0.75)
 
 
 # bank

@@ -111,10 +111,11 @@ def test_target_steps_equal_released(golden: Golden, ring: str) -> None:
 @pytest.mark.parametrize("name", ["fixed", "effective"])
 def test_trajectory_equals_released(golden: Golden, name: str) -> None:
     method = golden_method(golden, structure_pairs="pairs" if name == "fixed" else "diagonal")
-    sgd = sre_clip.optimizer(method)
+    sgd = method.optimizer("sre")
     for k, row in enumerate(golden[f"traj.{name}.rows"].tolist()):
         i, adapter_rate, gcn_rate, source, target, entropy, diversity, bias, loss = row
-        sre_clip.set_learning_rate(sgd, int(i), method.config)
+        for group in sgd.param_groups:
+            group["lr"] = method.learning_rate("sre", int(i) // sre_clip.EPOCH, int(i) % sre_clip.EPOCH) * group["factor"]
         assert [group["lr"] for group in sgd.param_groups] == pytest.approx([adapter_rate, gcn_rate], rel=1e-9)
         step = k % 6
         terms = method.step(Batch(golden[f"x_source.{step}"], golden[f"y_source.{step}"], golden[f"x_target.{step}"], int(i),

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 MEMORY_BUDGET = 2**26  # bytes of a chunk when no size is given; larger ones leave the CPU's cache and are slower
-BYTES_PER_PAIR = 48  # of a chunk: float64 distances and their bounds, sorted values and indices, hits, precisions
+BYTES_PER_PAIR = 48  # of a chunk: distances and bounds in float64, keys and sorted keys, hits, precisions
+INDEX = 0xFFFFFFFF  # the bits of a key that hold the gallery index
 
 
 def retrieval(
@@ -60,7 +61,7 @@ def retrieval(
 
     columns: list[Tensor] = []
     for rows, labels in zip(_split(query, chunk, len(gallery)), _split(query_labels, chunk, len(gallery)), strict=True):
-        order = squared_distances(rows, gallery).sort(dim=1, stable=True).indices
+        order = _sort(_keys(squared_distances(rows, gallery))) & INDEX
         hits = gallery_labels[order] == labels[:, None]
         relevant, first = hits.sum(1), hits[:, :k_used]
         columns.append(
@@ -142,13 +143,10 @@ def search(query: Tensor, gallery: Tensor | np.ndarray, k: int, chunk: int | Non
         rows = gallery[start : start + chunk]
         rows = rows if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows))
         _check_rows(rows, "gallery", offset=start)
-        # Float32 >= 0 sort like their bits; with the index below them, keys are distinct and any top-k is stable.
-        bits = squared_distances(query, rows.to(query.device)).view(torch.int32).to(torch.int64)
-        keys = (bits << 32) | torch.arange(start, start + len(rows), device=query.device)
-        best = torch.cat([best, keys], dim=1)
+        best = torch.cat([best, _keys(squared_distances(query, rows.to(query.device)), start)], dim=1)
         best = best.topk(min(k, best.shape[1]), dim=1, largest=False, sorted=True).values
     distances = (best >> 32).to(torch.int32).view(torch.float32).sqrt()
-    return distances.to(home), (best & 0xFFFFFFFF).to(home)
+    return distances.to(home), (best & INDEX).to(home)
 
 
 def squared_distances(query: Tensor, gallery: Tensor) -> Tensor:
@@ -160,15 +158,29 @@ def squared_distances(query: Tensor, gallery: Tensor) -> Tensor:
     """
     query, gallery = query.double(), gallery.double()
     query_sq, gallery_sq = torch.linalg.vector_norm(query, dim=1) ** 2, torch.linalg.vector_norm(gallery, dim=1) ** 2
-    product = torch.addmm(gallery_sq, query, gallery.T, alpha=-2).add_(query_sq[:, None])
     # |error| <= (e + 3) u (|q| + |g|)^2 <= (e + 3) eps (q^2 + g^2); 16 covers the reference sum's, and 2 is for safety.
-    bound = 2 * (query.shape[1] + 16) * torch.finfo(torch.float64).eps * (query_sq[:, None] + gallery_sq)
-    distances = (product + bound).float()
-    undecided = (product.sub_(bound).float() != distances).nonzero()
+    bound = 2 * (query.shape[1] + 16) * torch.finfo(torch.float64).eps * (query_sq.max() + gallery_sq)
+    upper = torch.addmm(gallery_sq + bound, query, gallery.T, alpha=-2).add_(query_sq[:, None])
+    distances = upper.float()
+    undecided = (upper.sub_(2 * bound).float() != distances).nonzero()
     for pairs in undecided.split(max(1, MEMORY_BUDGET // (32 * query.shape[1]))):
         i, j = pairs.unbind(1)
         distances[i, j] = _halving_sum((query[i] - gallery[j]) ** 2).float()
     return distances
+
+
+def _keys(distances: Tensor, start: int = 0) -> Tensor:
+    """Distinct int64 that order by distance, then by gallery index from `start`: any sort or top-k of them is stable.
+
+    The index is in the low 32 bits, the distance's own bits above it: float32 >= 0 are ordered like their bits.
+    """
+    keys = distances.view(torch.int32).to(torch.int64) << 32
+    return keys | torch.arange(start, start + distances.shape[1], device=distances.device)
+
+
+def _sort(keys: Tensor) -> Tensor:
+    """Sorts each row. On the CPU by numpy, whose integer sort is vectorised and ten times as fast as PyTorch's."""
+    return torch.from_numpy(np.sort(keys.numpy(), axis=1)) if keys.device.type == "cpu" else keys.sort(dim=1).values
 
 
 def _halving_sum(x: Tensor) -> Tensor:

@@ -41,6 +41,14 @@ class Protocol:
     tests: list[Test]
     gallery_domain: str
 
+    def digests(self) -> dict[str, str]:
+        """A digest of every file list, so that two runs can be seen to use the same images."""
+        lists = {"train": self.train}
+        for test in [self.validation, *self.tests] if self.validation else self.tests:
+            lists |= {f"{test.protocol} query": test.query}
+            lists |= {f"{test.protocol} gallery {name}": files for name, files in test.galleries.items()}
+        return {name: files.digest(self.root) for name, files in lists.items()}
+
 
 def class_list(name: str) -> list[str]:
     """A class list of `splits/`, one name a line."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from .clip import CLIP
 from .config import Config
 from .graph import canonical
 
+EPOCH = 100  # iterations that the training loop calls an epoch: between them it saves, and evaluates where S6 asks for it
 GRAPH_RATE = 5.0  # the graph head learns this many times faster than the adapter
 DECAY_GAMMA, DECAY_POWER = 0.001, 0.75
 
@@ -67,49 +68,55 @@ class GCN(nn.Module):
 class TargetBank(nn.Module):
     """The last `size` target features: appended while there is room, then overwritten in a ring.
 
-    ring "exact": right for any batch. "released" (S7): whole batches, so the bank may outgrow `size`, and the pointer
-    goes back to 0 as soon as another batch like this one would pass `size`, so the rows behind it go stale.
+    ring "exact": right for any batch. "released" (S7): whole batches of at most `batch`, so the bank may outgrow `size`,
+    and the pointer goes back to 0 as soon as another batch like this one would pass `size`, so the rows behind it go stale.
     """
 
-    rows: Tensor  # [at most size, h]; in the released ring up to size + b - 1
+    store: Tensor  # [capacity, h]
+    count: Tensor  # [], rows in use
     pointer: Tensor  # [], the next row to overwrite
 
-    def __init__(self, size: int, h: int, ring: str = "exact") -> None:
+    def __init__(self, size: int, h: int, ring: str = "exact", batch: int = 256) -> None:
         super().__init__()
         if size < 1:
             raise ValueError(f"the target bank has {size} rows; it needs at least 1")
         self.size, self.ring = size, ring
-        self.register_buffer("rows", torch.zeros(0, h))
+        self.register_buffer("store", torch.zeros(size if ring == "exact" else size + batch - 1, h))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
 
     @property
+    def rows(self) -> Tensor:
+        """[at most size, h]; in the released ring up to size + b - 1"""
+        return self.store[: int(self.count)]
+
+    @property
     def full(self) -> bool:
-        return len(self.rows) >= self.size
+        return int(self.count) >= self.size
 
     @torch.no_grad()
     def push(self, x: Tensor) -> None:
         """x [b, h], detached here."""
+        x = x.to(self.store.dtype)
         if not self.full:
-            room = len(x) if self.ring == "released" else self.size - len(self.rows)  # S7
-            self.rows, x = torch.cat([self.rows, x[:room].to(self.rows.dtype)]), x[room:]
+            start, room = int(self.count), len(x) if self.ring == "released" else self.size - int(self.count)  # S7
+            end = start + len(x[:room])
+            assert end <= len(self.store), f"{end} rows in a bank of {len(self.store)}"
+            self.store[start:end], x = x[:room], x[room:]
+            self.count.fill_(end)
         b = len(x)
         if b == 0:
             return
         if self.ring == "released":  # S7
-            assert self.pointer + b <= len(self.rows), f"{b} rows at {self.pointer} of the bank's {len(self.rows)}"
-            index = self.pointer + torch.arange(b, device=x.device)
-            end = self.pointer + b
-            self.pointer = torch.where(end + b > self.size, 0, end)
+            end = int(self.pointer) + b
+            assert end <= int(self.count), f"{b} rows at {int(self.pointer)} of the bank's {int(self.count)}"
+            self.store[end - b:end] = x
+            self.pointer.fill_(0 if end + b > self.size else end)
         else:
             # Only the last `size` rows: of two writes to one row, a GPU leaves open which wins.
             index = (self.pointer + torch.arange(b, device=x.device))[-self.size:] % self.size
-            self.pointer = (self.pointer + b) % self.size
-        self.rows = self.rows.index_copy(0, index, x[-len(index):].to(self.rows.dtype))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if prefix + "rows" in state_dict:  # a bank is as long as it has been filled
-            self.rows = self.rows.new_zeros(len(state_dict[prefix + "rows"]), self.rows.shape[1])
-        super()._load_from_state_dict(state_dict, prefix, *args)
+            self.store[index] = x[-len(index):]
+            self.pointer.copy_((self.pointer + b) % self.size)
 
 
 class SRECLIP(nn.Module):
@@ -138,7 +145,7 @@ class SRECLIP(nn.Module):
         h = config.sre_hidden
         self.adapter = ImageAdapter(clip.embed_dim, h)
         self.gcn = GCN(class_vectors.shape[1], h, h, config.sre_dropout)
-        self.bank = TargetBank(config.sre_bank, h, config.bank_ring)
+        self.bank = TargetBank(config.sre_bank, h, config.bank_ring, config.sre_batch)
         self.register_buffer("class_vectors", class_vectors.float())
         self.register_buffer("adjacency", adjacency, persistent=False)
         self.register_buffer("unseen_ids", unseen, persistent=False)
@@ -146,6 +153,21 @@ class SRECLIP(nn.Module):
     def trainable(self, phase: str) -> dict[str, nn.Parameter]:
         """The parameters that the one phase trains, by name."""
         return {name: value for name, value in self.named_parameters() if name.startswith(("adapter.", "gcn."))}
+
+    def start(self, phase: str) -> None:
+        """Nothing to prepare; dropout is on in training."""
+        self.train()
+
+    def optimizer(self, phase: str) -> torch.optim.SGD:
+        """SGD with Nesterov momentum 0.9 and weight decay 1e-4; two groups, adapter and graph head, each with its `factor`."""
+        groups = [{"params": list(self.adapter.parameters()), "factor": 1.0},
+                  {"params": list(self.gcn.parameters()), "factor": GRAPH_RATE}]
+        return torch.optim.SGD(groups, lr=self.config.sre_lr, momentum=0.9, weight_decay=1e-4, nesterov=True)
+
+    def learning_rate(self, phase: str, epoch: int, step: int) -> float:
+        """The adapter's rate: constant in the warm-up, then eta (1 + 0.001 (i - warm-up))^-0.75 at iteration i."""
+        i = epoch * EPOCH + step
+        return self.config.sre_lr * (1 + DECAY_GAMMA * max(0, i - self.config.sre_warmup)) ** -DECAY_POWER
 
     def class_embeddings(self) -> Tensor:
         """E [c, h]: L2-normalised first c rows of the graph head's output."""
@@ -158,11 +180,12 @@ class SRECLIP(nn.Module):
     def step(self, batch: Batch, phase: str) -> dict[str, Tensor]:
         """Loss terms of one iteration; `loss` is the one to minimise.
 
-        L_s during the warm-up (the target images enter the bank all the same), then L_t + 1.5 L_s.
+        L_s during the warm-up (the target images enter the bank all the same), then L_t + 1.5 L_s; L_t weighs
+        `sre_target`, 0 in the ablation without target losses.
         """
         source, target = self.source_step(batch), self.target_step(batch.target)
         warm = batch.iteration < self.config.sre_warmup
-        loss = source["source"] if warm else target["target"] + self.config.sre_source * source["source"]
+        loss = source["source"] if warm else self.config.sre_target * target["target"] + self.config.sre_source * source["source"]
         return {"loss": loss, **source, **target}
 
     def source_step(self, batch: Batch) -> dict[str, Tensor]:
@@ -214,26 +237,6 @@ class SRECLIP(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """images [b, 3, H, W], preprocessed -> adapted features [b, h], L2-normalised."""
         return self.encode_features(self.clip.encode_image(images).float())
-
-
-def learning_rate(i: int, config: Config) -> float:
-    """The adapter's rate at iteration i: constant in the warm-up, then eta (1 + 0.001 (i - warm-up))^-0.75."""
-    return config.sre_lr * (1 + DECAY_GAMMA * max(0, i - config.sre_warmup)) ** -DECAY_POWER
-
-
-def optimizer(method: SRECLIP) -> torch.optim.SGD:
-    """SGD with Nesterov momentum 0.9 and weight decay 1e-4; two groups, adapter and graph head."""
-    groups = [{"params": list(method.adapter.parameters()), "factor": 1.0},
-              {"params": list(method.gcn.parameters()), "factor": GRAPH_RATE}]
-    sgd = torch.optim.SGD(groups, lr=method.config.sre_lr, momentum=0.9, weight_decay=1e-4, nesterov=True)
-    set_learning_rate(sgd, 0, method.config)
-    return sgd
-
-
-def set_learning_rate(sgd: torch.optim.Optimizer, i: int, config: Config) -> None:
-    """Sets both groups' rates for iteration i."""
-    for group in sgd.param_groups:
-        group["lr"] = group["factor"] * learning_rate(i, config)
 
 
 def unseen_indices(class_names: Sequence[str], unseen_names: Sequence[str]) -> list[int]:

@@ -1,0 +1,189 @@
+"""The plain transcription computes what the package computes, and each exact saving changes nothing."""
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import tiny_state_dict
+from torch.utils.flop_counter import FlopCounterMode
+
+from ucdr_ref import bench, bench_plain, metrics
+from ucdr_ref.clip import CLIP
+from ucdr_ref.config import Config
+from ucdr_ref.ucdr_adapter import Batch, UCDRAdapter
+
+CLASSES, DOMAINS = ["cat", "alarm_clock", "The_Eiffel_Tower", "dog"], ["clipart", "real", "sketch"]
+
+
+def pair() -> tuple[UCDRAdapter, bench_plain.PlainAdapter]:
+    """Ours and the plain one with the same parameters, every one of them away from its initial value."""
+    torch.manual_seed(0)
+    config = Config(context_vectors=4, prompt_length=2, momentum=0.9, queue_size=3)
+    ours = UCDRAdapter(CLIP.from_state_dict(tiny_state_dict()), CLASSES, DOMAINS, config)
+    plain = bench_plain.PlainAdapter(CLIP.from_state_dict(tiny_state_dict()), CLASSES, DOMAINS, config)
+    with torch.no_grad():
+        for phase in ours.PHASES:
+            for name, value in ours.trainable(phase).items():
+                value += 0.3 * value.std().nan_to_num(0).clamp(min=0.1) * torch.randn(value.shape)
+                plain.trainable(phase)[name].copy_(value)
+        for name in ("domain_prompts", "class_prompts"):
+            getattr(ours, f"momentum_{name}").copy_(getattr(ours, name))
+    plain.momentum.load_state_dict(plain.image.state_dict())
+    return ours, plain
+
+
+def batches(count: int) -> list[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    return [Batch(torch.randn(7, 3, 32, 32, generator=generator), (torch.arange(7) ** 2 + k) % 4, (torch.arange(7) + k) % 3)
+            for k in range(count)]
+
+
+def near(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
+
+
+def test_plain_losses_and_gradients_equal_ours():
+    """Three steps of each phase, so that the queues fill and overflow and the averages move: savings 1, 2, 3, 4, 5 and 7."""
+    ours, plain = pair()
+    for phase in ours.PHASES:
+        ours.start(phase)
+        trained = [model.trainable(phase) for model in (ours, plain)]
+        assert set(trained[0]) == set(trained[1])
+        optimizers = []
+        for model, parameters in zip((ours, plain), trained):
+            model.requires_grad_(False)
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
+            optimizers.append(torch.optim.SGD(parameters.values(), lr=0.01))  # Adam would blow up what rounding leaves of a 0
+        for k, batch in enumerate(batches(3)):
+            terms = []
+            for model, optimizer in zip((ours, plain), optimizers):
+                torch.manual_seed(k)
+                terms.append(model.step(batch, phase))
+                optimizer.zero_grad()
+                terms[-1]["loss"].backward()
+            for name, value in terms[0].items():
+                assert value.item() == pytest.approx(terms[1][name].item(), rel=1e-5), (phase, k, name)
+            if phase == "source" and k:
+                assert terms[0]["triplet"] > 0.1
+            for name, parameter in trained[0].items():
+                assert parameter.grad.abs().max() > 1e-6, name
+                assert near(parameter.grad, trained[1][name].grad), (phase, k, name)
+            for optimizer in optimizers:
+                optimizer.step()
+        if phase == "source":
+            assert near(ours.momentum_class_prompts, plain.momentum.class_prompts)
+            assert ours.queues.counts.tolist() == [len(queue) for queue in plain.queues]
+    images = batches(1)[0].images
+    assert near(ours.encode(images), plain.encode(images))
+
+
+def test_frozen_query_pass_equals_one_with_autograd():
+    """Saving 2: the query pass leaves no graph, and letting autograd see it changes no gradient."""
+    ours, _ = pair()
+    batch = batches(1)[0]
+    trained = ours.trainable("target")
+    gradients = []
+    for recorded in (False, True):
+        query = ours.query_feature(ours.clip.visual.embed(batch.images))
+        assert not query.requires_grad
+        if recorded:
+            ours.clip.visual.requires_grad_(True)
+            ours.query_feature = UCDRAdapter.query_feature.__wrapped__.__get__(ours)
+            assert ours.query_feature(ours.clip.visual.embed(batch.images)).requires_grad
+        ours.start("target")
+        loss = ours.step(batch, "target")["loss"]
+        gradients.append(torch.autograd.grad(loss, list(trained.values())))
+    assert all(near(a, b) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("q, g", [(7, 300), (40, 60)])
+def test_plain_metrics_equal_retrieval(q, g):
+    """Saving 6, with a gallery smaller than k, with ties, and with a query class that the gallery lacks."""
+    query, query_labels, gallery, gallery_labels = bench.random_features(q, g, 16, classes=9)
+    gallery[1::3], query_labels[0] = gallery[0], 99
+    plain = bench_plain.retrieval(query, query_labels, gallery, gallery_labels)
+    ours = metrics.retrieval(query, query_labels, gallery, gallery_labels)
+    assert {name: ours[name] for name in plain} == pytest.approx(plain, rel=1e-6)
+    assert 0.05 < plain["mAP@200"] < 0.95
+
+
+def test_image_flops_equal_a_count():
+    shape = bench.SHAPES["tiny"]
+    torch.manual_seed(0)
+    clip = bench.random_clip("tiny")
+    ours = UCDRAdapter(clip, CLASSES, DOMAINS, Config(context_vectors=4)).requires_grad_(False)
+    images = torch.randn(3, 3, 32, 32)
+    formula = 3 * bench.image_flops("encode", shape)
+    with FlopCounterMode(display=False) as counter:
+        ours.encode(images)
+    d, rows = 64, len(CLASSES) + len(DOMAINS)
+    generator = 2 * (rows * d * d) + 3 * 2 * (2 * 2 * d * d + 2 * rows * d)  # W_p; W_i, W_o twice; scores and sums
+    projection = 3 * 2 * d * shape["embed_dim"]  # the formula grants one to the query pass, which needs none
+    assert counter.get_total_flops() == pytest.approx(formula + generator - projection, rel=1e-6)
+
+
+def test_random_clip_has_a_scale_that_trains():
+    for name in ("tiny",):
+        clip = bench.random_clip(name)
+        features = F.normalize(clip.encode_image(torch.randn(4, 3, 32, 32)), dim=-1)
+        assert torch.isfinite(features).all() and not any(p.requires_grad for p in clip.parameters())
+
+
+def result(cpu: float, memory: float, wall: float = 1.0, **more: float) -> dict[str, float]:
+    return {"cpu_s": cpu, "wall_s": wall, "memory_gib": memory, **more}
+
+
+def test_required_figures():
+    sizes = dict(bench.PUBLISHED, arch="ViT-B/32", device="cpu")
+
+    def met(part: str, ours: dict, plain: dict, **changed) -> list[bool]:
+        return [check["met"] for check in bench.checks(part, ours, plain, {**sizes, **changed})]
+
+    assert met("phase1", result(10, 2), result(20, 4)) == [True, True]
+    assert met("phase1", result(10, 2), result(19, 3)) == [False, False]
+    assert met("phase2", result(10, 2), result(29, 4)) == [False, True]
+    assert met("phase2", result(10, 2), result(29, 4), arch="ViT-B/16") == [True, True]
+    assert met("phase2", result(10, 2), result(10, 2), batch=16) == met("encode", result(1, 1), result(1, 1)) == []
+    assert met("metrics", result(1, 1.8, 24.9), result(1, 1)) == [True, True]
+    assert met("metrics", result(1, 1.9, 25.1), result(1, 1)) == [False, False]
+    gpu = dict(arch="ViT-B/16", device="cuda", precision="bf16")
+    assert met("encode", result(1, 1, matmul_share=0.49), result(1, 1), **gpu) == [False]
+
+
+TINY = ["--arch", "tiny", "--batch", "6", "--classes", "9", "--context", "2", "--steps", "1", "--device", "cpu"]
+
+
+def test_command(tmp_path, capsys, monkeypatch):
+    """All parts in this process; that a part runs in a process of its own is tested below."""
+    monkeypatch.setattr(bench, "isolated", bench.measure)
+    file = tmp_path / "bench.json"
+    assert bench.main([*TINY, "--sizes", "20", "30", "8", "--json", str(file)]) == 0
+    out = capsys.readouterr().out
+    last = out[out.index("plain / ours"):]
+    assert all(part in last for part in bench.PARTS)
+    written = json.loads(file.read_text())
+    assert written["all_met"] and written["versions"]["torch"] == torch.__version__
+    assert all(side["cpu_s"] > 0 and side["memory_gib"] > 0
+               for part in written["parts"].values() for side in (part["ours"], part["plain"]))
+    monkeypatch.setattr(bench, "checks", lambda *_: [{"what": "x", "value": 1.0, "bound": ">= 2", "met": False}])
+    assert bench.main([*TINY, "--part", "encode"]) == 1
+    assert "required >= 2: MISSED" in capsys.readouterr().out
+
+
+def test_a_part_runs_in_a_fresh_process():
+    sizes = dict(device="cpu", precision="fp32", sizes=[5, 6, 4])
+    before = torch.get_rng_state()
+    assert bench.isolated("metrics", "ours", sizes)["cpu_s"] > 0
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(KeyError, match="arch"):  # an error over there is an error here
+        bench.isolated("phase1", "ours", sizes)
+
+
+def test_user_mistakes(capsys):
+    assert bench.main([*TINY, "--device", "cuda:77"]) == 2
+    assert "try --device cpu" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--batch", "0"])

@@ -1,0 +1,200 @@
+"""The three entry points as a user meets them: from folders to tables and pictures, and one sentence for every mistake."""
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_state_dict
+from PIL import Image
+
+import evaluate
+import retrieve
+import train
+from ucdr_ref.config import FIELDS, PRESETS
+from ucdr_ref.metrics import retrieval
+
+
+def flags(world: Path, run: Path, *more: str) -> list[str]:
+    return ["--dataset", "folder", "--data-root", str(world / "data"), "--weights", str(world / "clip.pt"), "--run", str(run),
+            "--class-split", str(world / "split.json"), "--source-batch", "6", "--target-batch", "8", "--target-epochs", "1",
+            "--context-vectors", "4", "--workers", "0", *more]
+
+
+@pytest.fixture(scope="module")
+def run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert train.main(flags(world, folder)) == 0
+    return folder
+
+
+def fails(capsys: pytest.CaptureFixture, code: int, *parts: str) -> None:
+    """Exit code 2, and one line on stderr that says all of this."""
+    error = capsys.readouterr().err
+    assert code == 2, error
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and error.splitlines()[-1] == lines[0] and "Traceback" not in error
+    for part in parts:
+        assert part in lines[0], (part, lines[0])
+
+
+def test_evaluate_repeats_the_table_of_training(run, tmp_path, capsys):
+    assert evaluate.main(["--run", str(run), "--out", str(tmp_path), "--workers", "0"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("UCDR", "UdCDR", "unseen", "mixed", "zero-shot", "ucdr-adapter", "mAP@200", "k cut to"):
+        assert word in printed
+    ours, theirs = (json.loads((folder / "results.json").read_text())["rows"] for folder in (tmp_path, run))
+    assert ours == theirs and len(ours) == 6
+    with Image.open(tmp_path / "queries.png") as picture:
+        assert picture.width > 300
+    rows = list(csv.DictReader((tmp_path / "per_class.csv").open()))
+    means = {row["method"]: [] for row in rows}
+    for row in rows:
+        if row["gallery"] == "unseen":
+            means[row["method"]] += [float(row["mAP@200"])] * int(row["queries"])
+    for row in ours[:2]:
+        assert np.mean(means[row["method"]]) == pytest.approx(row["mAP@200"], abs=1e-6)
+
+
+def test_zero_shot_rows_equal_a_separate_computation(run, world):
+    from ucdr_ref.checkpoint import load_clip
+    from ucdr_ref.data import open_image, preprocess
+    clip = load_clip(world / "clip.pt")
+    names = json.loads((world / "split.json").read_text())["test"]
+
+    def encode(domain):
+        paths = [path for name in names for path in sorted((world / "data" / domain / name).iterdir())]
+        images = [open_image(str(path)) for path in paths]
+        if domain == "sketch":
+            images = [Image.eval(image, lambda value: 255 - value) for image in images]
+        x = torch.stack([preprocess(32)(image) for image in images])
+        return torch.nn.functional.normalize(clip.encode_image(x), dim=1), torch.tensor([names.index(p.parent.name) for p in paths])
+
+    expected = retrieval(*encode("sketch"), *encode("photo"))["mAP@200"]
+    row = json.loads((run / "results.json").read_text())["rows"][0]
+    assert (row["method"], row["gallery_name"]) == ("zero-shot", "unseen") and row["mAP@200"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_zero_shot_run(world, tmp_path, capsys):
+    assert train.main(flags(world, tmp_path / "zs", "--method", "zero-shot")) == 0
+    assert "ucdr-adapter" not in capsys.readouterr().out.split("protocol")[-1]
+    gallery = str(world / "data" / "photo")
+    assert retrieve.main(["--run", str(tmp_path / "zs"), "--gallery", gallery, "--query", f"{gallery}/shape_3/0.png", "--k", "2",
+                          "--workers", "0"]) == 0
+
+
+def test_retrieve_from_index_to_sheet(run, world, tmp_path, capsys):
+    gallery = tmp_path / "gallery"
+    shutil.copytree(world / "data" / "photo", gallery)
+    query = str(gallery / "shape_5" / "1.png")
+    call = ["--run", str(run), "--gallery", str(gallery), "--query", query, str(world / "data/sketch/shape_4/0.png"), "--k", "3",
+            "--workers", "0", "--cache", str(tmp_path / "cache")]
+    assert retrieve.main([*call, "--out", str(tmp_path / "sheet.png")]) == 0
+    text = capsys.readouterr().out
+    assert "48 images" in text and "from the cache" not in text and str(Path("shape_5") / "1.png") in text
+    with Image.open(tmp_path / "sheet.png") as picture:
+        assert picture.width > 300 and picture.height > 200
+    assert retrieve.main([*call, "--json", "--export", str(tmp_path / "vectors.npy")]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["cached"] and len(answer["queries"]) == 2
+    first = answer["queries"][0]["results"]
+    assert first[0]["path"] == query and first[0]["distance"] == pytest.approx(0, abs=1e-3) and len(first) == 3
+    assert [hit["distance"] for hit in first] == sorted(hit["distance"] for hit in first)
+    assert np.load(tmp_path / "vectors.npy").shape == (48, 32)
+    (gallery / "shape_5" / "2.png").unlink()
+    assert retrieve.main([*call, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cached"] is False  # a changed folder is encoded anew
+
+
+def test_dry_run_writes_nothing(world, tmp_path, capsys):
+    assert train.main(flags(world, tmp_path / "dry", "--dry-run")) == 0
+    text = capsys.readouterr().out
+    assert "phase source: 640 trainable parameters" in text and "phase target: 14,720" in text and not (tmp_path / "dry").exists()
+    assert "train    " in text and '"mask": "own"' in text
+
+
+def test_every_field_is_a_flag_and_every_preset_resolves(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert all("--" + name.replace("_", "-") in text for name in FIELDS)
+    for preset in PRESETS:
+        code = train.main(["--preset", preset, "--data-root", "/nonexistent/root", "--source", "/nonexistent/root", "--dry-run"])
+        assert code == 2 and f'"dataset": "{PRESETS[preset]["dataset"]}"' in capsys.readouterr().out
+
+
+def test_mistakes_in_flags(world, tmp_path, capsys):
+    def run_with(*more: str) -> int:
+        return train.main(flags(world, tmp_path / "none", *more))
+
+    fails(capsys, run_with("--data-root", str(tmp_path / "absent")), "absent", "no such folder")
+    fails(capsys, run_with("--held-out", "paintings"), "--held-out paintings", "icon, photo, sketch")
+    fails(capsys, run_with("--source-batch", "1"), "batch of 1 cannot hold the 2 source domains")
+    fails(capsys, run_with("--context-vectors", "90"), "'shape_3'", "--context-vectors")
+    fails(capsys, run_with("--weights", str(tmp_path / "absent.pt")), "absent.pt")
+    fails(capsys, run_with("--preset", "domainnet/cat"), "no such preset", "domainnet/sketch")
+    fails(capsys, run_with("--preset", "tuberlin"), "give one of the two")
+    fails(capsys, run_with("--device", "tpu9"), "--device tpu9")
+    fails(capsys, run_with("--tau", "-1"), "tau is -1.0")
+    fails(capsys, run_with("--class-split", str(tmp_path / "x.json")), "expected a JSON file")
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--mask", "theirs"])
+    assert stop.value.code == 2 and "invalid choice" in capsys.readouterr().err
+
+
+def test_a_run_folder_of_another_config_is_kept(run, world, capsys):
+    before = (run / "best.pt").read_bytes()
+    fails(capsys, train.main(flags(world, run, "--mask", "none", "--tau", "0.1")), "mask: 'own' -> 'none'", "tau: 0.07 -> 0.1")
+    assert (run / "best.pt").read_bytes() == before
+    elsewhere = world / "data"
+    fails(capsys, train.main(flags(world, elsewhere)), "is no run folder")
+
+
+def test_changed_images_or_weights_are_noticed(world, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(world / "data", data)
+    call = flags(world, tmp_path / "run", "--data-root", str(data), "--method", "zero-shot")
+    assert train.main(call) == 0
+    (data / "photo" / "shape_4" / "9.png").write_bytes((data / "photo" / "shape_4" / "0.png").read_bytes())
+    fails(capsys, train.main(call), "other image files")
+    torch.save(tiny_state_dict(1), tmp_path / "other.pt")
+    fails(capsys, retrieve.main(["--run", str(tmp_path / "run"), "--gallery", str(data), "--query", "x.png", "--workers", "0",
+                                 "--weights", str(tmp_path / "absent.pt")]), "absent.pt")
+
+
+def test_evaluate_and_retrieve_explain_mistakes(run, world, tmp_path, capsys):
+    fails(capsys, evaluate.main(["--run", str(tmp_path / "nothing")]), "best.pt", "train first")
+    wide = tiny_state_dict(embed_dim=48)
+    torch.save(wide, tmp_path / "wide.pt")
+    fails(capsys, evaluate.main(["--run", str(run), "--weights", str(tmp_path / "wide.pt")]), "was trained with other weights", "32", "48")
+    fewer = tmp_path / "fewer"
+    shutil.copytree(world / "data", fewer)
+    for domain in ("photo", "sketch", "icon"):
+        shutil.rmtree(fewer / domain / "shape_3")
+    fails(capsys, evaluate.main(["--run", str(run), "--data-root", str(fewer)]), "no folder", "shape_3")
+    gallery = ["--gallery", str(world / "data" / "photo")]
+    fails(capsys, retrieve.main(["--run", str(run), *gallery]), "nothing to do")
+    fails(capsys, retrieve.main(["--run", str(run), *gallery, "--query", str(tmp_path / "no.png")]), "no.png")
+    fails(capsys, retrieve.main(["--run", str(run), "--gallery", str(tmp_path / "no"), "--query", "a.png"]), "no such folder")
+    (run.parent / "broken").mkdir()
+    (run.parent / "broken" / "best.pt").write_bytes(b"PK\x03\x04 half a file")
+    fails(capsys, evaluate.main(["--run", str(run.parent / "broken")]), "best.pt")
+
+
+def test_unreadable_images_stop_or_are_counted(world, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(world / "data", data)
+    (data / "photo" / "shape_3" / "0.png").write_bytes(b"broken")
+    (data / "sketch" / "shape_6" / "0.png").write_bytes(b"")
+    fails(capsys, train.main(flags(world, tmp_path / "a", "--data-root", str(data))), "not a readable image", "--bad-images skip")
+    assert train.main(flags(world, tmp_path / "b", "--data-root", str(data), "--bad-images", "skip")) == 0
+    captured = capsys.readouterr()
+    assert "skipped" in captured.err and "11 x 12" in captured.out
+    (data / "photo" / "empty").mkdir()
+    fails(capsys, train.main(flags(world, tmp_path / "c", "--data-root", str(data))), "a class folder without images")

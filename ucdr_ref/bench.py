@@ -1,0 +1,298 @@
+"""Time and peak memory of every part beside a plain transcription of the published computation: `python -m ucdr_ref.bench`.
+
+Weights, images and labels are random, so no file is needed. Each part and side runs alone in a fresh process of the same
+interpreter, one after the other, so that its peak memory is its own; both see the same machine, threads and sizes. The first
+step of each is not counted. CPU-seconds are those of all threads: they hold on a machine that does other things too, where
+seconds do not. The plain metrics are timed on the first queries and scaled to all, which the output says.
+
+Exit status 1 when a required figure is missed. On two CPU cores, float32, 245 classes, 5 domains, 16 context vectors, batch 50:
+phase 1 at least 2x, phase 2 at least 3x (ViT-B/32) or 2x (ViT-B/16) fewer CPU-seconds, each in at most half the memory;
+metrics at 8,000 x 20,000 x 512 in 25 s and 2 GB. On a GPU: encoding with ViT-B/16 in bf16 at half the measured matrix peak.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import bench_plain, metrics
+from .checkpoint import write_text_atomic
+from .clip import CLIP
+from .config import Config
+from .engine import autocast, memory_gib, pick_device
+from .protocols import class_list
+from .runs import versions
+from .ucdr_adapter import Batch, UCDRAdapter
+
+TEXT = dict(context_length=77, vocab_size=49408)
+BASE = dict(image_size=224, vision_width=768, vision_layers=12, vision_heads=12, embed_dim=512, text_width=512, text_layers=12,
+            text_heads=8, **TEXT)
+SHAPES = {"ViT-B/32": dict(BASE, patch=32), "ViT-B/16": dict(BASE, patch=16),
+          "tiny": dict(image_size=32, patch=8, vision_width=64, vision_layers=2, vision_heads=1, embed_dim=32, text_width=64,
+                       text_layers=2, text_heads=1, **TEXT)}
+PARTS = ("phase1", "phase2", "encode", "metrics")
+PHASES = {"phase1": "source", "phase2": "target"}
+FASTER = {"phase1": {"ViT-B/32": 2.0, "ViT-B/16": 2.0}, "phase2": {"ViT-B/32": 3.0, "ViT-B/16": 2.0}}
+PUBLISHED = dict(batch=50, classes=245, domains=5, context=16, precision="fp32", sizes=[8000, 20000, 512])
+PLAIN_QUERIES = 200
+
+
+def random_clip(arch: str) -> CLIP:
+    """A frozen CLIP of SHAPES[arch] with random weights of a usual scale, from torch's global generator."""
+    clip = CLIP(**SHAPES[arch])
+    for name, value in clip.named_parameters():
+        leaf = name.rpartition(".")[2]
+        if "ln_" in name or leaf.endswith("bias") or name == "logit_scale":
+            nn.init.constant_(value, math.log(100) if name == "logit_scale" else float(leaf == "weight"))
+        elif "embedding" in name:
+            nn.init.normal_(value, std=0.02)
+        else:  # the projections are stored [in, out], all others [out, in]
+            inputs = len(value) if leaf.endswith("proj") or leaf == "text_projection" else value[0].numel()
+            nn.init.normal_(value, std=inputs ** -0.5)
+    return clip.eval().requires_grad_(False)
+
+
+def build(side: str, sizes: dict[str, Any], device: torch.device) -> UCDRAdapter | bench_plain.PlainAdapter:
+    """One side's model, its queues filled with random features."""
+    torch.manual_seed(0)
+    clip = random_clip(sizes["arch"]).to(device)
+    names = class_list("domainnet-train") + [f"class {i}" for i in range(sizes["classes"])]
+    kind = UCDRAdapter if side == "ours" else bench_plain.PlainAdapter
+    config = Config(context_vectors=sizes["context"])
+    model = kind(clip, names[:sizes["classes"]], [f"domain {i}" for i in range(sizes["domains"])], config).to(device)
+    rows = F.normalize(torch.randn(sizes["classes"], config.queue_size, clip.embed_dim, device=device), dim=-1)
+    if isinstance(model, UCDRAdapter):
+        labels = torch.arange(sizes["classes"], device=device).repeat_interleave(config.queue_size)
+        model.queues.push(rows.flatten(0, 1), labels)
+    else:
+        for queue, features in zip(model.queues, rows):
+            queue.extend(features)
+    return model
+
+
+def random_batch(sizes: dict[str, Any], device: torch.device) -> Batch:
+    size, b = SHAPES[sizes["arch"]]["image_size"], sizes["batch"]
+    ids = (torch.arange(b) % sizes["classes"], torch.arange(b) % sizes["domains"])
+    return Batch(*(part.to(device) for part in (torch.randn(b, 3, size, size), *ids)))
+
+
+def timed(work: Callable[[], Any], steps: int, device: torch.device, warm_up: bool = True) -> dict[str, float]:
+    """Mean CPU-seconds and seconds of a call, and the peak memory of the process (of the GPU where one is used)."""
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    if warm_up:
+        work()
+    wait()
+    cpu, wall = time.process_time(), time.perf_counter()
+    for _ in range(steps):
+        work()
+    wait()
+    return {"cpu_s": (time.process_time() - cpu) / steps, "wall_s": (time.perf_counter() - wall) / steps,
+            "memory_gib": memory_gib()}
+
+
+def measure(part: str, side: str, sizes: dict[str, Any]) -> dict[str, float]:
+    """One side of one part; runs in a process of its own."""
+    device = torch.device(sizes["device"])
+    if sizes["precision"] == "tf32":
+        torch.set_float32_matmul_precision("high")
+    if part == "metrics":
+        return measure_metrics(side, sizes, device)
+    model, batch, config = build(side, sizes, device), random_batch(sizes, device), Config(precision=sizes["precision"])
+    if part == "encode":
+        def encode() -> None:
+            with autocast(config, device):
+                model.encode(batch.images)
+
+        result = timed(encode, sizes["steps"], device)
+        result["images_per_s"] = sizes["batch"] / result["wall_s"]
+    else:
+        result = timed(training_step(model, batch, PHASES[part], config), sizes["steps"], device)
+    if device.type == "cuda":
+        flops = sizes["batch"] * image_flops(part, SHAPES[sizes["arch"]])
+        peak = matmul_flops(torch.bfloat16 if sizes["precision"] == "bf16" else torch.float32, device)
+        result.update(matmul_peak_tflops=peak / 1e12, matmul_share=flops / result["wall_s"] / peak)
+    return result
+
+
+def training_step(model: UCDRAdapter | bench_plain.PlainAdapter, batch: Batch, phase: str, config: Config) -> Callable[[], None]:
+    """A step as the training loop takes it: loss, gradient, Adam."""
+    trained = model.trainable(phase)
+    model.requires_grad_(False)
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    if isinstance(model, UCDRAdapter):
+        model.start(phase)
+    optimizer = torch.optim.Adam(trained.values(), lr=1e-4)
+
+    def step() -> None:
+        with autocast(config, batch.images.device):
+            loss = model.step(batch, phase)["loss"]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def measure_metrics(side: str, sizes: dict[str, Any], device: torch.device) -> dict[str, float]:
+    q, g, e = sizes["sizes"]
+    query, query_labels, gallery, gallery_labels = (part.to(device) for part in random_features(q, g, e))
+    if side == "ours":
+        return timed(lambda: metrics.retrieval(query, query_labels, gallery, gallery_labels), 1, device, warm_up=False)
+    few = min(q, PLAIN_QUERIES)
+    result = timed(lambda: bench_plain.retrieval(query[:few], query_labels[:few], gallery, gallery_labels), 1, device, warm_up=False)
+    scaled = {name: result[name] * q / few for name in ("cpu_s", "wall_s")}
+    return {**result, **scaled, "queries_timed": few}
+
+
+def random_features(q: int, g: int, e: int, classes: int = 45) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """L2-normalised features around random class centres, and their labels: queries, then gallery."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(classes, e, generator=generator)
+    out = []
+    for count in (q, g):
+        labels = torch.randint(classes, (count,), generator=generator)
+        out += [F.normalize(centres[labels] + 3 * torch.randn(count, e, generator=generator), dim=1), labels]
+    return out[0], out[1], out[2], out[3]
+
+
+def image_flops(part: str, shape: dict[str, int]) -> float:
+    """Operations of our image tower per image (a multiplication and an addition are two); text and generator are left out.
+
+    With frozen weights a backward pass costs what the forward pass does, and attention's twice that.
+    """
+    d, n = shape["vision_width"], (shape["image_size"] // shape["patch"]) ** 2
+
+    def tower(tokens: int, backward: bool = False) -> float:
+        linear, attention = 24 * tokens * d ** 2, 4 * tokens ** 2 * d
+        last_linear, last_attention = (4 * tokens + 20) * d ** 2, 4 * tokens * d  # keys and values of all, the rest of one
+        projection = 2 * d * shape["embed_dim"]
+        return ((shape["vision_layers"] - 1) * linear + last_linear + projection) * (2 if backward else 1) \
+            + ((shape["vision_layers"] - 1) * attention + last_attention) * (3 if backward else 1)
+
+    patches = 2 * n * 3 * shape["patch"] ** 2 * d
+    if part == "phase1":  # online and momentum
+        return 2 * patches + tower(n + 3, backward=True) + tower(n + 3)
+    return patches + tower(n + 1) + tower(n + 3, backward=part == "phase2")  # query and target pass
+
+
+def matmul_flops(dtype: torch.dtype, device: torch.device, size: int = 8192, rounds: int = 10) -> float:
+    """Operations per second of a size^3 matrix product, the best of `rounds`."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size ** 3 / min(timed(lambda: a @ b, 1, device)["wall_s"] for _ in range(rounds))
+
+
+def checks(part: str, ours: dict[str, float], plain: dict[str, float], sizes: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is required at the published sizes: [{what, value, bound, met}]; nothing is required at other sizes."""
+    gpu, arch = sizes["device"].startswith("cuda"), sizes["arch"]
+    published = all(sizes[name] == PUBLISHED[name] for name in PUBLISHED if name != "sizes")
+    wanted: list[tuple[str, float, str, float]] = []
+    if part in FASTER and arch in FASTER[part] and published and not gpu:
+        wanted.append(("plain / ours in CPU-seconds", plain["cpu_s"] / ours["cpu_s"], ">=", FASTER[part][arch]))
+        wanted.append(("ours / plain in memory", ours["memory_gib"] / plain["memory_gib"], "<=", 0.5))
+    if part == "metrics" and sizes["sizes"] == PUBLISHED["sizes"]:
+        wanted.append(("seconds", ours["wall_s"], "<=", 25.0))
+        wanted.append(("GB", ours["memory_gib"] * 2 ** 30 / 1e9, "<=", 2.0))
+    if part == "encode" and gpu and arch == "ViT-B/16" and sizes["precision"] == "bf16":
+        wanted.append(("share of the matrix peak", ours["matmul_share"], ">=", 0.5))
+    return [{"what": what, "value": value, "bound": f"{sign} {bound:g}", "met": value >= bound if sign == ">=" else value <= bound}
+            for what, value, sign, bound in wanted]
+
+
+def isolated(part: str, side: str, sizes: dict[str, Any]) -> dict[str, float]:
+    """`measure` in a fresh process. Raises ValueError when that process is killed, as it is when memory runs out."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(measure, part, side, sizes).result()
+        except BrokenProcessPool:
+            raise ValueError(f"{part} ({side}) was killed, probably for lack of memory; lower --batch, or run another --part") from None
+
+
+def describe(name: str, result: dict[str, float]) -> str:
+    text = f"{name:<16} {result['cpu_s']:9.2f} CPU-s {result['wall_s']:9.2f} s {result['memory_gib']:7.2f} GiB"
+    if "images_per_s" in result:
+        text += f" {result['images_per_s']:8.1f} images/s"
+    if "matmul_share" in result:
+        text += f" {result['matmul_share']:7.1%} of {result['matmul_peak_tflops']:.0f} TFLOP/s"
+    if "queries_timed" in result:
+        text += f"  (time scaled from {result['queries_timed']:.0f} queries)"
+    return text
+
+
+def compare(part: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    """Measures both sides of a part and prints them."""
+    sides = {}
+    for side in ("ours", "plain"):
+        sides[side] = isolated(part, side, sizes)
+        print(describe(f"{part} {side}", sides[side]), flush=True)
+    ours, plain = sides["ours"], sides["plain"]
+    ratios = {name: plain[name] / ours[name] for name in ("cpu_s", "wall_s", "memory_gib") if ours[name]}
+    return {**sides, "plain_over_ours": ratios, "required": checks(part, ours, plain, sizes)}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m ucdr_ref.bench", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", choices=SHAPES, default="ViT-B/32")
+    parser.add_argument("--part", choices=(*PARTS, "all"), default="all")
+    for name, default, text in (("batch", 50, "images per step"), ("classes", 245, "training classes"),
+                                ("domains", 5, "source domains"), ("context", 16, "learnable context vectors"),
+                                ("steps", 0, "steps measured (0: 2 on a CPU, 20 on a GPU)")):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
+    parser.add_argument("--sizes", type=int, nargs=3, metavar=("Q", "G", "E"), default=PUBLISHED["sizes"],
+                        help="queries, gallery and feature width of the metrics (default: 8000 20000 512)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU when there is one)")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="of both sides (default: fp32)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, with machine and versions")
+    args = parser.parse_args(argv)
+    if args.steps < 0 or min(args.batch, args.classes, args.domains, args.context, *args.sizes) < 1:
+        parser.error("sizes must be at least 1")
+    return args
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints the ratios last, writes the JSON; 1 when a required figure was missed, else 0."""
+    device = pick_device(args.device)
+    sizes = {name: value for name, value in vars(args).items() if name not in ("json", "part")}
+    sizes.update(device=str(device), steps=args.steps or (20 if device.type == "cuda" else 2))
+    print(", ".join(f"{name} {value}" for name, value in (versions() | sizes).items()), flush=True)
+    parts = {part: compare(part, sizes) for part in (PARTS if args.part == "all" else (args.part,))}
+    met = True
+    print("\nplain / ours: CPU-seconds, seconds, memory")
+    for part, result in parts.items():
+        print(f"{part:<8} " + " ".join(f"{value:8.2f}x" for value in result["plain_over_ours"].values()))
+        for check in result["required"]:
+            met &= check["met"]
+            print(f"{'':<8} {check['what']} {check['value']:.2f}, required {check['bound']}: {'met' if check['met'] else 'MISSED'}")
+    if args.json:
+        everything = {"versions": versions(), "sizes": sizes, "parts": parts, "all_met": met}
+        write_text_atomic(args.json, json.dumps(everything, indent=2) + "\n")
+    return 0 if met else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return run(parse(argv))
+    except (ValueError, OSError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""SRE-CLIP's data: class graph and unseen list, image folders -> cached features of the frozen tower -> batches.
+
+Legend: `b` batch, `e` CLIP embedding, `n` images, `c` classes.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .clip import CLIP
+from .config import Config
+from .data import Files, ImageDataset, chunks, fold, load, preprocess
+from .engine import Feed, autocast
+from .graph import Graph, canonical, duplicates, load_graph, read_classes
+from .index import EncodePaths, build_index, list_images
+from .sre_clip import EPOCH, Batch, unseen_indices
+
+SHIPPED = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Images of `<root>/<class>/*`, sorted by path."""
+
+    root: str
+    files: Files  # classes are the graph's names; the one domain is the root's own name
+
+
+@dataclass(frozen=True)
+class Features:
+    """Frozen CLIP features, not normalised, of one or more folders; each part [n, e] is memory-mapped."""
+
+    parts: list[np.ndarray]
+    paths: list[str]
+    labels: Tensor  # [n], class indices
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def take(self, indices: Tensor) -> Tensor:
+        """Rows [b, e], read from the files, for indices [b]."""
+        rows = np.empty((len(indices), self.parts[0].shape[1]), dtype=np.float32)
+        wanted, start = indices.numpy(), 0
+        for part in self.parts:
+            here = (wanted >= start) & (wanted < start + len(part))
+            rows[here] = part[wanted[here] - start]
+            start += len(part)
+        return torch.from_numpy(rows)
+
+
+def graph_and_unseen(config: Config) -> tuple[Graph, list[int]]:
+    """The class graph, and the indices of its unseen classes.
+
+    `--graph` names a shipped graph or a file. `--unseen` is a file of names, or a whole class list `seen|unseen nXXXXXXXX name`,
+    whose classes must then be the graph's first nodes; a shipped graph brings its list.
+    Raises FileNotFoundError or ValueError in one sentence, also when no class is unseen.
+    """
+    shipped = sorted(path.stem for path in (SHIPPED / "graphs").glob("*.json"))
+    if not config.graph:
+        raise ValueError(f"no class graph; give --graph FILE (python -m ucdr_ref.graph builds one) or one of {', '.join(shipped)}")
+    known = config.graph in shipped
+    unseen_file = config.unseen or (SHIPPED / "splits" / f"{config.graph}.txt" if known else None)
+    if unseen_file is None:
+        raise ValueError("no class is unseen: give --unseen FILE, one class name a line")
+    lines = read_classes(unseen_file)
+    whole = any(line.split == "seen" for line in lines)
+    names = [line.name for line in lines if line.split == "unseen" or not whole]
+    path = SHIPPED / "graphs" / f"{config.graph}.json" if known else config.graph
+    graph = load_graph(path, [line.name for line in lines] if whole else None)
+    return graph, unseen_indices(graph.names[: graph.classes], names)
+
+
+def class_folders(graph: Graph) -> dict[str, str]:
+    """{what a folder may be called: class name}: WordNet ids, and names without regard to case, spaces, `_`, `+` and `-`."""
+    names = graph.names[: graph.classes]
+    keys = [folder_key(name) for name in names]
+    twice = set(duplicates(keys))
+    return {**{key: name for key, name in zip(keys, names) if key not in twice}, **dict(zip(graph.ids, names))}
+
+
+def folder_key(name: str) -> str:
+    return canonical(name.replace("-", " "))
+
+
+def scan_folder(flag: str, root: str, graph: Graph) -> Folder:
+    """Lists `<root>/<class>/*` without opening an image.
+
+    Raises FileNotFoundError for a missing folder, ValueError for one without images, images outside a class folder, and
+    folders that are no class of the graph, which it lists.
+    """
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"{flag} {root}: no such folder; expected <folder>/<class>/<image>")
+    names = [name for name, *_ in list_images(os.path.realpath(root))]
+    if stray := [name for name in names if os.path.dirname(name) == ""]:
+        raise ValueError(f"{flag} {root}: {stray[0]} lies in no class folder; expected <folder>/<class>/<image>")
+    folders, known = [name.split(os.sep)[0] for name in names], class_folders(graph)
+    found = {name: known.get(folder_key(name)) for name in sorted(set(folders))}
+    if unknown := [name for name, label in found.items() if label is None]:
+        raise ValueError(f"{flag} {root}: folders that are none of the graph's {graph.classes} classes: {', '.join(unknown)}; "
+                         "rename or remove them, or build a graph with these classes")
+    paths = [os.path.join(os.path.realpath(root), name) for name in names]
+    return Folder(root, Files(paths, [str(found[name]) for name in folders], [os.path.basename(os.path.realpath(root))] * len(paths)))
+
+
+def scan_sources(config: Config, graph: Graph, unseen: Sequence[int]) -> list[Folder]:
+    """All `--source` folders; ValueError when there is none, or when unseen classes have labelled images."""
+    if not config.source or not config.target:
+        raise ValueError("SRE-CLIP needs labelled and unlabelled images: give --source DIR [DIR ...] and --target DIR")
+    folders = [scan_folder("--source", root, graph) for root in config.source]
+    hidden = {graph.names[k] for k in unseen}
+    for folder in folders:
+        if wrong := sorted(hidden & set(folder.files.classes)):
+            raise ValueError(f"--source {folder.root} holds images of unseen classes: {', '.join(wrong)}; take them out of the "
+                             "folder or of --unseen")
+    return folders
+
+
+def path_encoder(encode: Callable[[Tensor], Tensor], image_size: int, config: Config, device: torch.device,
+                 invert: str = "auto") -> EncodePaths:
+    """encode_paths(paths) -> (indices [b], features [b, .]) batch by batch; unreadable images are left out.
+
+    invert: whether the images are dark strokes on white: yes, no, or auto, where a folder on the path named like a stroke
+    domain says so (D14).
+    """
+    def domain(path: str) -> str:
+        if invert == "auto":
+            return next((part for part in Path(path).parts[:-1] if part in config.stroke_domains), "")  # D14
+        return "strokes" if invert == "yes" else ""
+
+    def encode_paths(paths: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        files = Files(paths, [""] * len(paths), [domain(path) for path in paths])
+        dataset = ImageDataset(files, preprocess(image_size), (*config.stroke_domains, "strokes"))
+        for indices, images in load(dataset, chunks(len(paths), config.eval_batch), config.workers, True, device):
+            if len(indices):
+                with torch.inference_mode(), autocast(config, device):
+                    yield indices, encode(images.to(device, non_blocking=True)).float()
+
+    return encode_paths
+
+
+def features(folders: Sequence[Folder], graph: Graph, clip: CLIP, config: Config, weights_sha256: str, cache: Path,
+             device: torch.device) -> Features:
+    """Features of the folders' images by the frozen tower, from `cache` or computed now and put there.
+
+    An entry is used only for the same files (names, sizes, times), weights and preprocessing. Raises ValueError for an
+    unreadable image, unless --bad-images skip.
+    """
+    model = [weights_sha256, config.heads, config.precision, sorted(config.stroke_domains)]
+    key = hashlib.sha256(json.dumps(model).encode()).hexdigest()
+    number = {name: k for k, name in enumerate(graph.names[: graph.classes])}
+    parts, paths, labels = [], [], []
+    for folder in folders:
+        index = build_index(folder.root, path_encoder(clip.encode_image, clip.image_size, config, device), key, cache,
+                            config.bad_images)
+        label = dict(zip(folder.files.paths, folder.files.classes))
+        found = [index.path(row) for row in range(len(index.paths))]
+        parts.append(index.features)
+        paths += found
+        labels += [number[label[path]] for path in found]
+    return Features(parts, paths, torch.tensor(labels))
+
+
+@lru_cache(maxsize=8)
+def shuffled(n: int, seed: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+def draw(n: int, b: int, iteration: int, *seed: object) -> Tensor:
+    """Indices [min(b, n)] of an iteration: whole batches of shuffled passes over n images, a function of seed and iteration.
+
+    What a pass leaves over (less than a batch) is another part of the images in every pass.
+    """
+    b = min(b, n)
+    turn, place = divmod(iteration, n // b)
+    return shuffled(n, fold(*seed, turn))[place * b:(place + 1) * b]
+
+
+def feed(source: Features, target: Features, config: Config, device: torch.device) -> Feed:
+    """Source features with labels and target features, whose labels are never read, for every iteration."""
+    def order(epoch: int) -> range:
+        return range(epoch * EPOCH, min((epoch + 1) * EPOCH, config.sre_iterations))
+
+    def batches(epoch: int, left: Sequence[int]) -> Iterator[tuple[Batch, list[str]]]:
+        for i in left:
+            s, t = (draw(len(part), config.sre_batch, i, config.seed, name)
+                    for name, part in (("source", source), ("target", target)))
+            yield (Batch(source.take(s).to(device), source.labels[s].to(device), target.take(t).to(device), i),
+                   [source.paths[k] for k in s.tolist()] + [target.paths[k] for k in t.tolist()])
+
+    return Feed(-(-config.sre_iterations // EPOCH), order, batches)
