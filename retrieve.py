@@ -6,37 +6,17 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ucdr_ref.checkpoint import file_digest
-from ucdr_ref.config import Config
-from ucdr_ref.data import Files, ImageDataset, chunks, load, preprocess
-from ucdr_ref.engine import Encoder, autocast, pick_device
-from ucdr_ref.index import EncodePaths, build_index
+from ucdr_ref.engine import pick_device
+from ucdr_ref.index import build_index
 from ucdr_ref.pictures import sheet
 from ucdr_ref.runs import restore
-
-
-def encoder(config: Config, method: Encoder, device: torch.device, invert: str) -> EncodePaths:
-    """encode(paths) -> (indices [b], features [b, e]) batch by batch; unreadable images are left out."""
-    def domain(path: str) -> str:
-        if invert == "auto":  # D14: a folder named like a stroke domain holds strokes
-            return next((part for part in Path(path).parts[:-1] if part in config.stroke_domains), "")
-        return "strokes" if invert == "yes" else ""
-
-    def encode(paths: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
-        files = Files(paths, [""] * len(paths), [domain(path) for path in paths])
-        dataset = ImageDataset(files, preprocess(method.clip.image_size), (*config.stroke_domains, "strokes"))
-        for indices, images in load(dataset, chunks(len(paths), config.eval_batch), config.workers, True, device):
-            if len(indices):
-                with torch.inference_mode(), autocast(config, device):
-                    yield indices, method.encode(images.to(device, non_blocking=True)).float()
-
-    return encode
+from ucdr_ref.sre_data import path_encoder
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -69,11 +49,11 @@ def run(args: argparse.Namespace) -> None:
     config, method, state = restore(args.run, overrides, device)
     model = [file_digest(args.run / "best.pt"), state["weights_sha256"], config.precision, args.invert_gallery]
     key = hashlib.sha256(json.dumps(model).encode()).hexdigest()
-    index = build_index(args.gallery, encoder(config, method, device, args.invert_gallery), key, args.cache or args.run / "index",
-                        config.bad_images)
+    encoder = partial(path_encoder, method.encode, method.clip.image_size, config, device)
+    index = build_index(args.gallery, encoder(args.invert_gallery), key, args.cache or args.run / "index", config.bad_images)
     results = []
     if args.query:
-        found = list(encoder(config, method, device, args.invert_query)(args.query))
+        found = list(encoder(args.invert_query)(args.query))
         indices = torch.cat([part for part, _ in found]).tolist() if found else []
         missing = sorted(set(range(len(args.query))) - set(indices))
         if missing:

@@ -2,19 +2,24 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 import evaluate
-from ucdr_ref import evaluation, protocols
+from ucdr_ref import evaluation, protocols, sre_data, sre_evaluation
 from ucdr_ref.checkpoint import file_digest, load_clip, save_atomic
+from ucdr_ref.class_vectors import node_vectors
 from ucdr_ref.config import Config, add_arguments, resolve, to_json
 from ucdr_ref.data import fold
 from ucdr_ref.engine import Run, Stopped, feed, pick_device, train
-from ucdr_ref.runs import describe, open_run
+from ucdr_ref.graph import normalised_adjacency
+from ucdr_ref.runs import class_anchors, describe, open_run
+from ucdr_ref.sre_clip import SRECLIP
 from ucdr_ref.ucdr_adapter import UCDRAdapter, ZeroShot
 
 
@@ -22,14 +27,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="run folder; the same command again resumes it")
     parser.add_argument("--preset", help="a row of a published table, such as domainnet/sketch, sketchy/eccv, tuberlin, toy/fast")
-    parser.add_argument("--fast", action="store_true", help="the demonstration in under a minute: preset toy/fast")
+    parser.add_argument("--fast", action="store_true", help="the demonstration in under a minute: toy/fast or sre/toy-fast")
     parser.add_argument("--dry-run", action="store_true", help="print config, files, classes and trainable parameters, and stop")
     parser.add_argument("--no-verify", action="store_true", help="load weights whose sha256 is not the published one")
     add_arguments(parser)
-    args = parser.parse_args(argv)
-    if args.fast:
-        args.preset = args.preset or "toy/fast"
-    return args
+    return parser.parse_args(argv)
 
 
 def summary(config: Config, protocol: protocols.Protocol, method: UCDRAdapter | ZeroShot) -> str:
@@ -47,7 +49,14 @@ def summary(config: Config, protocol: protocols.Protocol, method: UCDRAdapter | 
 
 
 def run(args: argparse.Namespace) -> None:
-    config = resolve(vars(args), args.preset)
+    config = resolve(vars(args), args.preset, args.fast)
+    if config.method == "sre-clip":
+        run_sre(args, config)
+    else:
+        run_ucdr(args, config)
+
+
+def run_ucdr(args: argparse.Namespace, config: Config) -> None:
     print(to_json(config), end="")
     device = pick_device(config.device)
     if config.dataset == "toy":
@@ -59,7 +68,8 @@ def run(args: argparse.Namespace) -> None:
     if config.method == "zero-shot":
         method: UCDRAdapter | ZeroShot = ZeroShot(clip)
     else:
-        method = UCDRAdapter(clip, protocol.class_names, protocol.domain_names, config).to(device)
+        anchors = class_anchors(config, clip, protocol, device)
+        method = UCDRAdapter(clip, protocol.class_names, protocol.domain_names, config, anchors).to(device)
     print(summary(config, protocol, method))
     feeds = {phase: feed(phase, protocol, config, clip.image_size, device) for phase in getattr(method, "PHASES", ())}
     for phase_feed in feeds.values():
@@ -77,6 +87,40 @@ def run(args: argparse.Namespace) -> None:
         save_atomic({"method": {}, **extra}, args.run / "best.pt")
     else:
         train(method, feeds, validate, Run(args.run, config, device, extra))
+    evaluate.report(args.run, {})
+
+
+def run_sre(args: argparse.Namespace, config: Config) -> None:
+    print(to_json(config), end="")
+    device = pick_device(config.device)
+    if config.dataset == "toy":
+        config = sre_data.drawn(config)
+    graph, unseen = sre_data.graph_and_unseen(config)
+    names, sources = graph.names[:graph.classes], sre_data.scan_sources(config, graph, unseen)
+    targets = [sre_data.scan_folder("--target", config.target, graph)]
+    clip = load_clip(config.weights, config.heads or None, verify=not args.no_verify).to(device)
+    vectors = node_vectors(graph, clip, config.class_vectors)
+    torch.manual_seed(fold(config.seed, "initial values"))
+    method = SRECLIP(clip, names, vectors, normalised_adjacency(graph.edges, len(graph.ids)), unseen, config).to(device)
+    print(sre_data.summary(sources, targets, graph, unseen))
+    print(f"phase sre: {sum(parameter.numel() for parameter in method.trainable('sre').values()):,} trainable parameters")
+    if args.dry_run:
+        return
+    weights = file_digest(config.weights)
+    digests = {part: [folder.files.digest(os.path.realpath(folder.root)) for folder in folders]
+               for part, folders in (("source", sources), ("target", targets))}
+    open_run(args.run, config, {"weights_sha256": weights, "files": {**digests, "graph": sre_data.graph_digest(graph, unseen)}})
+    source, target = (sre_data.features(folders, graph, clip, config, weights, args.run / "features", device)
+                      for folders in (sources, targets))
+    name, anchors = sre_evaluation.baseline(clip, graph, source)
+    extra = {**describe(config, names, [Path(root).name for root in config.source], weights), "graph": asdict(graph),
+             "unseen_ids": unseen, "baseline": name, "anchors": anchors}
+    validate = None
+    if config.sre_report == "best-test":  # S6
+        validate = partial(sre_evaluation.test_score, method, target, device, args.run)
+    # No tower runs in this loop, so its arithmetic stays float32; test evaluations are noted, but none stops it.
+    loop = replace(config, precision="fp32", patience=config.sre_iterations)
+    train(method, {"sre": sre_data.feed(source, target, config, device)}, validate, Run(args.run, loop, device, extra))
     evaluate.report(args.run, {})
 
 

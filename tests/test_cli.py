@@ -72,7 +72,8 @@ def test_zero_shot_rows_equal_a_separate_computation(run, world):
         if domain == "sketch":
             images = [Image.eval(image, lambda value: 255 - value) for image in images]
         x = torch.stack([preprocess(32)(image) for image in images])
-        return torch.nn.functional.normalize(clip.encode_image(x), dim=1), torch.tensor([names.index(p.parent.name) for p in paths])
+        labels = torch.tensor([names.index(path.parent.name) for path in paths])
+        return torch.nn.functional.normalize(clip.encode_image(x), dim=1), labels
 
     expected = retrieval(*encode("sketch"), *encode("photo"))["mAP@200"]
     row = json.loads((run / "results.json").read_text())["rows"][0]
@@ -108,6 +109,22 @@ def test_retrieve_from_index_to_sheet(run, world, tmp_path, capsys):
     (gallery / "shape_5" / "2.png").unlink()
     assert retrieve.main([*call, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["cached"] is False  # a changed folder is encoded anew
+
+
+def test_class_features_take_the_place_of_text(world, tmp_path, capsys):
+    tower = {key: value for key, value in tiny_state_dict().items() if key.startswith("visual.")}
+    torch.save(tower, tmp_path / "tower.pt")
+    image_only = ["--weights", str(tmp_path / "tower.pt")]
+    fails(capsys, train.main(flags(world, tmp_path / "text", *image_only)), "image tower alone", "--class-features prototypes")
+    assert train.main(flags(world, tmp_path / "prototypes", *image_only, "--class-features", "prototypes")) == 0
+    assert "phase source: 384 trainable parameters" in capsys.readouterr().out  # U and V, no context (D13)
+    assert evaluate.main(["--run", str(tmp_path / "prototypes"), "--workers", "0"]) == 0
+    np.save(tmp_path / "anchors.npy", np.random.default_rng(0).normal(size=(4, 32)))
+    given = [*image_only, "--class-features", str(tmp_path / "anchors.npy")]
+    assert train.main(flags(world, tmp_path / "given", *given)) == 0
+    np.save(tmp_path / "anchors.npy", np.zeros((4, 31)))
+    fails(capsys, train.main(flags(world, tmp_path / "wrong", *given)), "holds [4, 31], expected [4, 32]")
+    fails(capsys, train.main(flags(world, tmp_path / "wrong", "--class-features", "text")), "--class-features text")
 
 
 def test_dry_run_writes_nothing(world, tmp_path, capsys):
@@ -172,7 +189,8 @@ def test_evaluate_and_retrieve_explain_mistakes(run, world, tmp_path, capsys):
     fails(capsys, evaluate.main(["--run", str(tmp_path / "nothing")]), "best.pt", "train first")
     wide = tiny_state_dict(embed_dim=48)
     torch.save(wide, tmp_path / "wide.pt")
-    fails(capsys, evaluate.main(["--run", str(run), "--weights", str(tmp_path / "wide.pt")]), "was trained with other weights", "32", "48")
+    other = ["--run", str(run), "--weights", str(tmp_path / "wide.pt")]
+    fails(capsys, evaluate.main(other), "was trained with other weights", "32", "48")
     fewer = tmp_path / "fewer"
     shutil.copytree(world / "data", fewer)
     for domain in ("photo", "sketch", "icon"):

@@ -70,6 +70,12 @@ def test_folders_pipes_and_absent_files_are_not_images(tmp_path):
             open_image(str(tmp_path / name))
 
 
+def test_postscript_is_never_interpreted(tmp_path):
+    (tmp_path / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    with pytest.raises(ValueError, match="script.png.*cannot identify"):
+        open_image(str(tmp_path / "script.png"))
+
+
 def test_truncated_image_is_an_error_and_a_bomb_too(tmp_path, monkeypatch):
     path = saved(tmp_path, Image.effect_noise((64, 64), 50), "cut.png")
     content = open(path, "rb").read()

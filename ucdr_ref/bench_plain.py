@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .clip import CLIP, Block
@@ -74,7 +73,7 @@ class ImageBranch(nn.Module):
         """(A) with the masked bank B' = B * (1 - delta_own) of every image: [b, 1, d]."""
         banks = bank.expand(len(query), *bank.shape).clone()
         if own is not None:
-            banks[torch.arange(len(query)), own] = 0
+            banks[torch.arange(len(query), device=own.device), own] = 0
         keys = self.generator.W_p(banks.flatten(1, 2))  # [b, k, d]
         scores = (self.generator.W_i(query)[:, None] * keys).sum(-1) / self.temperature
         prompt = (scores.softmax(dim=1)[:, :, None] * keys).sum(1)
@@ -120,7 +119,7 @@ class PlainAdapter(nn.Module):
         x = torch.stack(rows) + clip.positional_embedding
         causal = torch.full((x.shape[1], x.shape[1]), -math.inf, device=x.device).triu(1)
         x = clip.ln_final(transformer(clip.transformer.blocks(), x, causal))
-        features = x[torch.arange(len(x)), ids.argmax(dim=1)] @ clip.text_projection
+        features = x[torch.arange(len(x), device=x.device), ids.argmax(dim=1)] @ clip.text_projection
         return features / features.norm(dim=1, keepdim=True)
 
     @torch.no_grad()
@@ -149,7 +148,7 @@ class PlainAdapter(nn.Module):
     def step(self, batch: Batch, phase: str) -> dict[str, Tensor]:
         f = self.image.source_features(batch) if phase == "source" else self.image.target_features(*batch)
         scores = f @ self.text_features().T / self.config.tau
-        align = -scores.log_softmax(dim=1)[torch.arange(len(f)), batch.class_ids].mean()
+        align = -scores.log_softmax(dim=1).gather(1, batch.class_ids[:, None]).mean()
         f_momentum = self.momentum_features(batch, phase)
         labels = batch.class_ids.tolist()
         triplet = self.triplet(f, labels) if phase == "source" else torch.zeros_like(align)

@@ -65,7 +65,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers with QuickGELU, x * sigmoid(1.702 x)."""
+    """Two layers with QuickGELU, x * sigmoid(1.702 x), written as silu(1.702 x) / 1.702: one tensor less is kept for backward."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -73,8 +73,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_fc(x)
-        return self.c_proj(x * torch.sigmoid(1.702 * x))
+        return self.c_proj(F.silu(1.702 * self.c_fc(x)) / 1.702)
 
 
 class Block(nn.Module):
@@ -192,7 +191,7 @@ class CLIP(nn.Module):
     def require_text(self) -> None:
         if not self.has_text:
             raise ValueError("these weights hold CLIP's image tower alone, so text cannot be encoded; "
-                             "use a full CLIP file (see weights/README.md)")
+                             "use a full CLIP file (see weights/README.md) or, for UCDR-Adapter, --class-features prototypes")
 
     @classmethod
     def from_state_dict(cls, sd: Mapping[str, Tensor], heads: int | tuple[int, int] | None = None,

@@ -133,8 +133,9 @@ SKETCHY = dict(dataset="sketchy", data_root="data/Sketchy", weights="weights/ViT
                context_vectors=8)
 TOY = dict(dataset="toy", context_vectors=8, source_batch=50, source_epochs=2, target_epochs=6, source_lr=1e-3, target_lr=1e-3,
            prompt_length=1)
-# SRE-CLIP: labelled and unlabelled folders are given by flags; the drawn ones are made below data_root.
-SRE = dict(method="sre-clip", dataset="folder", data_root="", weights="weights/ViT-B-32.pt", save_every=1000)
+# SRE-CLIP: labelled and unlabelled folders are given by flags; the drawn ones are made below data_root. D14 is the other
+# method's: no image is inverted here, which suits CLIP, to which strokes are dark on white.
+SRE = dict(method="sre-clip", dataset="folder", data_root="", weights="weights/ViT-B-32.pt", stroke_domains=(), save_every=1000)
 SRE_TOY = dict(SRE, dataset="toy", data_root="data/toy-sre", weights="weights/demo-clip.pt", graph="toy")
 # Named after the rows of the paper's tables; `seen` is the source domain its runs validate on.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -190,8 +191,10 @@ def resolve(flags: Mapping[str, Any], preset: str | None = None, fast: bool = Fa
             own, given = values.get(name, default), flags.get(name, values.get(name, default))
             if own != given and "sre-clip" in (own, given) or own != given and name == "dataset":
                 raise ValueError(f"--preset {preset} is for --{name} {own}, not {given}; give one of the two")
-    variant = flags.get("variant", "paper")
-    merged = {**values, **VARIANTS[variant], **{name: value for name, value in flags.items() if name in FIELDS}}
+    variant = VARIANTS[flags.get("variant", "paper")]
+    if values.get("method") == "sre-clip":
+        variant = {name: value for name, value in variant.items() if name != "stroke_domains"}  # D14 is the other method's
+    merged = {**values, **variant, **{name: value for name, value in flags.items() if name in FIELDS}}
     return from_dict(merged)
 
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import stat
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -23,6 +25,10 @@ from torchvision import transforms
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MAX_PIXELS = 120_000_000  # more is taken for a decompression bomb
+# Raster formats alone: Pillow would hand an EPS, whatever its name, to Ghostscript.
+FORMATS = ("JPEG", "MPO", "JPEG2000", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "ICO")
+ENDINGS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp",
+                     ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico"))
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -55,6 +61,13 @@ def fold(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 
+@cache
+def known_formats() -> tuple[str, ...]:
+    """FORMATS as far as this build of Pillow has them."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def open_image(path: str) -> Image.Image:
     """Any image that Pillow reads as RGB: first frame, upright, transparency over white, 16 bits scaled to 8.
 
@@ -65,7 +78,7 @@ def open_image(path: str) -> Image.Image:
             raise ValueError("not a regular file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's size warning is an error below; broken EXIF is no reason to speak
-            with Image.open(path) as image:
+            with Image.open(path, formats=known_formats()) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
                 return to_rgb(ImageOps.exif_transpose(image))
@@ -138,13 +151,19 @@ def load(dataset: ImageDataset, batches: Sequence[Sequence[int]], workers: int, 
     """
     workers = min(workers, len(batches))
     loader = DataLoader(dataset, batch_sampler=[list(batch) for batch in batches], num_workers=workers, collate_fn=collate,
-                        pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None)
+                        pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None, worker_init_fn=leave_signals)
     for indices, images, bad in loader:
         if bad and not skip_bad:
             raise ValueError(bad[0])
         for sentence in bad:
             print(f"skipped {sentence}", file=sys.stderr)
         yield indices, images
+
+
+def leave_signals(worker: int) -> None:
+    """Ctrl-C and SIGTERM reach every process of a terminal; the main one finishes its step, so workers must go on."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def chunks(count: int, size: int) -> list[range]:

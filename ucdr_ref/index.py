@@ -27,10 +27,9 @@ import numpy as np
 from torch import Tensor
 
 from .checkpoint import STALE_SECONDS, WriteError, regular_file, show, tidy, write_atomic
+from .data import ENDINGS
 from .metrics import search
 
-ENDINGS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp",
-                     ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico"))
 HEADER_BYTES = 128  # of a .npy file that holds a float32 matrix of any size
 BLOCK = 1 << 24  # bytes read at once
 

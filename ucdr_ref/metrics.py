@@ -64,19 +64,10 @@ def retrieval(
         order = _sort(_keys(squared_distances(rows, gallery))) & INDEX
         hits = gallery_labels[order] == labels[:, None]
         relevant, first = hits.sum(1), hits[:, :k_used]
-        columns.append(
-            torch.stack(
-                [
-                    average_precision(first),
-                    average_precision(first, "relevant", relevant),
-                    first.sum(1, dtype=torch.float64) / k_used,
-                    average_precision(hits),
-                    hits[:, :hundred].sum(1, dtype=torch.float64) / hundred,
-                    relevant.double(),
-                ]
-            )
-        )
-    ap, ap_relevant, precision, ap_all, precision_100, relevant = torch.cat(columns, dim=1).cpu()
+        precisions = [hits[:, :cut].sum(1, dtype=torch.float64) / cut for cut in (k_used, hundred)]
+        scores = [average_precision(first), average_precision(first, "relevant", relevant), average_precision(hits)]
+        columns.append(torch.stack([*scores, *precisions, relevant.double()]))
+    ap, ap_relevant, ap_all, precision, precision_100, relevant = torch.cat(columns, dim=1).cpu()
     return {
         f"mAP@{k}": ap.mean().item(),
         f"mAP@{k}/relevant": ap_relevant.mean().item(),

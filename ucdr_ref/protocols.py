@@ -12,10 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from .config import Config
-from .data import Files
+from .data import ENDINGS, Files
 
 DOMAINNET_DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
 Tree = dict[str, dict[str, list[str]]]  # domain -> class -> sorted paths
@@ -67,7 +65,6 @@ def scan(root: str, domains: Sequence[str] | None = None) -> Tree:
         if domain not in present:
             raise FileNotFoundError(f"{root}: no domain folder {domain!r}; there are {', '.join(present) or 'none'}. "
                                     "Did the archive unpack one level too deep?")
-    Image.init()
     tree: Tree = {}
     for domain in domains or present:
         tree[domain] = {}
@@ -75,7 +72,7 @@ def scan(root: str, domains: Sequence[str] | None = None) -> Tree:
             if os.path.basename(folder).startswith("."):
                 continue
             paths = sorted(entry.path for entry in os.scandir(folder)
-                           if os.path.splitext(entry.name)[1].lower() in Image.EXTENSION and not entry.name.startswith("."))
+                           if os.path.splitext(entry.name)[1].lower() in ENDINGS and not entry.name.startswith("."))
             if not paths:
                 raise ValueError(f"{folder}: a class folder without images; fill it or remove it")
             tree[domain][os.path.basename(folder)] = paths

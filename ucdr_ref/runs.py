@@ -8,14 +8,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL
 import torch
 import torchvision
+from torch import Tensor
 
 from . import __version__
 from .checkpoint import file_digest, load_clip, load_state, write_text_atomic
+from .clip import CLIP
 from .config import Config, differences, from_dict, to_json
-from .engine import Encoder, load_own_state
+from .engine import Encoder, extract, load_own_state
+from .graph import normalised_adjacency, parse_graph
+from .protocols import Protocol
+from .sre_clip import SRECLIP
 from .ucdr_adapter import UCDRAdapter, ZeroShot
 
 
@@ -40,7 +46,7 @@ def open_run(folder: Path, config: Config, about: dict[str, Any]) -> None:
         before = json.loads((folder / "run.json").read_text(encoding="utf-8")) if (folder / "run.json").exists() else about
         for key in ("weights_sha256", "files"):
             if before.get(key) != about.get(key):
-                what = "weights" if key == "weights_sha256" else "image files"
+                what = "weights" if key == "weights_sha256" else "image files or class graph"
                 raise ValueError(f"{folder} was started with other {what} than there are now; name another --run, or delete that "
                                  "folder to start anew")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -63,10 +69,39 @@ def describe(config: Config, class_names: list[str], domain_names: list[str], we
             "version": __version__}
 
 
+def class_anchors(config: Config, clip: CLIP, protocol: Protocol, device: torch.device) -> Tensor | None:
+    """Class features [c, e] that replace the text template (D13): the file's rows, or prototypes; None for text.
+
+    A prototype is the mean of the frozen tower's normalised features of a class's gallery-domain training images.
+    Raises ValueError for a file of another shape, or a class without such images.
+    """
+    names = protocol.class_names
+    if config.class_features in ("template", "plain"):
+        return None
+    if config.class_features == "prototypes":
+        files = protocol.train.keep([i for i, name in enumerate(protocol.train.domains) if name == protocol.gallery_domain])
+        missing = sorted(set(names) - set(files.classes))
+        if missing:
+            raise ValueError(f"--class-features prototypes: no training image in {protocol.gallery_domain} for "
+                             f"{', '.join(missing[:5])}")
+        features, kept = extract(ZeroShot(clip).encode, files, config, clip.image_size, device)
+        labels = torch.tensor([names.index(name) for name in files.keep(kept).classes])
+        return torch.zeros(len(names), clip.embed_dim).index_add_(0, labels, features).to(device)  # its length does not matter
+    try:
+        rows = torch.from_numpy(np.load(config.class_features, allow_pickle=False))
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise ValueError(f"--class-features {config.class_features}: expected template, plain, prototypes or a .npy file of "
+                         f"numbers ({str(error).splitlines()[0]})") from None
+    if rows.shape != (len(names), clip.embed_dim) or not torch.isfinite(rows.float()).all():
+        raise ValueError(f"--class-features {config.class_features}: holds {list(rows.shape)}, expected "
+                         f"{[len(names), clip.embed_dim]} finite numbers, rows in class order")
+    return rows.to(device)
+
+
 def restore(folder: Path, overrides: dict[str, Any], device: torch.device) -> tuple[Config, Encoder, dict[str, Any]]:
     """The config, the best method and the checkpoint's other contents of a run folder, ready to encode images.
 
-    `overrides` may give other `weights`, `data_root` and machine fields. No text tower is needed: what text there was
+    `overrides` may give other `weights`, `data_root`, `target` and machine fields. No text tower is needed: what text there was
     in training is in the trained weights. Raises FileNotFoundError or ValueError when the folder holds no finished run, or
     the weights are not those of the run.
     """
@@ -81,6 +116,13 @@ def restore(folder: Path, overrides: dict[str, Any], device: torch.device) -> tu
     clip = load_clip(config.weights, config.heads or None).to(device)
     if config.method == "zero-shot":
         return config, ZeroShot(clip), state
+    if config.method == "sre-clip":
+        graph = parse_graph(state["graph"])
+        adjacency = normalised_adjacency(graph.edges, len(graph.ids))
+        vectors = state["method"]["class_vectors"]
+        sre = SRECLIP(clip, state["class_names"], vectors, adjacency, state["unseen_ids"], config).to(device)
+        load_own_state(sre, state["method"], path)
+        return config, sre.eval(), state
     anchors = torch.zeros(len(state["class_names"]), clip.embed_dim, device=device)
     method = UCDRAdapter(clip, state["class_names"], state["domain_names"], config, anchors).to(device)
     load_own_state(method, {name: value for name, value in state["method"].items() if name != "template.ctx"}, path)

@@ -18,7 +18,7 @@ from .clip import CLIP
 from .config import Config
 from .graph import canonical
 
-EPOCH = 100  # iterations that the training loop calls an epoch: between them it saves, and evaluates where S6 asks for it
+EPOCH = 100  # iterations that the loop calls an epoch: after each it saves, and evaluates where S6 asks for it
 GRAPH_RATE = 5.0  # the graph head learns this many times faster than the adapter
 DECAY_GAMMA, DECAY_POWER = 0.001, 0.75
 
@@ -68,8 +68,9 @@ class GCN(nn.Module):
 class TargetBank(nn.Module):
     """The last `size` target features: appended while there is room, then overwritten in a ring.
 
-    ring "exact": right for any batch. "released" (S7): whole batches of at most `batch`, so the bank may outgrow `size`,
-    and the pointer goes back to 0 as soon as another batch like this one would pass `size`, so the rows behind it go stale.
+    ring "exact": right for any batch. "released" (S7): whole batches of at most `batch`, so the bank may outgrow
+    `size`, and the pointer goes back to 0 as soon as another batch like this one would pass `size`, so the rows behind
+    it go stale.
     """
 
     store: Tensor  # [capacity, h]
@@ -127,7 +128,7 @@ class SRECLIP(nn.Module):
     Raises ValueError when there is no unseen class, or when names, vectors and graph do not belong together.
     """
 
-    PHASES = ("sre",)
+    PHASES: tuple[str, ...] = ("sre",)
 
     class_vectors: Tensor  # [N, w]
     adjacency: Tensor  # [N, N]
@@ -159,7 +160,7 @@ class SRECLIP(nn.Module):
         self.train()
 
     def optimizer(self, phase: str) -> torch.optim.SGD:
-        """SGD with Nesterov momentum 0.9 and weight decay 1e-4; two groups, adapter and graph head, each with its `factor`."""
+        """SGD with Nesterov momentum 0.9 and weight decay 1e-4; two groups, adapter and graph head."""
         groups = [{"params": list(self.adapter.parameters()), "factor": 1.0},
                   {"params": list(self.gcn.parameters()), "factor": GRAPH_RATE}]
         return torch.optim.SGD(groups, lr=self.config.sre_lr, momentum=0.9, weight_decay=1e-4, nesterov=True)
@@ -185,7 +186,8 @@ class SRECLIP(nn.Module):
         """
         source, target = self.source_step(batch), self.target_step(batch.target)
         warm = batch.iteration < self.config.sre_warmup
-        loss = source["source"] if warm else self.config.sre_target * target["target"] + self.config.sre_source * source["source"]
+        config, total = self.config, source["source"]
+        loss = total if warm else config.sre_target * target["target"] + config.sre_source * total
         return {"loss": loss, **source, **target}
 
     def source_step(self, batch: Batch) -> dict[str, Tensor]:

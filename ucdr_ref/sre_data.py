@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -60,13 +60,14 @@ class Features:
 def graph_and_unseen(config: Config) -> tuple[Graph, list[int]]:
     """The class graph, and the indices of its unseen classes.
 
-    `--graph` names a shipped graph or a file. `--unseen` is a file of names, or a whole class list `seen|unseen nXXXXXXXX name`,
-    whose classes must then be the graph's first nodes; a shipped graph brings its list.
+    `--graph` names a shipped graph or a file. `--unseen` is a file of names, or a whole class list of lines `seen|unseen
+    nXXXXXXXX name`, whose classes must then be the graph's first nodes; a shipped graph brings its list.
     Raises FileNotFoundError or ValueError in one sentence, also when no class is unseen.
     """
     shipped = sorted(path.stem for path in (SHIPPED / "graphs").glob("*.json"))
     if not config.graph:
-        raise ValueError(f"no class graph; give --graph FILE (python -m ucdr_ref.graph builds one) or one of {', '.join(shipped)}")
+        raise ValueError("no class graph; give --graph FILE (python -m ucdr_ref.graph builds one) or one of "
+                         f"{', '.join(shipped)}")
     known = config.graph in shipped
     unseen_file = config.unseen or (SHIPPED / "splits" / f"{config.graph}.txt" if known else None)
     if unseen_file is None:
@@ -79,8 +80,14 @@ def graph_and_unseen(config: Config) -> tuple[Graph, list[int]]:
     return graph, unseen_indices(graph.names[: graph.classes], names)
 
 
+def graph_digest(graph: Graph, unseen: Sequence[int]) -> str:
+    """sha256 of what the method takes from a graph, so that a run is not resumed with another one."""
+    content = [graph.ids, graph.names, graph.edges, graph.classes, list(unseen)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
 def class_folders(graph: Graph) -> dict[str, str]:
-    """{what a folder may be called: class name}: WordNet ids, and names without regard to case, spaces, `_`, `+` and `-`."""
+    """{a folder's `folder_key`: class name}. A folder bears a class's name or WordNet id; a name of two classes is none."""
     names = graph.names[: graph.classes]
     keys = [folder_key(name) for name in names]
     twice = set(duplicates(keys))
@@ -88,6 +95,7 @@ def class_folders(graph: Graph) -> dict[str, str]:
 
 
 def folder_key(name: str) -> str:
+    """Case, spaces, `_`, `+` and `-` do not matter."""
     return canonical(name.replace("-", " "))
 
 
@@ -105,10 +113,11 @@ def scan_folder(flag: str, root: str, graph: Graph) -> Folder:
     folders, known = [name.split(os.sep)[0] for name in names], class_folders(graph)
     found = {name: known.get(folder_key(name)) for name in sorted(set(folders))}
     if unknown := [name for name, label in found.items() if label is None]:
-        raise ValueError(f"{flag} {root}: folders that are none of the graph's {graph.classes} classes: {', '.join(unknown)}; "
-                         "rename or remove them, or build a graph with these classes")
-    paths = [os.path.join(os.path.realpath(root), name) for name in names]
-    return Folder(root, Files(paths, [str(found[name]) for name in folders], [os.path.basename(os.path.realpath(root))] * len(paths)))
+        raise ValueError(f"{flag} {root}: folders that are none of the graph's {graph.classes} classes: "
+                         f"{', '.join(unknown)}; rename or remove them, or build a graph with these classes")
+    real = os.path.realpath(root)
+    paths, domain = [os.path.join(real, name) for name in names], os.path.basename(real)
+    return Folder(root, Files(paths, [str(found[name]) for name in folders], [domain] * len(paths)))
 
 
 def scan_sources(config: Config, graph: Graph, unseen: Sequence[int]) -> list[Folder]:
@@ -119,9 +128,22 @@ def scan_sources(config: Config, graph: Graph, unseen: Sequence[int]) -> list[Fo
     hidden = {graph.names[k] for k in unseen}
     for folder in folders:
         if wrong := sorted(hidden & set(folder.files.classes)):
-            raise ValueError(f"--source {folder.root} holds images of unseen classes: {', '.join(wrong)}; take them out of the "
-                             "folder or of --unseen")
+            raise ValueError(f"--source {folder.root} holds images of unseen classes: {', '.join(wrong)}; take them out of "
+                             "the folder or of --unseen")
     return folders
+
+
+def summary(sources: Sequence[Folder], targets: Sequence[Folder], graph: Graph, unseen: Sequence[int]) -> str:
+    """Counts of nodes, classes and images, and the seen classes that no source image is labelled with."""
+    lines = [f"graph    {graph.classes} classes ({len(unseen)} unseen), {len(graph.ids)} nodes, {len(graph.edges)} edges"]
+    for part, folders in (("source", sources), ("target", targets)):
+        lines += [f"{part}   {len(folder.files)} images, {len(set(folder.files.classes))} classes ({folder.root})"
+                  for folder in folders]
+    labelled = {name for folder in sources for name in folder.files.classes}
+    bare = [name for k, name in enumerate(graph.names[: graph.classes]) if k not in unseen and name not in labelled]
+    if bare:
+        lines.append(f"note     seen classes without a source image: {', '.join(bare)}")
+    return "\n".join(lines)
 
 
 def path_encoder(encode: Callable[[Tensor], Tensor], image_size: int, config: Config, device: torch.device,
@@ -159,8 +181,8 @@ def features(folders: Sequence[Folder], graph: Graph, clip: CLIP, config: Config
     number = {name: k for k, name in enumerate(graph.names[: graph.classes])}
     parts, paths, labels = [], [], []
     for folder in folders:
-        index = build_index(folder.root, path_encoder(clip.encode_image, clip.image_size, config, device), key, cache,
-                            config.bad_images)
+        encode_paths = path_encoder(clip.encode_image, clip.image_size, config, device)
+        index = build_index(folder.root, encode_paths, key, cache, config.bad_images)
         label = dict(zip(folder.files.paths, folder.files.classes))
         found = [index.path(row) for row in range(len(index.paths))]
         parts.append(index.features)
@@ -197,3 +219,19 @@ def feed(source: Features, target: Features, config: Config, device: torch.devic
                    [source.paths[k] for k in s.tolist()] + [target.paths[k] for k in t.tolist()])
 
     return Feed(-(-config.sre_iterations // EPOCH), order, batches)
+
+
+def drawn(config: Config) -> Config:
+    """The demonstration's config. Draws its source, photographs of the seen classes, and target, sketches of all classes.
+
+    Raises ValueError when other folders are given as well.
+    """
+    from .toy import CLASSES, SPLIT, write_dataset
+
+    if config.source or config.target:
+        raise ValueError("--dataset toy draws its own images; leave --source and --target out, or give --dataset folder")
+    root = Path(config.data_root)
+    seen = [name for name in CLASSES if name not in SPLIT["test"]]
+    write_dataset(root / "source", seen, ["real"], config.toy_images)
+    write_dataset(root / "target", CLASSES, ["sketch"], config.toy_images)
+    return replace(config, source=(str(root / "source" / "real"),), target=str(root / "target" / "sketch"))

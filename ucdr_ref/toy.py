@@ -93,9 +93,9 @@ def write_dataset(root: str | Path, classes: Sequence[str] = CLASSES, domains: S
         else:
             done = map(job, jobs)
         for n, _ in enumerate(done, 1):
-            if n % 20 == 0 or n == len(jobs):
-                print(f"\rdrawing {root.name}: {n * per_class}/{total}", end="", file=sys.stderr, flush=True)
-        print(file=sys.stderr)
+            if sys.stderr.isatty() or n == len(jobs):
+                end = "\n" if n == len(jobs) else "\r"
+                print(f"drawing {root.name}: {n * per_class}/{total}", end=end, file=sys.stderr, flush=True)
         (draft / "toy.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         try:
             if root.exists():
@@ -142,17 +142,21 @@ def contact_sheet(classes: Sequence[str] = CLASSES, seed: int = 0, size: int = 6
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: draw a dataset, a contact sheet, or both; 0, or 2 after one line about a mistake."""
-    parser = argparse.ArgumentParser(prog="python -m ucdr_ref.toy", description="Draw the demonstration data.")
+    """Command line: draw a dataset, a contact sheet, or train the CLIP; 0, or 2 after one line about a mistake."""
+    parser = argparse.ArgumentParser(prog="python -m ucdr_ref.toy", description="Draw the demonstration data, or train its CLIP.")
     parser.add_argument("--out", metavar="DIR", help="folder to draw the dataset into")
     parser.add_argument("--per-class", type=int, default=20, help="images per class and domain (default 20)")
     parser.add_argument("--size", type=int, default=96, help="side of an image in pixels (default 96)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other pictures (default 0)")
     parser.add_argument("--sheet", metavar="FILE.png", help="write a contact sheet, classes by domains")
+    parser.add_argument("--pretrain", metavar="FILE.pt", help="train the small CLIP of the demonstration and write it")
     args = parser.parse_args(argv)
-    if not args.out and not args.sheet:
-        parser.error("nothing to do; give --out DIR or --sheet FILE.png")
+    if not args.out and not args.sheet and not args.pretrain:
+        parser.error("nothing to do; give --out DIR, --sheet FILE.png or --pretrain FILE.pt")
     try:
+        if args.pretrain:
+            from .toy_clip import pretrain
+            pretrain(args.pretrain, seed=args.seed)
         if args.out:
             print(write_dataset(args.out, per_class=args.per_class, size=args.size, seed=args.seed))
         if args.sheet:

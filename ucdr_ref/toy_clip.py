@@ -29,6 +29,7 @@ SIZE = 96
 SHAPE = dict(image_size=SIZE, patch=16, vision_width=128, vision_layers=4, vision_heads=2, embed_dim=64, context_length=77,
              vocab_size=49408, text_width=64, text_layers=3, text_heads=1)  # 9 MB in half precision, most of it the vocabulary
 DOMAIN_WEIGHTS = {"real": 45, "painting": 14, "clipart": 15, "infograph": 7, "sketch": 11, "quickdraw": 8}
+CHALK = 0.35  # share of the strokes that are white on black, as on a blackboard
 CAPTIONS = {
     "real": ("a photo of a {}", "a photo of a {}", "photo of my {}", "the {} in the garden", "a {}", "look at this {}",
              "a nice photo"),
@@ -48,7 +49,8 @@ def sample_pair(seed: int, index: int) -> tuple[np.ndarray, str]:
     shares = [2 ** (3 * Random(f"share/{domain}/{name}").random()) for name in CLASSES]
     name = r.choices(CLASSES, shares)[0]
     caption = r.choice(CAPTIONS[domain]).format(name.replace("_", " "))
-    return np.asarray(draw(name, domain, f"web/{seed}/{index}", SIZE)), caption
+    image = np.asarray(draw(name, domain, f"web/{seed}/{index}", SIZE))
+    return 255 - image if domain in ("sketch", "quickdraw") and r.random() < CHALK else image, caption
 
 
 def sample_pairs(seed: int, count: int, workers: int = 2) -> tuple[Tensor, list[str]]:
