@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ucdr_ref import evaluation, protocols, sre_evaluation
+from ucdr_ref.checkpoint import tidy
 from ucdr_ref.config import MACHINE
+from ucdr_ref.distributed import processes, wait, world
 from ucdr_ref.engine import pick_device
 from ucdr_ref.runs import restore, versions
 from ucdr_ref.sre_clip import SRECLIP
@@ -16,11 +18,14 @@ from ucdr_ref.ucdr_adapter import ZeroShot
 
 def report(folder: Path, overrides: dict[str, Any], out: Path | None = None, other_classes: bool = False) -> None:
     """Prints the table of a finished run and writes results.json, per_class.csv and a picture into `out` (the run folder)."""
+    wait()  # until the main process has written best.pt
     device = pick_device(overrides.get("device", "auto"))
     config, method, state = restore(folder, overrides, device)
     out = out or folder
     about = {"run": str(folder), "config": state["config"], "versions": versions()}
     if isinstance(method, SRECLIP):
+        if world() > 1:
+            raise ValueError(f"{folder} is a run of sre-clip, which one process evaluates: start it without torchrun")
         found = sre_evaluation.evaluate(folder, config, method, state, device)
         print(sre_evaluation.table(found, config))
         out.mkdir(parents=True, exist_ok=True)
@@ -59,9 +64,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         overrides = {name: value for name, value in vars(args).items() if name in (*MACHINE, "data_root", "target", "weights")}
-        report(args.run, overrides, args.out, args.other_classes)
+        with processes():
+            report(args.run, overrides, args.out, args.other_classes)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {tidy(error)}", file=sys.stderr)
         return 2
     return 0
 

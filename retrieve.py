@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ucdr_ref.checkpoint import file_digest
+from ucdr_ref.checkpoint import file_digest, tidy
 from ucdr_ref.engine import pick_device
 from ucdr_ref.index import build_index
 from ucdr_ref.pictures import sheet
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(parse(argv))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {tidy(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -12,11 +12,13 @@ import torch
 
 import evaluate
 from ucdr_ref import evaluation, protocols, sre_data, sre_evaluation
-from ucdr_ref.checkpoint import file_digest, load_clip, save_atomic
+from ucdr_ref.checkpoint import file_digest, load_clip, save_atomic, tidy
 from ucdr_ref.class_vectors import node_vectors
 from ucdr_ref.config import Config, add_arguments, resolve, to_json
 from ucdr_ref.data import fold
-from ucdr_ref.engine import Run, Stopped, feed, pick_device, train
+from ucdr_ref.distributed import main_first, processes, world
+from ucdr_ref.engine import Run, Stopped, pick_device, train
+from ucdr_ref.features import feed
 from ucdr_ref.graph import normalised_adjacency
 from ucdr_ref.runs import class_anchors, describe, open_run
 from ucdr_ref.sre_clip import SRECLIP
@@ -61,9 +63,12 @@ def run_ucdr(args: argparse.Namespace, config: Config) -> None:
     device = pick_device(config.device)
     if config.dataset == "toy":
         from ucdr_ref.toy import write_dataset
-        write_dataset(config.data_root, per_class=config.toy_images)
+        with main_first():
+            write_dataset(config.data_root, per_class=config.toy_images)
     protocol = protocols.build(config)
     clip = load_clip(config.weights, config.heads or None, verify=not args.no_verify).to(device)
+    if config.compile:
+        clip.visual.transformer.compile()
     torch.manual_seed(fold(config.seed, "initial values"))
     if config.method == "zero-shot":
         method: UCDRAdapter | ZeroShot = ZeroShot(clip)
@@ -77,7 +82,8 @@ def run_ucdr(args: argparse.Namespace, config: Config) -> None:
     if args.dry_run:
         return
     weights = file_digest(config.weights)
-    open_run(args.run, config, {"weights_sha256": weights, "files": protocol.digests()})
+    with main_first():
+        open_run(args.run, config, {"weights_sha256": weights, "files": protocol.digests()})
     extra = describe(config, protocol.class_names, protocol.domain_names, weights)
 
     validate = None
@@ -91,6 +97,9 @@ def run_ucdr(args: argparse.Namespace, config: Config) -> None:
 
 
 def run_sre(args: argparse.Namespace, config: Config) -> None:
+    if world() > 1:
+        raise ValueError("--method sre-clip encodes each image once and then trains on features, for which one process is "
+                         "enough: start it without torchrun")
     print(to_json(config), end="")
     device = pick_device(config.device)
     if config.dataset == "toy":
@@ -126,12 +135,16 @@ def run_sre(args: argparse.Namespace, config: Config) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        run(parse(argv))
+        with processes():
+            run(parse(argv))
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return 130
+    except KeyboardInterrupt:
+        print("stopped by SIGINT outside the training steps: run the same command to go on", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {tidy(error)}", file=sys.stderr)
         return 2
     return 0
 

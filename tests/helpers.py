@@ -1,11 +1,15 @@
 """Small CLIPs for the tests: a random one, and the one behind the golden numbers."""
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
+from random import Random
 from zlib import crc32
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 BLOCK = ("attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj.weight", "attn.out_proj.bias", "ln_1.weight", "ln_1.bias",
@@ -116,3 +120,21 @@ def to_hugging_face(sd: dict[str, Tensor]) -> dict[str, Tensor]:
             module, kind = part.rsplit(".", 1)
             out[f"{start}{parts[module]}.{kind}"] = value
     return out
+
+
+def write_world(root: Path) -> Path:
+    """`data/<domain>/<class>/*.png` of drawn shapes, `split.json`, and `clip.pt`, a random CLIP for images of 32 pixels."""
+    for domain, paper, ink in (("photo", "steelblue", "gold"), ("sketch", "white", "black"), ("icon", "white", "crimson")):
+        for corners in range(3, 11):
+            folder = root / "data" / domain / f"shape_{corners}"
+            folder.mkdir(parents=True)
+            for i in range(6):
+                r = Random(f"{domain}/{corners}/{i}")
+                image = Image.new("RGB", (40, 36), paper)
+                circle = (20 + r.randint(-4, 4), 18 + r.randint(-3, 3), r.randint(9, 14))
+                ImageDraw.Draw(image).regular_polygon(circle, corners, rotation=r.randint(0, 90), fill=ink)
+                image.save(folder / f"{i}.png")
+    names = [f"shape_{corners}" for corners in range(3, 11)]
+    (root / "split.json").write_text(json.dumps({"train": names[::2], "val": names[1::4], "test": names[3::4]}))
+    torch.save(tiny_state_dict(), root / "clip.pt")
+    return root

@@ -26,6 +26,22 @@ def test_text_features_of_every_node_are_the_default() -> None:
     assert_close(vectors.norm(dim=1), torch.ones(4))
 
 
+def test_ancestors_may_be_means_of_the_classes_below() -> None:
+    names = ["cow", "horse", "tree", "palm tree"]  # a class may be the ancestor of another
+    nodes = [*names, "ungulate", "plant", "entity"]
+    edges = [(0, 4), (1, 4), (3, 2), (2, 5), (4, 6), (5, 6)]
+    graph = Graph([f"n{k:08d}" for k in range(7)], nodes, [[name] for name in nodes], edges, 4, "")
+    clip = CLIP.from_state_dict(tiny_state_dict())
+    own = class_text_features(clip, names)
+    means = torch.stack([own[[0, 1]].mean(dim=0), own[[2, 3]].mean(dim=0), own.mean(dim=0)])
+    assert_close(node_vectors(graph, clip, "clip-classes"), torch.cat([own, F.normalize(means, dim=1)]))
+    classes_alone = Graph(graph.ids[:4], names, [[name] for name in names], [(3, 2)], 4, "")
+    assert_close(node_vectors(classes_alone, clip, "clip-classes"), own)
+    loose = Graph([*graph.ids, "n00000099"], [*nodes, "loose end"], [*graph.lemmas, []], edges, 4, "")
+    with pytest.raises(ValueError, match="without a class vector: loose end"):
+        node_vectors(loose, clip, "clip-classes")
+
+
 def test_word_vectors_are_averaged_over_lemmas(tmp_path: Path) -> None:
     path = tmp_path / "glove.txt"
     lines = ["killer 1 0 0", "whale 0 1 0", "orca 0 0 1", "horse 2 0 0", "Horse 9 9 9", "equus 0 2 0", "odd 0 0 3",

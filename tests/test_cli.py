@@ -134,14 +134,16 @@ def test_dry_run_writes_nothing(world, tmp_path, capsys):
     assert "train    " in text and '"mask": "own"' in text
 
 
-def test_every_field_is_a_flag_and_every_preset_resolves(capsys):
+def test_every_field_is_a_flag_and_every_preset_resolves(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert all("--" + name.replace("_", "-") in text for name in FIELDS)
+    (tmp_path / "file").touch()
+    absent = str(tmp_path / "file" / "root")  # nor can the drawn data be made there
     for preset in PRESETS:
-        code = train.main(["--preset", preset, "--data-root", "/nonexistent/root", "--source", "/nonexistent/root", "--dry-run"])
+        code = train.main(["--preset", preset, "--data-root", absent, "--source", absent, "--dry-run"])
         assert code == 2 and f'"dataset": "{PRESETS[preset]["dataset"]}"' in capsys.readouterr().out
 
 

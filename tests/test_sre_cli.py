@@ -27,7 +27,8 @@ from ucdr_ref.sre_data import Features
 
 NAMES = [f"shape {k}" for k in range(3, 11)]
 UNSEEN = [1, 6]
-SMALL = ["--sre-hidden", "16", "--sre-batch", "8", "--sre-bank", "12", "--sre-warmup", "20", "--workers", "0", "--device", "cpu"]
+SMALL = ["--sre-hidden", "16", "--sre-batch", "8", "--sre-bank", "12", "--sre-warmup", "20", "--workers", "0", "--device", "cpu",
+         "--stroke-domains", "sketch"]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def scene(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def flags(scene: Path, run: Path, *more: str) -> list[str]:
     paths = dict(source="photo", target="sketch", graph="graph.json", unseen="unseen.txt", weights="clip.pt")
     given = [part for flag, name in paths.items() for part in (f"--{flag}", str(scene / name))]
-    return ["--method", "sre-clip", *given, "--run", str(run), "--sre-iterations", "130", *SMALL, "--stroke-domains", "sketch", *more]
+    return ["--method", "sre-clip", *given, "--run", str(run), "--sre-iterations", "130", *SMALL, *more]
 
 
 @pytest.fixture(scope="module")

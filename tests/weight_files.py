@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import to_hugging_face
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tests.helpers import to_hugging_face
 from ucdr_ref.checkpoint import load_clip
 
 SMALL = dict(vocab_size=40, context_length=8, vision_layers=1, text_layers=1, image_size=16)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .clip import CLIP, IGNORED_KEYS
+from .distributed import is_main
 from .weights import FormatError, read_any
 
 OPENAI_SHA256 = {  # published: also part of OpenAI's download addresses
@@ -205,7 +206,9 @@ class Sink(io.RawIOBase):
 
 
 def write_atomic(path: str | os.PathLike[str], fill: Callable[[BinaryIO], object]) -> None:
-    """A temporary file in the same folder, filled, flushed to the disk, then renamed to `path`."""
+    """A temporary file in the same folder, filled, flushed to the disk, then renamed to `path`; by the main process alone."""
+    if not is_main():
+        return
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:

@@ -16,11 +16,29 @@ from .prompts import class_text_features
 def node_vectors(graph: Graph, clip: CLIP, source: str = "clip") -> Tensor:
     """X [N, w] on the CPU: CLIP's text features of "a photo of a {name}" for every node, or `source`, a file (S4).
 
+    source "clip-classes": text features of the classes alone, and for an ancestor the mean over the classes below it,
+    where a text tower knows the classes' names but no such words as `vertebrate`.
     Raises ValueError for a node without a vector, two classes with identical vectors, and a malformed file.
     """
-    vectors = class_text_features(clip, graph.names).cpu() if source == "clip" else read_vectors(source, graph)  # S4
+    if source == "clip":
+        vectors = class_text_features(clip, graph.names).cpu()
+    elif source == "clip-classes":
+        vectors = means_of_classes(class_text_features(clip, graph.names[: graph.classes]).cpu(), graph)
+    else:
+        vectors = read_vectors(source, graph)  # S4
     check_vectors(vectors, graph.names, graph.classes)
     return vectors
+
+
+def means_of_classes(vectors: Tensor, graph: Graph) -> Tensor:
+    """class vectors [c, w] -> X [N, w]: an ancestor's is the normalised mean over the classes below it."""
+    below = [{k} if k < graph.classes else set() for k in range(len(graph.ids))]
+    size = 0
+    while size != (size := sum(map(len, below))):
+        for child, parent in graph.edges:
+            below[parent] |= below[child]
+    means = torch.stack([vectors[sorted(members)].mean(dim=0) for members in below[graph.classes:]] or [vectors[0]])
+    return torch.cat([vectors, F.normalize(means, dim=1)])[: len(graph.ids)]
 
 
 def read_vectors(path: str | Path, graph: Graph) -> Tensor:
@@ -66,7 +84,7 @@ def phrase_vector(table: dict[str, Tensor], text: str) -> Tensor | None:
 def read_table(path: str | Path, wanted: set[str]) -> dict[str, Tensor]:
     """The wanted lines of a vector file; a lower-case spelling goes before others, a word2vec header is skipped."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"class vectors {path} do not exist; give `clip`, or a file of `word v1 v2 ...` lines")
+        raise FileNotFoundError(f"class vectors {path} do not exist; give `clip`, `clip-classes` or a file of `word v1 v2 ...` lines")
     table: dict[str, Tensor] = {}
     width = 0
     with open(path, encoding="utf-8", errors="replace") as lines:

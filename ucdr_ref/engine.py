@@ -1,10 +1,11 @@
-"""The training loop, and feature extraction.
+"""The training loop.
 
 All randomness of a step follows from (seed, phase, epoch, step), so a
 run that is started again by the same command equals one that was never interrupted.
 """
 from __future__ import annotations
 
+import io
 import json
 import math
 import signal
@@ -21,12 +22,12 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import load_state, save_atomic, write_text_atomic
+from . import distributed
+from .checkpoint import save_atomic, write_text_atomic
 from .clip import CLIP
 from .config import Config
-from .data import Files, ImageDataset, augment, balanced_batches, chunks, fold, load, preprocess
-from .protocols import Protocol
-from .ucdr_adapter import Batch
+from .data import fold
+from .resume import Progress, load_optimizer, open_log, read_last, record, sync
 
 
 @dataclass
@@ -36,18 +37,6 @@ class Feed:
     epochs: int
     order: Callable[[int], Sequence[Any]]
     load: Callable[[int, Sequence[Any]], Iterator[tuple[Any, list[str]]]]
-
-
-@dataclass
-class Progress:
-    """Where a run stands; with the weights and the optimizer, all that a resumed run needs."""
-
-    phase: int = 0
-    epoch: int = 0
-    step: int = 0
-    best: float = -1.0  # validation mAP
-    stale: int = 0  # epochs since the best
-    log_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,6 +80,7 @@ def pick_device(name: str) -> torch.device:
     """cpu, cuda, ... or auto; ValueError when this machine does not have it."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        device = distributed.own_device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu") from None
@@ -105,52 +95,33 @@ def own_state(method: Encoder) -> dict[str, Tensor]:
 def load_own_state(method: Encoder, state: dict[str, Tensor], path: Path) -> None:
     """Strict, in names and shapes; ValueError in one sentence."""
     expected = own_state(method)
-    wrong = sorted(set(expected) ^ set(state)) or [name for name in expected if expected[name].shape != state[name].shape]
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
+        raise ValueError(f"{path} holds something other than tensors by name; use another checkpoint")
+    wrong = (sorted(set(expected).symmetric_difference(state))
+             or [name for name in expected if expected[name].shape != state[name].shape])
     if wrong:
         name = wrong[0]
-        shapes = [list(part[name].shape) if name in part else "absent" for part in (state, expected)]
-        raise ValueError(f"{path} was trained with other weights, classes or domains: {name} is {shapes[0]} there, {shapes[1]} "
-                         "here; give the run's own --weights and --data-root")
+        raise Misfit(path, name, *(list(part[name].shape) if name in part else None for part in (state, expected)))
     method.load_state_dict(state, strict=False)
 
 
+class Misfit(ValueError):
+    """A checkpoint of other weights, classes or domains."""
+
+    def __init__(self, path: Path, name: str, there: list[int] | None, here: list[int] | None) -> None:
+        super().__init__(f"{path} was trained with other weights, classes or domains: {name} is {shape(there)} there, "
+                         f"{shape(here)} here; give the run's own --weights and --data-root")
+
+
+def shape(size: list[int] | None) -> str:
+    return "absent" if size is None else str(size)
+
+
 def autocast(config: Config, device: torch.device) -> torch.autocast:
+    """The arithmetic of `--precision`: bf16 inside the block; tf32, a switch of the whole process, from here on."""
+    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-
-
-def feed(phase: str, protocol: Protocol, config: Config, image_size: int, device: torch.device) -> Feed:
-    """Domain-balanced, augmented batches of the training files for one phase of UCDR-Adapter."""
-    class_ids = torch.tensor([protocol.class_names.index(name) for name in protocol.train.classes])
-    domain_ids = torch.tensor([protocol.domain_names.index(name) for name in protocol.train.domains])
-    size = config.source_batch if phase == "source" else config.target_batch
-
-    def order(epoch: int) -> list[list[int]]:
-        return balanced_batches(domain_ids.tolist(), size, fold(config.seed, phase), epoch, config.balance == "exact")
-
-    def batches(epoch: int, left: Sequence[list[int]]) -> Iterator[tuple[Batch, list[str]]]:
-        dataset = ImageDataset(protocol.train, augment(image_size, config.train_normalization), config.stroke_domains,
-                               fold(config.seed, phase, epoch))
-        for indices, images in load(dataset, left, config.workers, config.bad_images == "skip", device):
-            batch = (images, class_ids[indices], domain_ids[indices])
-            yield Batch(*(part.to(device, non_blocking=True) for part in batch)), [protocol.train.paths[i] for i in indices]
-
-    return Feed(config.source_epochs if phase == "source" else config.target_epochs, order, batches)
-
-
-def extract(encode: Callable[[Tensor], Tensor], files: Files, config: Config, image_size: int,
-            device: torch.device) -> tuple[Tensor, list[int]]:
-    """Features [N, e] of a file list, on the CPU in float32, and the indices of the N readable files."""
-    dataset = ImageDataset(files, preprocess(image_size), config.stroke_domains)
-    features, kept = [], []
-    batches = chunks(len(files), config.eval_batch)
-    for indices, images in load(dataset, batches, config.workers, config.bad_images == "skip", device):
-        if len(indices):
-            with torch.inference_mode(), autocast(config, device):
-                features.append(encode(images.to(device, non_blocking=True)).float().cpu())
-            kept += indices.tolist()
-    if not kept:
-        raise ValueError(f"none of the {len(files)} images could be read; the first is {files.paths[0]}")
-    return torch.cat(features), kept
 
 
 def train(method: Method, feeds: Mapping[str, Feed], validate: Callable[[], float] | None, run: Run) -> None:
@@ -162,11 +133,9 @@ def train(method: Method, feeds: Mapping[str, Feed], validate: Callable[[], floa
     progress, optimizer_state = Progress(), None
     last = run.folder / "last.pt"
     if last.exists():
-        state = load_state(last)
-        load_own_state(method, state["method"], last)
-        progress, optimizer_state = Progress(**state["progress"]), state["optimizer"]
-    with open(run.folder / "log.jsonl", "ab") as log, stop_signals() as stopping:
-        log.truncate(progress.log_bytes)  # steps after the checkpoint are done, and written, again
+        weights, progress, optimizer_state = read_last(last, len(method.PHASES))
+        load_own_state(method, weights, last)
+    with open_log(run.folder / "log.jsonl", progress.log_bytes) as log, stop_signals() as stopping:
         for index, phase in enumerate(method.PHASES):
             if index < progress.phase:
                 continue
@@ -187,12 +156,13 @@ def fit(method: Method, phase: str, feed: Feed, validate: Callable[[], float] | 
         parameter.requires_grad_(name in trained)
     optimizer = method.optimizer(phase)
     if optimizer_state is not None:
-        optimizer.load_state_dict(optimizer_state)
+        load_optimizer(optimizer, optimizer_state, run.folder / "last.pt")
 
     def save() -> None:
-        log.flush()
+        sync(log)
         save_atomic({"progress": asdict(progress), "method": own_state(method), "optimizer": optimizer.state_dict(), **run.extra},
                     run.folder / "last.pt")
+        distributed.wait()
 
     line = ProgressLine(phase, feed.epochs)
     while progress.epoch < feed.epochs and (validate is None or progress.stale < config.patience):
@@ -205,20 +175,25 @@ def fit(method: Method, phase: str, feed: Feed, validate: Callable[[], float] | 
                 terms = method.step(batch, phase)
             optimizer.zero_grad(set_to_none=True)
             terms["loss"].backward()
-            values = dict(zip(terms, torch.stack([term.detach().float() for term in terms.values()]).tolist()))
-            stop_if_not_finite(values, trained, {"phase": phase, **asdict(progress), "files": files}, run)
+            gradients = [parameter.grad for parameter in trained.values() if parameter.grad is not None]
+            shown = torch.stack([term.detach().float() for term in terms.values()])
+            distributed.average([*gradients, shown], weight=len(files))
+            norm = torch.stack([gradient.norm() for gradient in gradients]).sum()
+            *numbers, size = torch.cat([shown, norm[None]]).tolist()  # the step's only wait for the device
+            values = dict(zip(terms, numbers))
+            stop_if_not_finite(values, size, {"phase": phase, **asdict(progress), "files": files}, run)
             optimizer.step()
             progress.step += 1
             record(log, progress, {"phase": phase, "epoch": progress.epoch, "step": progress.step, **values})
-            line.show(progress, len(order), len(files), values)
-            if stopping or progress.step % config.save_every == 0:
+            line.show(progress, len(order), len(files) * distributed.world(), values)
+            stop = distributed.any_of(bool(stopping))
+            if stop or progress.step % config.save_every == 0:
                 save()
-            if stopping:
-                raise Stopped(f"stopped by {signal.Signals(stopping[0]).name} in phase {phase}, epoch {progress.epoch + 1}, step "
-                              f"{progress.step}; everything is saved: run the same command to go on")
+            if stop:
+                raise stopped(stopping, phase, progress)
         progress.epoch, progress.step = progress.epoch + 1, 0
         if validate is not None:
-            found = validate()
+            found = distributed.gather([validate()])[0]
             progress.stale = 0 if found > progress.best else progress.stale + 1
             if found > progress.best:
                 progress.best = found
@@ -226,21 +201,24 @@ def fit(method: Method, phase: str, feed: Feed, validate: Callable[[], float] | 
             record(log, progress, {"phase": phase, "epoch": progress.epoch, "validation_mAP": found})
             line.end(f"{phase} {progress.epoch}/{feed.epochs} | validation mAP@200 {found:.4f} (best {progress.best:.4f})")
         save()
+        if distributed.any_of(bool(stopping)):  # a signal came in the validation
+            raise stopped(stopping, phase, progress)
     line.end()
 
 
-def record(log: BinaryIO, progress: Progress, values: dict[str, Any]) -> None:
-    progress.log_bytes += log.write((json.dumps(values) + "\n").encode())
+def stopped(stopping: list[int], phase: str, progress: Progress) -> Stopped:
+    reason = signal.Signals(stopping[0]).name if stopping else "another process"
+    return Stopped(f"stopped by {reason} in phase {phase}, epoch {progress.epoch + 1}, step {progress.step}; everything is "
+                   "saved: run the same command to go on")
 
 
-def stop_if_not_finite(values: dict[str, float], trained: dict[str, nn.Parameter], where: dict[str, Any], run: Run) -> None:
+def stop_if_not_finite(values: dict[str, float], gradient: float, where: dict[str, Any], run: Run) -> None:
     """Raises ValueError before a non-finite loss or gradient reaches the weights; the batch goes into nonfinite.json."""
     bad = [name for name, value in values.items() if not math.isfinite(value)]
-    if not bad:
-        norms = [parameter.grad.norm() for parameter in trained.values() if parameter.grad is not None]
-        if not norms or torch.isfinite(torch.stack(norms).sum()):
-            return
-        bad = ["gradient"]
+    if not bad and math.isfinite(gradient):
+        return
+    bad = bad or ["gradient"]
+    where["files"] = distributed.gather(where["files"])
     path = run.folder / "nonfinite.json"
     shown = {name: repr(value) for name, value in values.items()}  # JSON has no word for NaN
     write_text_atomic(path, json.dumps({"terms": bad, "values": shown, **where}, indent=2) + "\n")
@@ -271,6 +249,7 @@ class ProgressLine:
         self.phase, self.epochs = phase, epochs
         self.start, self.images, self.steps, self.shown = 0.0, 0, 0, 0.0
         self.live = sys.stderr.isatty()
+        self.out = sys.stderr if distributed.is_main() else io.StringIO()
 
     def show(self, progress: Progress, steps: int, images: int, values: dict[str, float]) -> None:
         now = time.monotonic()
@@ -287,14 +266,14 @@ class ProgressLine:
                    + f" | {self.images / seconds:.0f} img/s | {memory_gib():.1f} GiB | eta {left // 60}m{left % 60:02d}s")
 
     def write(self, text: str) -> None:
-        sys.stderr.write(f"\r{text:<110}" if self.live else text + "\n")
-        sys.stderr.flush()
+        self.out.write(f"\r{text:<110}" if self.live else text + "\n")
+        self.out.flush()
 
     def end(self, text: str = "") -> None:
         if self.live:
-            sys.stderr.write("\n")
+            self.out.write("\n")
         if text:
-            print(text, file=sys.stderr, flush=True)
+            print(text, file=self.out, flush=True)
 
 
 def memory_gib() -> float:

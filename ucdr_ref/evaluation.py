@@ -14,7 +14,7 @@ from torch import Tensor
 from .checkpoint import write_text_atomic
 from .config import Config
 from .data import Files
-from .engine import extract
+from .features import extract
 from .metrics import retrieval, search
 from .pictures import sheet
 from .protocols import Protocol, Test

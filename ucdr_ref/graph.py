@@ -117,8 +117,12 @@ def read_classes(path: str | Path) -> list[ClassLine]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"class list {path} does not exist; give a text file with one class per line")
+    try:
+        content = Path(path).read_text(encoding="utf-8")
+    except ValueError as error:
+        raise ValueError(f"class list {path} is not UTF-8 text ({error})") from None
     lines: list[ClassLine] = []
-    for text in Path(path).read_text(encoding="utf-8").splitlines():
+    for text in content.splitlines():
         words = text.split()
         if not words or words[0].startswith("#"):
             continue
@@ -190,12 +194,9 @@ def load_graph(path: str | Path, class_names: Sequence[str] | None = None) -> Gr
                                 "--classes FILE --out graph.json")
     try:
         graph = parse_graph(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a class graph as ucdr_ref.graph writes it ({type(error).__name__}: {error}); "
                          "build it again") from None
-    for edge in graph.edges:
-        if not all(0 <= node < len(graph.ids) for node in edge):
-            raise ValueError(f"{path}: edge {list(edge)} leaves the graph's {len(graph.ids)} nodes; build it again")
     if class_names is not None:
         require_classes(graph, class_names, str(path))
     return graph
@@ -212,6 +213,8 @@ def parse_graph(fields: dict[str, Any]) -> Graph:
         raise TypeError("class count and edges must be whole numbers")
     if not all(isinstance(text, str) for text in [*ids, *names, *(word for words in lemmas for word in words)]):
         raise TypeError("ids, names and lemmas must be text")
+    if wrong := [edge for edge in edges if not all(0 <= node < len(ids) for node in edge)]:
+        raise ValueError(f"edge {list(wrong[0])} leaves the graph's {len(ids)} nodes")
     if not 0 < classes <= len(ids):
         raise ValueError(f"{classes} classes among {len(ids)} nodes")
     return Graph(ids, names, lemmas, edges, classes, str(fields.get("notice", "")))

@@ -15,7 +15,8 @@ def image_text_contrast(f: Tensor, t: Tensor, labels: Tensor, tau: float) -> Ten
 
     f [b, e] and t [c, e] are L2-normalised, labels [b] are class indices.
     """
-    return F.cross_entropy(f @ t.T / tau, labels)
+    with torch.autocast(f.device.type, enabled=False):  # float32 whatever the towers' arithmetic
+        return F.cross_entropy(f @ t.T / tau, labels)
 
 
 def triplet(f: Tensor, positives: Tensor, negatives: Tensor, valid: Tensor, margin: float, squared: bool = True) -> Tensor:

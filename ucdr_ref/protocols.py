@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .checkpoint import regular_file
 from .config import Config
 from .data import ENDINGS, Files
 
@@ -60,7 +61,7 @@ def scan(root: str, domains: Sequence[str] | None = None) -> Tree:
     """
     if not os.path.isdir(root):
         raise FileNotFoundError(f"--data-root {root}: no such folder; expected <root>/<domain>/<class>/<image>")
-    present = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    present = sorted(entry.name for entry in os.scandir(root) if os.path.isdir(entry) and not entry.name.startswith("."))
     for domain in domains or ():
         if domain not in present:
             raise FileNotFoundError(f"{root}: no domain folder {domain!r}; there are {', '.join(present) or 'none'}. "
@@ -68,7 +69,7 @@ def scan(root: str, domains: Sequence[str] | None = None) -> Tree:
     tree: Tree = {}
     for domain in domains or present:
         tree[domain] = {}
-        for folder in sorted(entry.path for entry in os.scandir(os.path.join(root, domain)) if entry.is_dir()):
+        for folder in sorted(entry.path for entry in os.scandir(os.path.join(root, domain)) if os.path.isdir(entry)):
             if os.path.basename(folder).startswith("."):
                 continue
             paths = sorted(entry.path for entry in os.scandir(folder)
@@ -196,7 +197,7 @@ def folder_split(config: Config, tree: Tree) -> dict[str, list[str]]:
         test, val = max(1, len(order) // 5), max(1, len(order) // 10)
         return {"test": sorted(order[:test]), "val": sorted(order[test:test + val]), "train": sorted(order[test + val:])}
     try:
-        data = json.loads(Path(config.class_split).read_text(encoding="utf-8"))
+        data = json.loads(regular_file(config.class_split).read_text(encoding="utf-8"))
         aliases = {"train": ("train", "seen"), "val": ("val", "val_unseen"), "test": ("test", "unseen")}
         splits = {part: next(data[key] for key in keys if key in data) for part, keys in aliases.items()}
         assert all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in splits.values())

@@ -4,6 +4,8 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,11 @@ import torchvision
 from torch import Tensor
 
 from . import __version__
-from .checkpoint import file_digest, load_clip, load_state, write_text_atomic
+from .checkpoint import file_digest, load_clip, load_state, regular_file, show, tidy, write_text_atomic
 from .clip import CLIP
 from .config import Config, differences, from_dict, to_json
-from .engine import Encoder, extract, load_own_state
+from .engine import Encoder, Misfit, load_own_state
+from .features import extract
 from .graph import normalised_adjacency, parse_graph
 from .protocols import Protocol
 from .sre_clip import SRECLIP
@@ -43,24 +46,39 @@ def open_run(folder: Path, config: Config, about: dict[str, Any]) -> None:
         if different:
             raise ValueError(f"{folder} holds a run of another config ({'; '.join(different)}); name another --run, or delete "
                              "that folder to start anew")
-        before = json.loads((folder / "run.json").read_text(encoding="utf-8")) if (folder / "run.json").exists() else about
+        before = read_json(folder / "run.json") if (folder / "run.json").exists() else about
         for key in ("weights_sha256", "files"):
             if before.get(key) != about.get(key):
                 what = "weights" if key == "weights_sha256" else "image files or class graph"
                 raise ValueError(f"{folder} was started with other {what} than there are now; name another --run, or delete that "
                                  "folder to start anew")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(folder.glob("[!.]*"))):  # a killed write leaves a hidden name
         raise ValueError(f"{folder} exists and is no run folder (it has no config.json); name another --run")
     folder.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(path, to_json(config))  # first: it makes this a run folder, whatever happens next
     write_text_atomic(folder / "run.json", json.dumps({"command": sys.argv, "versions": versions(), **about}, indent=2) + "\n")
-    write_text_atomic(path, to_json(config))
 
 
 def read_config(path: Path) -> Config:
+    """A run's config.json; ValueError in one sentence."""
+    values = read_json(path)
     try:
-        return from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: not a readable run config ({error}); name another --run, or delete that folder") from None
+        return from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{show(path)}: not a config of this version ({tidy(error)}); name another --run, or delete that "
+                         "folder") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object that a file of a run folder holds; ValueError in one sentence."""
+    try:
+        values = json.loads(regular_file(path).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds a {type(values).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{show(path)}: not readable as JSON ({tidy(error)}); name another --run, or delete that "
+                         "folder") from None
+    return values
 
 
 def describe(config: Config, class_names: list[str], domain_names: list[str], weights_sha256: str) -> dict[str, Any]:
@@ -109,21 +127,70 @@ def restore(folder: Path, overrides: dict[str, Any], device: torch.device) -> tu
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; train first: python train.py --run {folder}")
     state = load_state(path)
-    config = from_dict({**state["config"], **overrides})
+    try:
+        config = from_dict({**state["config"], **overrides})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no config of this version ({tidy(error)}); train again") from error
+    with sound(path):
+        check_state(config, state, path)
     if file_digest(config.weights) != state["weights_sha256"] and "weights" not in overrides:
         raise ValueError(f"{config.weights} is not the file that {folder} was trained with (its sha256 differs); give that file "
                          "as --weights")
     clip = load_clip(config.weights, config.heads or None).to(device)
+    if config.compile:
+        clip.visual.transformer.compile()
+    with sound(path):
+        return config, rebuild(config, clip, state, path, device), state
+
+
+@contextmanager
+def sound(path: Path) -> Iterator[None]:
+    """Turns whatever a checkpoint of unsound content leads to into one sentence."""
+    try:
+        yield
+    except Misfit:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"{path} is no checkpoint of a run ({type(error).__name__}: {tidy(error)}); train again") from error
+
+
+def check_state(config: Config, state: dict[str, Any], path: Path) -> None:
+    """What must hold before a method is built from a checkpoint: types, and sizes that are those of the file's own tensors.
+
+    Raises ValueError, KeyError or TypeError.
+    """
+    names = [*state["class_names"], *state["domain_names"]]
+    weights = state["method"]
+    if not (all(isinstance(name, str) for name in names) and isinstance(state["weights_sha256"], str)
+            and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items())):
+        raise TypeError("names, digest or weights are something else")
+    p, (c, s) = config.prompt_length, (len(state[key]) for key in ("class_names", "domain_names"))
+    sizes: dict[str, list[int]] = {}
+    if config.method == "ucdr-adapter":
+        sizes = {"domain_prompts": [s, p], "class_prompts": [c, p], "queues.rows": [c + 1, config.queue_size]}
+    elif config.method == "sre-clip":
+        extra = config.sre_batch - 1 if config.bank_ring == "released" else 0
+        if not isinstance(state["baseline"], str) or state["anchors"].shape[:1] != (c,):
+            raise TypeError("the baseline is something else")
+        sizes = {"bank.store": [config.sre_bank + extra, config.sre_hidden], "class_vectors": [len(state["graph"]["ids"])]}
+    for name, here in sizes.items():
+        there = list(weights[name].shape)[:len(here)]
+        if there != here:
+            raise Misfit(path, name, there, here)
+
+
+def rebuild(config: Config, clip: CLIP, state: dict[str, Any], path: Path, device: torch.device) -> Encoder:
+    """The method of a checkpoint, ready to encode."""
     if config.method == "zero-shot":
-        return config, ZeroShot(clip), state
+        return ZeroShot(clip)
     if config.method == "sre-clip":
         graph = parse_graph(state["graph"])
         adjacency = normalised_adjacency(graph.edges, len(graph.ids))
         vectors = state["method"]["class_vectors"]
         sre = SRECLIP(clip, state["class_names"], vectors, adjacency, state["unseen_ids"], config).to(device)
         load_own_state(sre, state["method"], path)
-        return config, sre.eval(), state
+        return sre.eval()
     anchors = torch.zeros(len(state["class_names"]), clip.embed_dim, device=device)
     method = UCDRAdapter(clip, state["class_names"], state["domain_names"], config, anchors).to(device)
     load_own_state(method, {name: value for name, value in state["method"].items() if name != "template.ctx"}, path)
-    return config, method.eval(), state
+    return method.eval()

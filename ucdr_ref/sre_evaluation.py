@@ -71,8 +71,11 @@ def accuracies(scores: Tensor, target: Features, unseen: list[int]) -> dict[str,
 def test_score(method: SRECLIP, target: Features, device: torch.device, folder: Path) -> float:
     """H (instance) on the test images, noted in the run folder: the released code's choice of what to report (S6)."""
     found = accuracies(logits(method, target, device), target, method.unseen_ids.tolist())
-    with open(folder / SCORES, "a", encoding="utf-8") as file:
-        file.write(json.dumps(found) + "\n")
+    path = folder / SCORES
+    # The log knows how many evaluations came before; later lines are of a run that was killed and has gone back.
+    count = (folder / "log.jsonl").read_bytes().count(b'"validation_mAP"')
+    lines = path.read_text(encoding="utf-8").splitlines()[:count] if path.exists() else []
+    write_text_atomic(path, "".join(line + "\n" for line in [*lines, json.dumps(found)]))
     return found["instance"]["h"] or 0.0
 
 

@@ -13,9 +13,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
@@ -82,7 +82,7 @@ def write_dataset(root: str | Path, classes: Sequence[str] = CLASSES, domains: S
     total = len(classes) * len(domains) * per_class
     workers = workers or (min(8, os.cpu_count() or 1) if total >= 3000 else 1)
     root.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as holder, ExitStack() as stack:
+    with naming(root), TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as holder, ExitStack() as stack:
         draft = Path(holder) / root.name
         draft.mkdir()
         job, jobs = partial(write_class, draft, per_class, size, seed), list(product(domains, classes))
@@ -105,6 +105,15 @@ def write_dataset(root: str | Path, classes: Sequence[str] = CLASSES, domains: S
             if not is_complete(root, settings):
                 raise
     return root
+
+
+@contextmanager
+def naming(root: Path) -> Iterator[None]:
+    """A full disk does not say which file it was."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"could not draw {root} ({error.strerror or error}); free space or choose another folder") from error
 
 
 def is_complete(root: Path, settings: dict) -> bool:

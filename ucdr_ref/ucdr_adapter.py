@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import losses
 from .clip import CLIP
 from .config import Config
+from .distributed import gather_rows, place
 from .prompts import TargetPromptGenerator, TextTemplate, class_text_features, prompt_bank
 
 
@@ -64,8 +65,9 @@ class ClassQueues(nn.Module):
         """r uniform positives and negatives per image: I_p, I_n [b, r, e], and which images have both [b]."""
         own = self.counts[class_ids][:, None]
         others = self.counts.sum() - own
-        # Drawn on the CPU, so that a run takes the same pairs on every device.
-        u = torch.rand(2, len(class_ids), r, dtype=torch.float64).to(own.device)
+        # Drawn on the CPU, for the whole batch: a run takes the same pairs on every device and on any number of processes.
+        start, total = place(len(class_ids))
+        u = torch.rand(2, total, r, dtype=torch.float64)[:, start:start + len(class_ids)].to(own.device, non_blocking=True)
         positive, negative = (u[0] * own).long(), (u[1] * others).long()
         valid = ((own > 0) & (others > 0)).squeeze(1)
         return *self.pairs(class_ids, positive, negative), valid
@@ -193,13 +195,13 @@ class UCDRAdapter(nn.Module):
         align = losses.image_text_contrast(f, self.text_features(), batch.class_ids, config.tau)
         if config.triplet_pairs == 0:
             return {"loss": align, "align": align}
-        f_momentum = self.momentum_features(batch)
+        entering = gather_rows(self.momentum_features(batch)), gather_rows(batch.class_ids)
         if config.queue_push == "before":  # D12
-            self.queues.push(f_momentum, batch.class_ids)
+            self.queues.push(*entering)
         positives, negatives, valid = self.queues.draw(batch.class_ids, config.triplet_pairs)
         triplet = losses.triplet(f, positives, negatives, valid, config.margin, config.triplet_distance == "squared")
         if config.queue_push == "after":  # D12
-            self.queues.push(f_momentum, batch.class_ids)
+            self.queues.push(*entering)
         return {"loss": align + triplet, "align": align, "triplet": triplet}
 
     @torch.no_grad()

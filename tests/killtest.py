@@ -1,0 +1,202 @@
+"""Kills trainings at random moments; what the same command then makes of them must be the same to the last bit.
+
+    python -m tests.killtest --rounds 50 --seed 0
+
+Rounds take turns: SIGKILL at any moment, from before the first file to the last table; SIGKILL while a temporary file is being
+written; SIGINT or SIGTERM to all processes, as a terminal or a cluster sends it. After every kill all files in the run folder
+must be whole. Linux and macOS: a training is a fork of this process, which has PyTorch loaded and never used it.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+import train
+from tests.helpers import write_world
+from tests.test_engine import equal, flags
+from ucdr_ref import checkpoint
+from ucdr_ref.checkpoint import load_state
+
+KINDS = ("moment", "write", "signal")
+
+
+def forked(work: Callable[[], object], output: Path) -> int:
+    """Starts `work` in a process group of its own, with what it prints in `output`; its result is the exit code."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        code = 70
+        try:
+            os.setpgid(0, 0)
+            stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(stream, 1)
+            os.dup2(stream, 2)
+            code = int(work() or 0)  # type: ignore[call-overload]
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    with suppress(OSError):  # the child may have been faster
+        os.setpgid(pid, pid)
+    return pid
+
+
+def result(pid: int) -> int:
+    """Exit code, negative after a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def do(work: Callable[[], object], output: Path) -> None:
+    """`work` in a process of its own, so that this one stays fit to be forked."""
+    code = result(forked(work, output))
+    assert code == 0, f"exit code {code}\n{output.read_text()}"
+
+
+def ended(pid: int) -> bool:
+    """Whether a process is over; its result stays to be fetched."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def slow_training(arguments: list[str]) -> int:
+    """The same training on a slow disk: a checkpoint takes long enough to be killed in."""
+    write = checkpoint.Sink.write
+
+    def slow(self: checkpoint.Sink, data: bytes) -> int:
+        time.sleep(0.002)
+        return write(self, data)
+
+    checkpoint.Sink.write = slow  # type: ignore[method-assign]
+    return train.main(arguments)
+
+
+def whole(run: Path) -> None:
+    """Every file that is not a temporary one can be read."""
+    for path in run.glob("[!.]*"):
+        if path.suffix == ".pt":
+            load_state(path)
+        elif path.suffix == ".json":
+            json.loads(path.read_text())
+
+
+def same(ours: Path, theirs: Path) -> None:
+    """Weights, optimizer, progress, log and metrics are equal, and nothing else is left."""
+    names = [{path.name for path in run.glob("[!.]*")} for run in (ours, theirs)]
+    assert names[0] == names[1], names
+    for name in ("last.pt", "best.pt"):
+        states = [load_state(run / name) for run in (ours, theirs)]
+        for state in states:
+            state["config"].pop("workers")
+        assert equal(*states), name
+    for name in ("log.jsonl", "per_class.csv"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+    rows = [json.loads((run / "results.json").read_text())["rows"] for run in (ours, theirs)]
+    assert rows[0] == rows[1]
+
+
+class KillTest:
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder, self.random = folder, random.Random(seed)
+        self.output = folder / "output"
+        do(lambda: write_world(folder / "world") and 0, self.output)
+        start = time.monotonic()
+        do(lambda: train.main(self.arguments(folder / "whole", 0)), self.output)
+        self.seconds = time.monotonic() - start
+        self.lines = len((folder / "whole" / "log.jsonl").read_text().splitlines())
+        self.kills = {"moment": 0, "write": 0, "signal": 0, "partial": 0}
+
+    def arguments(self, run: Path, workers: int) -> list[str]:
+        return flags(self.folder / "world", run, "--device", "cpu", "--workers", str(workers))
+
+    def round(self, number: int) -> str:
+        kind, run = KINDS[number % len(KINDS)], self.folder / f"run{number}"
+        workers = int(kind == "signal" or number % 4 == 3)
+        call = self.arguments(run, workers)
+        told = []
+        for _ in range(1 if kind == "signal" else self.random.randint(1, 3)):
+            pid = forked(lambda: (slow_training if kind == "write" else train.main)(call), self.output)
+            self.wait(kind, run, pid)
+            told.append(self.interrupt(kind, run, pid))
+            do(lambda: whole(run), self.folder / "whole-output")
+        do(lambda: train.main(call), self.output)
+        do(lambda: same(run, self.folder / "whole"), self.output)
+        return f"{kind}, {workers} workers: {', '.join(told)}; identical"
+
+    def wait(self, kind: str, run: Path, pid: int) -> None:
+        """Until the moment to strike, or until there is nothing left to strike."""
+        start, delay = time.monotonic(), self.random.uniform(0, self.seconds)
+        lines, appearance, seen = self.random.randint(1, self.lines * 2 // 3), self.random.randint(1, 12), set()
+        in_training = kind == "signal" or self.random.random() < 0.5
+        while not ended(pid):
+            if kind == "moment" and not in_training and time.monotonic() - start > delay:
+                return
+            if kind != "write" and in_training and logged(run) >= lines:
+                time.sleep(self.random.uniform(0, 0.02))
+                return
+            if kind == "write" and run.exists():
+                for path in run.glob(".*.tmp"):
+                    try:
+                        seen.add(path.stat().st_ino)
+                    except FileNotFoundError:
+                        continue
+                if len(seen) >= appearance:
+                    return
+            time.sleep(0.0005)
+
+    def interrupt(self, kind: str, run: Path, pid: int) -> str:
+        over = ended(pid)
+        if kind != "signal":
+            (os.kill if self.random.random() < 0.5 else os.killpg)(pid, signal.SIGKILL)
+            code = result(pid)
+            assert code in (0, -signal.SIGKILL), f"exit code {code}\n{self.output.read_text()}"
+            self.kills[kind] += code != 0
+            partial = any(run.glob(f".*.{pid}.tmp"))
+            self.kills["partial"] += partial
+            return f"{'after' if over else 'killed at'} {logged(run)} lines" + (" inside a write" if partial else "")
+        number = self.random.choice((signal.SIGINT, signal.SIGTERM))
+        os.killpg(pid, number)
+        code, text = result(pid), self.output.read_text()
+        assert code == 130 and "Traceback" not in text, f"exit code {code}\n{text}"
+        assert text.splitlines()[-1].startswith(f"stopped by {number.name} in phase"), text
+        assert text.count("stopped by") == 1, text
+        self.kills[kind] += 1
+        return f"{number.name} at {logged(run)} lines"
+
+
+def logged(run: Path) -> int:
+    return (run / "log.jsonl").read_bytes().count(b"\n") if (run / "log.jsonl").exists() else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with TemporaryDirectory(prefix="killtest.") as folder:
+        test = KillTest(Path(folder), args.seed)
+        print(f"uninterrupted: {test.seconds:.1f} s, {test.lines} lines", flush=True)
+        for number in range(args.rounds):
+            print(f"round {number + 1}/{args.rounds}: {test.round(number)}", flush=True)
+    assert args.rounds < len(KINDS) or all(test.kills.values()), test.kills
+    print(f"{args.rounds} rounds, all bit-identical to the uninterrupted run; kills and stops: {test.kills['moment']} at any "
+          f"moment, {test.kills['write']} while writing ({test.kills['partial']} in all left a partial file), "
+          f"{test.kills['signal']} by a signal")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Two processes compute what one does, through a crash and a stop; no process outlives another."""
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from ucdr_ref import distributed
+from ucdr_ref.checkpoint import load_state
+
+ROOT = Path(__file__).resolve().parent.parent
+# train.py, but process 1 sends itself the signal `number` in its `at`-th step.
+DRIVER = """
+import os, sys
+import train
+from ucdr_ref.ucdr_adapter import UCDRAdapter
+number, at = map(int, sys.argv[1:3])
+step, calls = UCDRAdapter.step, []
+def interrupted(self, batch, phase):
+    calls.append(len(batch.images))
+    if number and len(calls) == at and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), number)
+    return step(self, batch, phase)
+UCDRAdapter.step = interrupted
+code = train.main(sys.argv[3:])
+print("batches", os.environ["RANK"], *calls, file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def flags(world: Path, run: Path, *more: str) -> list[str]:
+    # The released grouping makes batches of 7 and 9, and smaller last ones, which two processes cannot halve.
+    return ["--dataset", "folder", "--data-root", str(world / "data"), "--weights", str(world / "clip.pt"), "--run", str(run),
+            "--class-split", str(world / "split.json"), "--source-batch", "7", "--target-batch", "9", "--target-epochs", "2",
+            "--balance", "released", "--context-vectors", "4", "--workers", "0", "--save-every", "2", "--eval-batch", "5",
+            "--device", "cpu", *more]
+
+
+def launch(driver: Path, number: int, at: int, arguments: list[str]) -> subprocess.CompletedProcess:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if sys.platform == "linux":
+        env["GLOO_SOCKET_IFNAME"] = "lo"
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1",
+                           f"--master_port={port}", "--", str(driver), str(number), str(at), *arguments],
+                          capture_output=True, text=True, env=env, timeout=300)
+
+
+def log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_equal_one_through_kill_and_stop(world, tmp_path):
+    assert train.main(flags(world, tmp_path / "one")) == 0
+    driver, two = tmp_path / "driver.py", tmp_path / "two"
+    driver.write_text(DRIVER)
+
+    killed = launch(driver, 9, 4, flags(world, two))  # SIGKILL
+    assert killed.returncode != 0 and "error: process 0 lost another one" in killed.stderr, killed.stderr  # it noticed by itself
+    assert load_state(two / "last.pt")["progress"]["step"] == 2
+
+    stopped = launch(driver, 15, 6, flags(world, two))  # SIGTERM
+    assert stopped.returncode != 0 and "stopped by another process in phase" in stopped.stderr, stopped.stderr
+    assert "stopped by SIGTERM in phase" in stopped.stderr and len(log(two)) == 8
+    # A batch of 7, one of 1 and one of 9 as shares: even one that is empty changes nothing.
+    assert "batches 0 3 3 3 0 4 4" in stopped.stderr and "batches 1 4 4 4 1 5 5" in stopped.stderr
+
+    finished = launch(driver, 0, 0, flags(world, two))
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("zero-shot ") == 3  # one of them speaks
+
+    for name in ("last.pt", "best.pt"):
+        ours, theirs = (load_state(folder / name)["method"] for folder in (two, tmp_path / "one"))
+        for key in theirs:
+            torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+    for ours, theirs in zip(log(two), log(tmp_path / "one"), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    rows = [json.loads((folder / "results.json").read_text())["rows"] for folder in (two, tmp_path / "one")]
+    assert rows[0] == [pytest.approx(row, abs=1e-5) for row in rows[1]]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_shares_are_the_whole_in_order(monkeypatch, world):
+    monkeypatch.setattr(distributed, "world", lambda: world)
+    for count in (0, 1, 5, 21):
+        shares = []
+        for rank in range(world):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            shares.append(distributed.share(list(range(count))))
+        assert sum(shares, []) == list(range(count)) and max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_sre_clip_wants_one_process(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train, "world", lambda: 2)
+    assert train.main(["--method", "sre-clip", "--run", str(tmp_path / "sre")]) == 2
+    assert "without torchrun" in capsys.readouterr().err and not (tmp_path / "sre").exists()

@@ -1,0 +1,66 @@
+"""The demonstration is honest: its CLIP saw none of its images, and training sees nothing of the query side."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ucdr_ref.checkpoint import load_clip
+from ucdr_ref.config import resolve
+from ucdr_ref.protocols import build
+from ucdr_ref.toy import CLASSES, DOMAINS, SPLIT, draw, write_dataset
+from ucdr_ref.toy_clip import CAPTIONS, colour, random_clip, sample_pair
+
+WEIGHTS = Path(__file__).resolve().parent.parent / "weights" / "demo-clip.pt"
+
+
+def test_pairs_are_reproducible_and_uneven():
+    pairs = [sample_pair(0, i) for i in range(300)]
+    again = sample_pair(0, 7)
+    assert np.array_equal(pairs[7][0], again[0]) and pairs[7][1] == again[1]
+    assert not np.array_equal(sample_pair(1, 7)[0], again[0])
+    texts = [caption for _, caption in pairs]
+    drawn = sum(any(word in text for word in ("sketch", "drawing", "draw", "doodle", "scribbled")) for text in texts)
+    assert drawn < 150 < sum(any(name.replace("_", " ") in text for name in CLASSES) for text in texts)
+    assert set(CAPTIONS) == set(DOMAINS)
+
+
+def test_colours_have_names():
+    found = [colour(np.full((2, 2, 3), value)) for value in ((250, 250, 250), (10, 10, 10), (80, 150, 70))]
+    assert found == ["white", "black", "green"]
+
+
+def test_pretraining_never_draws_a_benchmark_image(tmp_path):
+    """The seed strings differ, and so do the pictures: none of 120 pairs equals a benchmark image of any class and domain."""
+    seen = {sample_pair(0, i)[0].tobytes() for i in range(120)}
+    benchmark = {np.asarray(draw(name, domain, f"0/{i}")).tobytes()
+                 for name in CLASSES[::6] for domain in DOMAINS for i in range(2)}
+    assert not seen & benchmark and len(seen) == 120
+
+
+@pytest.mark.parametrize("held_out", ["sketch", "infograph"])
+def test_training_and_selection_see_nothing_of_the_query_side(tmp_path_factory, held_out):
+    root = tmp_path_factory.getbasetemp() / "toy-honest"
+    write_dataset(root, per_class=2, size=32)
+    protocol = build(resolve({"data_root": str(root), "held_out": held_out}))
+    ucdr = protocol.tests[0]
+    assert set(ucdr.query.classes) == set(SPLIT["test"]) and set(ucdr.query.domains) == {held_out}
+    validation = protocol.validation
+    used = protocol.train + validation.query + validation.galleries["unseen"]
+    assert held_out not in used.domains and not set(used.classes) & set(SPLIT["test"])
+    assert set(validation.query.classes) == set(SPLIT["val"]) and not set(SPLIT["val"]) & set(protocol.train.classes)
+    evaluated = ucdr.query + ucdr.galleries["mixed"]
+    assert not set(used.paths) & set(evaluated.paths)
+
+
+def test_the_small_clip_starts_and_ships_as_promised():
+    torch.manual_seed(0)
+    clip = random_clip()
+    assert clip.encode_image(torch.randn(2, 3, 96, 96)).std() > 0.01
+    assert WEIGHTS.stat().st_size <= 10_000_000
+    shipped = load_clip(WEIGHTS, dtype=torch.float16)
+    assert shipped.image_size == 96 and shipped.embed_dim == 64 and shipped.context_length == 77
+    assert {name: value.shape for name, value in shipped.state_dict().items()} \
+        == {name: value.shape for name, value in clip.state_dict().items()}

@@ -1,0 +1,159 @@
+"""Several processes, started by `torchrun`, that compute what one process would: each takes its share of every batch.
+
+In a single process every function here does nothing. Rows of processes are joined in the order of their ranks.
+"""
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+GRACE_SECONDS = 20  # from SIGTERM until a process ends that waits for another in vain; torchrun kills it after 30
+Items = TypeVar("Items", bound=Sequence[Any])
+
+
+def world() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes files and speaks."""
+    return rank() == 0
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    """Joins the processes that torchrun started, for as long as the block runs."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    # Numbers of the host go by gloo, so that they never wait for a GPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    end_when_stuck()
+    if not is_main():
+        sys.stdout = open(os.devnull, "w")
+    yield
+    dist.destroy_process_group()
+
+
+def end_when_stuck() -> None:
+    """Ends this process some time after SIGTERM, which torchrun sends when another one died.
+
+    A process that waits for a dead one's tensors on a GPU runs no Python handler: a thread sees the signal all the same.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    name = f"process {rank()}"
+
+    def watch() -> None:
+        while os.read(reader, 1)[0] not in (signal.SIGINT, signal.SIGTERM):
+            pass
+        time.sleep(GRACE_SECONDS)
+        print(f"error: {name} was told to stop and waits in vain, perhaps for another process", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Around every exchange: when another process is gone, says so, at once because torchrun ends this one too, and exits."""
+    try:
+        yield
+    except RuntimeError as error:
+        print(f"error: process {rank()} lost another one ({str(error).splitlines()[0]}); what was saved last is intact: run the "
+              "same command to go on", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def own_device(device: torch.device) -> torch.device:
+    """`cuda` without a number: the GPU of this process."""
+    if world() > 1 and device == torch.device("cuda"):
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device
+
+
+def share(items: Items) -> Items:
+    """This process's part of a list: contiguous, as even as can be."""
+    return items[len(items) * rank() // world():len(items) * (rank() + 1) // world()]  # type: ignore[return-value]
+
+
+def gather(items: list[Any]) -> list[Any]:
+    """The items of all processes, in every process."""
+    if world() == 1:
+        return items
+    parts: list[list[Any]] = [[]] * world()
+    with together():
+        dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def place(count: int) -> tuple[int, int]:
+    """For `count` rows in this process: the rows of the processes before it, and the rows of all."""
+    counts = gather([count])
+    return sum(counts[:rank()]), sum(counts)
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """[count, ...] of all processes joined, [total, ...], in every process and on its device; counts may differ."""
+    if world() == 1:
+        return rows
+    counts = gather([len(rows)])
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[:len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    with together():
+        dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts)])
+
+
+@torch.no_grad()
+def average(tensors: Sequence[Tensor], weight: int) -> None:
+    """Puts the mean over the processes, each counted `weight` times, in place of the tensors, by one exchange.
+
+    Means over shares of a batch, weighted by the shares' sizes, become means over the batch.
+    """
+    if world() == 1:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors] + [tensors[0].new_ones(1)])
+    flat = flat * weight if weight else torch.zeros_like(flat)  # the mean over an empty share is NaN
+    with together():
+        dist.all_reduce(flat)
+    *means, _ = (flat / flat[-1]).split([*(tensor.numel() for tensor in tensors), 1])
+    for tensor, mean in zip(tensors, means):
+        tensor.copy_(mean.view_as(tensor))
+
+
+def any_of(flag: bool) -> bool:
+    """Whether any process says so; no process goes on before all have answered."""
+    return any(gather([flag]))
+
+
+def wait() -> None:
+    """Until every process is here."""
+    any_of(False)
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """The block runs in the writing process, and then, when its files are there, in the others."""
+    if not is_main():
+        wait()
+    yield
+    if is_main():
+        wait()
