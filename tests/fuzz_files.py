@@ -33,8 +33,8 @@ from ucdr_ref.sre_clip import Batch as SREBatch
 from ucdr_ref.ucdr_adapter import Batch, UCDRAdapter
 
 NAMES = [f"shape {k}" for k in range(4)]
-VALUES = (None, True, -1, 0, 1 << 40, 1 << 70, -0.5, float("nan"), float("inf"), "", "x\ny\x1b[31m", "a" * 5000, [], {}, (), [None],
-          {"a": 1}, [[[]]])
+VALUES = (None, True, -1, 0, 1 << 40, 1 << 70, -0.5, float("nan"), float("inf"), "", "x\ny\x1b[31m", "a" * 5000, [], {}, (),
+          [None], {"a": 1}, [[[]]])
 
 
 def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
@@ -60,9 +60,9 @@ def put(value: Any, path: tuple, change: Callable[[Any], Any]) -> Any:
 
 def other_value(old: Any, r: random.Random) -> Any:
     if isinstance(old, Tensor) and r.random() < 0.8:
-        return r.choice((lambda t: t.flatten()[:0], lambda t: t.flatten(), lambda t: t[None], lambda t: t.double(), lambda t: t.long(),
-                         lambda t: torch.full_like(t.double(), float("nan")), lambda t: -t - 1, lambda t: t * 10**6,
-                         lambda t: torch.zeros(3), lambda t: torch.zeros(())))(old)
+        return r.choice((lambda t: t.flatten()[:0], lambda t: t.flatten(), lambda t: t[None], lambda t: t.double(),
+                         lambda t: t.long(), lambda t: torch.full_like(t.double(), float("nan")), lambda t: -t - 1,
+                         lambda t: t * 10**6, lambda t: torch.zeros(3), lambda t: torch.zeros(())))(old)
     if type(old) in (int, float) and r.random() < 0.4:
         return r.choice((old + 1, -old, old * 1000, old * 10**9, str(old), float(old)))
     return ... if r.random() < 0.2 else copy.deepcopy(r.choice(VALUES))
@@ -185,8 +185,9 @@ def fuzz_files(harness: Harness, folder: Path, count: int, seed: int) -> None:
     fifo = folder / "fifo"
     os.mkfifo(fifo)
     readers: dict[str, Callable[[], object]] = {
-        "load_clip": lambda: load_clip(fifo), "load_state": lambda: load_state(fifo), "read_config": lambda: runs.read_config(fifo),
-        "load_graph": lambda: load_graph(fifo), "file_digest": lambda: file_digest(fifo),
+        "load_clip": lambda: load_clip(fifo), "load_state": lambda: load_state(fifo),
+        "read_config": lambda: runs.read_config(fifo), "load_graph": lambda: load_graph(fifo),
+        "file_digest": lambda: file_digest(fifo),
         "read_classes": lambda: graphs.read_classes(fifo),
         "folder_split": lambda: protocols.folder_split(Config(class_split=str(fifo)), {})}
     for name, reader in readers.items():
@@ -198,7 +199,7 @@ def case_best(harness: Harness, scene: Scene, i: int, r: random.Random) -> None:
     name = r.choice(("ucdr", "sre"))
     what, content = scene.damaged(scene.states[f"{name}/best"], r)
     scene.write("case/best.pt", content)
-    harness.run("best.pt", f"{i} {name} {what}", lambda: runs.restore(scene.folder / "case", {}, scene.device), "best.pt")
+    harness.run("best.pt", f"{i} {name} {what}", lambda: runs.restore(scene.folder / "case", {}, scene.device), str(scene.folder))
 
 
 def case_last(harness: Harness, scene: Scene, i: int, r: random.Random) -> None:

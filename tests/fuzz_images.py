@@ -55,7 +55,8 @@ def bombs() -> dict[str, bytes]:
             "text.png": png(8, 8)[:-12] + struct.pack(">I", len(text) + 3) + b"zTXta\0\0" + text + bytes(4) + png(8, 8)[-12:],
             "wide.ppm": b"P6 99999999 99999999 255\n",
             "wide.bmp": b"BM" + bytes(12) + struct.pack("<IiiHHI", 40, 1 << 30, 1 << 30, 1, 24, 0) + bytes(40),
-            "claimed.ppm": b"P5 10000 11000 255\n", "wide.gif": b"GIF89a\xff\xff\xff\xff\x00\x00\x00,\0\0\0\0\xff\xff\xff\xff\0\2"}
+            "claimed.ppm": b"P5 10000 11000 255\n",
+            "wide.gif": b"GIF89a\xff\xff\xff\xff\x00\x00\x00,\0\0\0\0\xff\xff\xff\xff\0\2"}
 
 
 def fill_folder(folder: Path, r: random.Random) -> None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import shutil
 import subprocess
@@ -50,21 +51,22 @@ run.mkdir()
 extra = describe(chosen, protocol.class_names, protocol.domain_names, "none")
 engine.train(method, feeds, None, engine.Run(run, chosen, device, extra))
 steps = [json.loads(line)["phase"] for line in (run / "log.jsonl").read_text().splitlines()]
-moved = {name.split(".")[0] for name, value in load_state(run / "best.pt")["method"].items() if not torch.equal(value, start[name])}
+trained = load_state(run / "best.pt")["method"]
+moved = {name.split(".")[0] for name in start if not torch.equal(trained[name], start[name])}
 
 _, adapted, state = restore(run, {"weights": str(world / "clip.pt")}, device)
 encode = path_encoder(adapted.encode, clip.image_size, chosen, device)
 index = build_index(world / "data/photo", encode, "model", "cache")
 query = str(world / "data/photo/shape_5/0.png")
 distances, rows = index.search(torch.cat([part for _, part in encode([query])]), 3)
-print(json.dumps({"steps": steps, "moved": sorted(moved), "found": index.path(int(rows[0, 0])), "distance": float(distances[0, 0]),
-                  "query": query, "files": [m.__file__ for name, m in sys.modules.items() if name.split(".")[0] == "theirs"],
+print(json.dumps({"steps": steps, "moved": sorted(moved), "found": index.path(int(rows[0, 0])),
+                  "distance": float(distances[0, 0]), "query": query,
+                  "files": [module.__file__ for name, module in sys.modules.items() if name.split(".")[0] == "theirs"],
                   "ours": [name for name in sys.modules if name.split(".")[0] == "ucdr_ref"]}))
 """
 
 
 def test_a_copy_under_another_name_encodes_trains_and_retrieves(world, tmp_path):
-    import json
     shutil.copytree(PACKAGE, tmp_path / "theirs", ignore=shutil.ignore_patterns("__pycache__"))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run([sys.executable, "-c", USE, str(world)], cwd=tmp_path, capture_output=True, text=True, timeout=300,

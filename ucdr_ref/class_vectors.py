@@ -84,7 +84,7 @@ def phrase_vector(table: dict[str, Tensor], text: str) -> Tensor | None:
 def read_table(path: str | Path, wanted: set[str]) -> dict[str, Tensor]:
     """The wanted lines of a vector file; a lower-case spelling goes before others, a word2vec header is skipped."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"class vectors {path} do not exist; give `clip`, `clip-classes` or a file of `word v1 v2 ...` lines")
+        raise FileNotFoundError(f"class vectors {path} do not exist; give clip, clip-classes or a file of `word v1 v2 ...` lines")
     table: dict[str, Tensor] = {}
     width = 0
     with open(path, encoding="utf-8", errors="replace") as lines:

@@ -136,11 +136,11 @@ SKETCHY = dict(dataset="sketchy", data_root="data/Sketchy", weights="weights/ViT
 TOY = dict(dataset="toy", context_vectors=8, source_batch=50, source_epochs=2, target_epochs=6, source_lr=1e-3, target_lr=1e-3,
            prompt_length=1)
 # SRE-CLIP: labelled and unlabelled folders are given by flags; the drawn ones are made below data_root. D14 is the other
-# method's: no image is inverted here, which suits CLIP, to which strokes are dark on white.
+# method's: no image is inverted here unless --stroke-domains says so.
 SRE = dict(method="sre-clip", dataset="folder", data_root="", weights="weights/ViT-B-32.pt", stroke_domains=(), save_every=1000)
 # Small for its small CLIP, which has read no words but the 60 class names and bears less dropout in 64 text dimensions.
-SRE_TOY = dict(SRE, dataset="toy", data_root="data/toy-sre", weights="weights/demo-clip.pt", graph="toy", class_vectors="clip-classes",
-               sre_hidden=256, sre_dropout=0.3, sre_lr=3e-2, sre_iterations=1000, sre_warmup=100)
+SRE_TOY = dict(SRE, dataset="toy", data_root="data/toy-sre", weights="weights/demo-clip.pt", graph="toy",
+               class_vectors="clip-classes", sre_hidden=256, sre_dropout=0.3, sre_lr=3e-2, sre_iterations=1000, sre_warmup=100)
 # Named after the rows of the paper's tables; `seen` is the source domain its runs validate on.
 PRESETS: dict[str, dict[str, Any]] = {
     "toy": TOY,
