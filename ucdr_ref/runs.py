@@ -133,7 +133,11 @@ def restore(folder: Path, overrides: dict[str, Any], device: torch.device) -> tu
         raise ValueError(f"{path} holds no config of this version ({tidy(error)}); train again") from error
     with sound(path):
         check_state(config, state, path)
-    if file_digest(config.weights) != state["weights_sha256"] and "weights" not in overrides:
+    try:
+        digest = file_digest(config.weights)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{error}; {folder} needs the CLIP weights it was trained with: give them as --weights") from error
+    if digest != state["weights_sha256"] and "weights" not in overrides:
         raise ValueError(f"{config.weights} is not the file that {folder} was trained with (its sha256 differs); give that file "
                          "as --weights")
     clip = load_clip(config.weights, config.heads or None).to(device)
