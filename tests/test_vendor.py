@@ -69,7 +69,7 @@ print(json.dumps({"steps": steps, "moved": sorted(moved), "found": index.path(in
 def test_a_copy_under_another_name_encodes_trains_and_retrieves(world, tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "theirs", ignore=shutil.ignore_patterns("__pycache__"))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", USE, str(world)], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    done = subprocess.run([sys.executable, "-c", USE, str(world)], cwd=tmp_path, capture_output=True, text=True, timeout=900,
                           env={**environment, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.splitlines()[-1])
