@@ -4,7 +4,7 @@
 
 Images: bit flips, cuts, splices, wrong endings, pixel bombs, empty files, odd names, links and FIFOs among them. Files: run
 checkpoints (best.pt, last.pt), weights in every format, run configs, feature caches, class graphs and class splits, as bytes
-and as values. What a reader may raise is a ValueError or an OSError of one line; no case may compute for longer than LIMIT seconds.
+and as values. What a reader may raise is a ValueError or an OSError of one line; no case may compute for over LIMIT seconds.
 """
 from __future__ import annotations
 
