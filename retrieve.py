@@ -13,10 +13,10 @@ import torch
 
 from ucdr_ref.checkpoint import file_digest, tidy
 from ucdr_ref.engine import pick_device
+from ucdr_ref.features import path_encoder
 from ucdr_ref.index import build_index
 from ucdr_ref.pictures import sheet
 from ucdr_ref.runs import restore
-from ucdr_ref.sre_data import path_encoder
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -2,8 +2,9 @@
 
     python -m tests.benchmark --part main --seeds 0 1 2 3 4 --json docs/benchmark.json
 
-Every run is an ordinary `python train.py ...` in its own folder below --runs; finished ones are not run again, so it can be
-stopped and started at will. Means and standard deviations are over seeds, in points of 100.
+Every run is an ordinary `python train.py ...` in its own folder below --runs, named after its flags; finished ones are not run
+again, so it can be stopped and started at will, and parts share runs. Means and standard deviations are
+over seeds, in points of 100.
 """
 from __future__ import annotations
 
@@ -14,30 +15,42 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ucdr_ref.runs import versions
 
 ROOT = Path(__file__).resolve().parent.parent
-ABLATION = {"full": [], "no mask": ["--mask", "none"], "no text template": ["--class-features", "plain"],
-            "no triplet": ["--triplet-pairs", "0"], "phase 1 only": ["--target-epochs", "0"]}
-LEDGER = {"D1": ["--mask", "none"], "D2": ["--feature-token", "1"], "D3": ["--evaluation-features", "raw"],
-          "D4": ["--train-normalization", "imagenet"], "D5": ["--selection", "test"], "D6": ["--query-feature", "patch"],
-          "D8": ["--triplet-distance", "plain"], "D9": ["--momentum-start", "random"],
-          "D10": ["--train-classes", "train+val", "--selection", "last"], "D12": ["--queue-push", "before"],
-          "D13": ["--class-features", "plain"], "D14": ["--stroke-domains", "none"], "D15": ["--balance", "released"],
-          "all": ["--variant", "released"]}
-PARTS = {
-    "main": {f"query {domain}": ["--held-out", domain] for domain in ("sketch", "quickdraw", "painting", "infograph", "clipart")},
-    "ablation": ABLATION,
-    "ledger": LEDGER,
+DOMAINS = ("sketch", "quickdraw", "painting", "infograph", "clipart")
+SRE = ["--method", "sre-clip"]
+LEDGER_D = {"D1": ["--mask", "none"], "D2": ["--feature-token", "1"], "D3": ["--evaluation-features", "raw"],
+            "D4": ["--train-normalization", "imagenet"], "D5": ["--selection", "test"], "D6": ["--query-feature", "patch"],
+            "D7": ["--ud-gallery", "trained"], "D8": ["--triplet-distance", "plain"], "D9": ["--momentum-start", "random"],
+            "D10": ["--train-classes", "train+val", "--selection", "last"], "D12": ["--queue-push", "before"],
+            "D13": ["--class-features", "plain"], "D14": ["--stroke-domains", "none"], "D15": ["--balance", "released"],
+            "all": ["--variant", "released"]}
+# The drawn default's class vectors are of the classes alone (S4), and a fifth of its classes are unseen (S5).
+LEDGER_S = {"S1": ["--structure-pairs", "diagonal"], "S2": ["--test-attention", "batch"], "S3": ["--retention-scale", "scaled"],
+            "S4": ["--class-vectors", "clip"], "S5": ["--sre-kappa", "0.2"], "S6": ["--sre-report", "best-test"],
+            "S7": ["--bank-ring", "released"], "S8": ["--structure-classes", "30"], "all": ["--variant", "released"]}
+PARTS: dict[str, dict[str, list[str]]] = {
+    "main": {f"query {domain}": [] if domain == "sketch" else ["--held-out", domain] for domain in DOMAINS},
+    "ablation": {"full": [], "no mask": ["--mask", "none"], "no text template": ["--class-features", "plain"],
+                 "no triplet": ["--triplet-pairs", "0"], "phase 1 only": ["--target-epochs", "0"]},
+    "ledger": {"paper": [], **LEDGER_D},
+    "precision": {"fp32": [], "bf16": ["--precision", "bf16"]},
+    "sre": {"full": SRE, "no structure": [*SRE, "--sre-structure", "0"], "no retention": [*SRE, "--sre-retention", "0"],
+            "no target losses": [*SRE, "--sre-target", "0"]},
+    "sre-ledger": {"paper": SRE, **{tag: [*SRE, *flags] for tag, flags in LEDGER_S.items()}},
 }
+Numbers = dict[str, float]
 
 
-def run(name: str, seed: int, flags: list[str], folder: Path) -> dict:
-    """One training, its results.json and the seconds it took."""
-    out = folder / f"{name.replace(' ', '-')}-{seed}"
+def run(name: str, seed: int, flags: list[str], runs: Path) -> dict:
+    """One training, the numbers of its results.json and the seconds it took."""
+    label = "-".join(flag.lstrip("-") for flag in flags) or "default"
+    out = runs / f"{label}-{seed}"
     done = out / "seconds.json"
     if not done.exists():
         start = time.monotonic()
@@ -48,25 +61,62 @@ def run(name: str, seed: int, flags: list[str], folder: Path) -> dict:
             raise SystemExit(f"{' '.join(command)}\n{result.stderr[-2000:]}")
         done.write_text(json.dumps(time.monotonic() - start))
     rows = json.loads((out / "results.json").read_text())["rows"]
-    numbers = {f"{row['protocol']} {row['gallery_name']} {row['method']}": 100 * row["mAP@200"] for row in rows}
-    return {"name": name, "seed": seed, "flags": flags, "seconds": round(json.loads(done.read_text()), 1), "mAP@200": numbers}
+    return {"name": name, "seed": seed, "flags": flags, "seconds": round(json.loads(done.read_text()), 1), "numbers": read(rows)}
 
 
-def table(results: list[dict], names: list[str]) -> str:
-    """Markdown: zero-shot, adapted and their difference on unseen and mixed gallery, mean ± standard deviation over seeds."""
-    def mean(values: list[float]) -> str:
-        return f"{statistics.mean(values):.1f} ± {statistics.pstdev(values):.1f}"
+def read(rows: list[dict]) -> Numbers:
+    """The rows of either method's results.json -> {"what method": points of 100}."""
+    numbers = {}
+    for row in rows:
+        if "protocol" in row:
+            numbers[f"{row['protocol']} {row['gallery_name']} {row['method']}"] = 100 * row["mAP@200"]
+        else:
+            numbers |= {f"{metric} {row['method']}": 100 * (value or 0.0) for metric, value in row["instance"].items()}
+    return numbers
 
-    lines = ["| | unseen: CLIP | unseen: adapted | difference | mixed: CLIP | mixed: adapted | difference |", "|---" * 7 + "|"]
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.1f} ± {statistics.pstdev(values):.1f}"
+
+
+def table(results: list[dict], names: list[str], columns: dict[str, Callable[[Numbers, Numbers], float]]) -> str:
+    """Markdown: a row a name, mean ± standard deviation over seeds of each column(numbers, numbers of the first name)."""
+    of = {name: {result["seed"]: result["numbers"] for result in results if result["name"] == name} for name in names}
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in names:
-        runs = [result["mAP@200"] for result in results if result["name"] == name]
-        cells = []
-        for gallery in ("unseen", "mixed"):
-            before, after = ([numbers[f"UCDR {gallery} {method}"] for numbers in runs]
-                             for method in ("zero-shot", "ucdr-adapter"))
-            cells += [mean(before), mean(after), mean([b - a for a, b in zip(before, after)])]
+        cells = [spread([column(found, of[names[0]][seed]) for seed, found in of[name].items()]) for column in columns.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def value(key: str, minus: str = "") -> Callable[[Numbers, Numbers], float]:
+    return lambda numbers, _: numbers[key] - (numbers[minus] if minus else 0.0)
+
+
+def change(key: str) -> Callable[[Numbers, Numbers], float]:
+    """The difference that a switch makes, seed by seed."""
+    return lambda numbers, first: numbers[key] - first[key]
+
+
+def best(numbers: Numbers, metric: str) -> float:
+    """What the run reports: S6 reports each metric's maximum over evaluations on the test images."""
+    return numbers.get(f"{metric} best-test", numbers[f"{metric} sre-clip"])
+
+
+UNSEEN, MIXED, UD = "UCDR unseen ", "UCDR mixed ", "UdCDR seen "
+OURS, CLIP = "ucdr-adapter", "zero-shot"
+BESIDE_CLIP = {"unseen: CLIP": value(UNSEEN + CLIP), "unseen: adapted": value(UNSEEN + OURS),
+               "difference": value(UNSEEN + OURS, UNSEEN + CLIP), "mixed: CLIP": value(MIXED + CLIP),
+               "mixed: adapted": value(MIXED + OURS), "difference ": value(MIXED + OURS, MIXED + CLIP)}
+EFFECTS = {"unseen": value(UNSEEN + OURS), "effect": change(UNSEEN + OURS), "mixed": value(MIXED + OURS),
+           "effect ": change(MIXED + OURS), "U^dCDR": value(UD + OURS), "effect  ": change(UD + OURS)}
+SRE_BESIDE_CLIP = {"ZSL": value("zsl sre-clip"), "unseen": value("unseen sre-clip"), "seen": value("seen sre-clip"),
+                   "H": value("h sre-clip"), "H of CLIP": value("h zero-shot"), "difference": value("h sre-clip", "h zero-shot")}
+SRE_EFFECTS = {metric: lambda numbers, _, key=key: best(numbers, key)
+               for metric, key in (("ZSL", "zsl"), ("unseen", "unseen"), ("seen", "seen"), ("H", "h"))} \
+    | {"effect on H": lambda numbers, first: best(numbers, "h") - best(first, "h")}
+COLUMNS = {"main": BESIDE_CLIP, "ablation": BESIDE_CLIP, "ledger": EFFECTS, "precision": EFFECTS, "sre": SRE_BESIDE_CLIP,
+           "sre-ledger": SRE_EFFECTS}
 
 
 def main() -> None:
@@ -79,14 +129,13 @@ def main() -> None:
     args = parser.parse_args()
     variants = PARTS[args.part]
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(run, name, seed, flags, args.runs / args.part)
-                for seed in args.seeds for name, flags in variants.items()]
+        jobs = [pool.submit(run, name, seed, flags, args.runs) for seed in args.seeds for name, flags in variants.items()]
         results = []
         for job in jobs:
             results.append(job.result())
             print(f"{len(results)}/{len(jobs)} {results[-1]['name']} seed {results[-1]['seed']}: {results[-1]['seconds']} s",
                   file=sys.stderr, flush=True)
-    print(table(results, list(variants)))
+    print(table(results, list(variants), COLUMNS[args.part]))
     if args.json:
         found = json.loads(args.json.read_text()) if args.json.exists() else {}
         found[args.part] = {"versions": versions(), "date": time.strftime("%Y-%m-%d"), "runs": results}

@@ -27,7 +27,6 @@ from theirs.checkpoint import load_clip, load_state
 from theirs.data import open_image, preprocess
 from theirs.index import build_index
 from theirs.runs import describe, restore
-from theirs.sre_data import path_encoder
 from theirs.ucdr_adapter import UCDRAdapter
 
 world, device = Path(sys.argv[1]), torch.device("cpu")
@@ -55,7 +54,7 @@ trained = load_state(run / "best.pt")["method"]
 moved = {name.split(".")[0] for name in start if not torch.equal(trained[name], start[name])}
 
 _, adapted, state = restore(run, {"weights": str(world / "clip.pt")}, device)
-encode = path_encoder(adapted.encode, clip.image_size, chosen, device)
+encode = features.path_encoder(adapted.encode, clip.image_size, chosen, device)
 index = build_index(world / "data/photo", encode, "model", "cache")
 query = str(world / "data/photo/shape_5/0.png")
 distances, rows = index.search(torch.cat([part for _, part in encode([query])]), 3)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,8 +11,11 @@ from .config import Config
 from .data import Files, ImageDataset, augment, balanced_batches, chunks, fold, load, preprocess
 from .distributed import gather, share
 from .engine import Feed, autocast
+from .index import EncodePaths
 from .protocols import Protocol
 from .ucdr_adapter import Batch
+
+CPU_PART = 10  # images of phase 2 at once: on a CPU no slower than a batch of 50, in a third of the memory
 
 
 def feed(phase: str, protocol: Protocol, config: Config, image_size: int, device: torch.device) -> Feed:
@@ -32,7 +36,20 @@ def feed(phase: str, protocol: Protocol, config: Config, image_size: int, device
             batch = (images, class_ids[indices], domain_ids[indices])
             yield Batch(*(part.to(device, non_blocking=True) for part in batch)), [protocol.train.paths[i] for i in indices]
 
-    return Feed(config.source_epochs if phase == "source" else config.target_epochs, order, batches)
+    epochs = config.source_epochs if phase == "source" else config.target_epochs
+    return Feed(epochs, order, batches, lambda batch: cut(batch, phase, config))
+
+
+def cut(batch: Batch, phase: str, config: Config) -> list[tuple[Batch, float]]:
+    """What passes at once of a batch, each part with its share of the images: the losses' weighted sum is the batch's.
+
+    Only phase 2 is a mean over images alone; in phase 1 queues and momentum move once a batch, so it stays whole.
+    """
+    b = len(batch.images)
+    size = config.micro_batch or (CPU_PART if batch.images.device.type == "cpu" else b)
+    if phase == "source" or b <= size:
+        return [(batch, 1.0)]
+    return [(Batch(*part), len(part[0]) / b) for part in zip(*(rows.split(size) for rows in batch))]
 
 
 def extract(encode: Callable[[Tensor], Tensor], files: Files, config: Config, image_size: int,
@@ -50,3 +67,26 @@ def extract(encode: Callable[[Tensor], Tensor], files: Files, config: Config, im
     if not kept:
         raise ValueError(f"none of the {len(files)} images could be read; the first is {files.paths[0]}")
     return torch.cat(features), kept
+
+
+def path_encoder(encode: Callable[[Tensor], Tensor], image_size: int, config: Config, device: torch.device,
+                 invert: str = "auto") -> EncodePaths:
+    """encode_paths(paths) -> (indices [b], features [b, .]) batch by batch; unreadable images are left out.
+
+    invert: whether the images are dark strokes on white: yes, no, or auto, where a folder on the path named like a stroke
+    domain says so (D14).
+    """
+    def domain(path: str) -> str:
+        if invert == "auto":
+            return next((part for part in Path(path).parts[:-1] if part in config.stroke_domains), "")  # D14
+        return "strokes" if invert == "yes" else ""
+
+    def encode_paths(paths: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        files = Files(paths, [""] * len(paths), [domain(path) for path in paths])
+        dataset = ImageDataset(files, preprocess(image_size), (*config.stroke_domains, "strokes"))
+        for indices, images in load(dataset, chunks(len(paths), config.eval_batch), config.workers, True, device):
+            if len(indices):
+                with torch.inference_mode(), autocast(config, device):
+                    yield indices, encode(images.to(device, non_blocking=True)).float()
+
+    return encode_paths

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from .clip import CLIP
 from .config import Config
-from .data import Files, ImageDataset, chunks, fold, load, preprocess
-from .engine import Feed, autocast
+from .data import Files, fold
+from .engine import Feed
+from .features import path_encoder
 from .graph import Graph, canonical, duplicates, load_graph, read_classes
-from .index import EncodePaths, build_index, list_images
+from .index import build_index, list_images
 from .sre_clip import EPOCH, Batch, unseen_indices
 
 SHIPPED = Path(__file__).parent
@@ -144,29 +145,6 @@ def summary(sources: Sequence[Folder], targets: Sequence[Folder], graph: Graph, 
     if bare:
         lines.append(f"note     seen classes without a source image: {', '.join(bare)}")
     return "\n".join(lines)
-
-
-def path_encoder(encode: Callable[[Tensor], Tensor], image_size: int, config: Config, device: torch.device,
-                 invert: str = "auto") -> EncodePaths:
-    """encode_paths(paths) -> (indices [b], features [b, .]) batch by batch; unreadable images are left out.
-
-    invert: whether the images are dark strokes on white: yes, no, or auto, where a folder on the path named like a stroke
-    domain says so (D14).
-    """
-    def domain(path: str) -> str:
-        if invert == "auto":
-            return next((part for part in Path(path).parts[:-1] if part in config.stroke_domains), "")  # D14
-        return "strokes" if invert == "yes" else ""
-
-    def encode_paths(paths: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
-        files = Files(paths, [""] * len(paths), [domain(path) for path in paths])
-        dataset = ImageDataset(files, preprocess(image_size), (*config.stroke_domains, "strokes"))
-        for indices, images in load(dataset, chunks(len(paths), config.eval_batch), config.workers, True, device):
-            if len(indices):
-                with torch.inference_mode(), autocast(config, device):
-                    yield indices, encode(images.to(device, non_blocking=True)).float()
-
-    return encode_paths
 
 
 def features(folders: Sequence[Folder], graph: Graph, clip: CLIP, config: Config, weights_sha256: str, cache: Path,
