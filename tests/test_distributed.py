@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 import train
 from ucdr_ref import distributed
 from ucdr_ref.checkpoint import load_state
+from ucdr_ref.ucdr_adapter import UCDRAdapter
 
 ROOT = Path(__file__).resolve().parent.parent
 # train.py, but process 1 sends itself the signal `number` in its `at`-th step.
@@ -60,7 +62,7 @@ def log(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_equal_one_through_kill_and_stop(world, tmp_path):
+def test_two_processes_equal_one_through_kill_and_stop(world, tmp_path, monkeypatch):
     assert train.main(flags(world, tmp_path / "one")) == 0
     driver, two = tmp_path / "driver.py", tmp_path / "two"
     driver.write_text(DRIVER)
@@ -76,7 +78,20 @@ def test_two_processes_equal_one_through_kill_and_stop(world, tmp_path):
     for rank, sizes in (("0", [3, 3, 3, 0, 4, 4]), ("1", [4, 4, 4, 1, 5, 5])):
         assert [int(size) for size in re.findall(rf"batch {rank} (\d+)", stopped.stderr)] == sizes
 
-    finished = launch(driver, 0, 0, flags(world, two))
+    calls = []
+
+    def interrupted(self, batch, phase, step=UCDRAdapter.step):
+        calls.append(phase)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, batch, phase)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UCDRAdapter, "step", interrupted)
+        assert train.main(flags(world, two)) == 130  # one process takes two steps
+    assert len(log(two)) == 10
+
+    finished = launch(driver, 0, 0, flags(world, two, "--micro-batch", "2"))
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("zero-shot ") == 3  # one of them speaks
 

@@ -81,6 +81,32 @@ def test_resumed_equals_uninterrupted(world, tmp_path, uninterrupted, monkeypatc
     same(tmp_path / "cut", uninterrupted)
 
 
+def test_a_batch_in_parts_is_the_same_batch(world, tmp_path, uninterrupted, monkeypatch):
+    """Parts of 3 images log what whole batches do, step by step, and resume to the last bit."""
+    taken = []
+
+    def counted(self, batch, phase, step=UCDRAdapter.step):
+        taken.append((phase, len(batch.images)))
+        if len(taken) == dies_at:
+            raise SystemError("killed")
+        return step(self, batch, phase)
+
+    monkeypatch.setattr(UCDRAdapter, "step", counted)
+    dies_at = 0
+    assert entry.main(flags(world, tmp_path / "parts", "--micro-batch", "3")) == 0
+    assert {size for phase, size in taken if phase == "target"} == {3, 2}
+    assert {size for phase, size in taken if phase == "source"} == {6}
+    logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+            for run in (tmp_path / "parts", uninterrupted)]
+    assert logs[0] == [pytest.approx(line, abs=1e-4) for line in logs[1]]
+    taken, dies_at = [], len(taken) - 1  # between two parts
+    with pytest.raises(SystemError):
+        entry.main(flags(world, tmp_path / "cut", "--micro-batch", "3"))
+    dies_at = 0
+    assert entry.main(flags(world, tmp_path / "cut", "--micro-batch", "3")) == 0
+    same(tmp_path / "cut", tmp_path / "parts")
+
+
 def test_dying_inside_a_checkpoint_leaves_the_last_one(world, tmp_path, uninterrupted, monkeypatch):
     saves = 0
 

@@ -104,6 +104,7 @@ def test_folder_drawn_split_and_given_split(folder, tmp_path):
     given = build(config("folder", folder, class_split=str(split), held_out="icon", seen="sketch", per_class=5))
     assert given.class_names == ["class_1", "class_2"] and set(given.tests[0].galleries["unseen"].classes) == {"class_4"}
     assert len(given.tests[0].query) == 5
+    assert build(config("folder", folder, domains=("sketch", "photo"))).domain_names == ["photo"]
     seen_domain = build(config("folder", folder, held_out="none", seen="sketch"))
     assert seen_domain.tests[0].protocol == "UcCDR" and seen_domain.domain_names == ["icon", "photo", "sketch"]
 
@@ -113,6 +114,7 @@ def test_bad_roots_and_flags_are_explained(folder, tmp_path):
         (dict(data_root=str(tmp_path / "absent")), "absent: no such folder"),
         (dict(data_root=str(tmp_path)), "found no images.*one level too deep"),
         (dict(held_out="paintings"), "--held-out paintings: no such domain.*icon, photo, sketch"),
+        (dict(domains=("photo", "sketches")), "no domain folder 'sketches'"),
         (dict(gallery="x"), "--gallery x: no such domain"), (dict(held_out="photo"), "is the gallery domain"),
         (dict(seen="sketch"), "--seen sketch is held out"), (dict(class_split=str(tmp_path / "no.json")), "expected a JSON file"),
     ]
@@ -126,6 +128,11 @@ def test_bad_roots_and_flags_are_explained(folder, tmp_path):
         (tmp_path / "split.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             build(config("folder", folder, class_split=str(tmp_path / "split.json")))
+
+
+def test_domains_are_for_folder_datasets(domainnet):
+    with pytest.raises(ValueError, match="--domains sketch: --dataset domainnet has its own"):
+        build(config("domainnet", domainnet, domains=("sketch",)))
 
 
 def test_wrong_number_of_classes_is_counted(tmp_path):

@@ -12,6 +12,7 @@ from helpers import fill, golden_clip_state_dict, tiny_state_dict
 
 from ucdr_ref.clip import CLIP
 from ucdr_ref.config import Config, resolve
+from ucdr_ref.features import cut
 from ucdr_ref.prompts import TextTemplate, readable
 from ucdr_ref.tokenizer import encode, tokenize
 from ucdr_ref.ucdr_adapter import Batch, ClassQueues, UCDRAdapter
@@ -240,6 +241,30 @@ def test_phase_two_uses_the_constant_text_features():
     method.clip.encode_text = method.template.forward = None  # phase 2 and testing need no text tower
     method.step(batch_of(), "target")["loss"].backward()
     assert method.encode(batch_of().images).shape == (6, 32)
+
+
+@pytest.mark.parametrize("masked", ["own", "none"])
+@pytest.mark.parametrize("size", [1, 4, 5])
+def test_parts_of_a_phase_two_batch_add_up_to_it(masked, size):
+    method, batch = small(mask=masked), batch_of(10)
+    method.start("target")
+    trained = list(method.trainable("target").values())
+    whole = method.step(batch, "target")["loss"]
+    parts = cut(batch, "target", Config(micro_batch=size))
+    assert [len(part.images) for part, _ in parts] == [size] * (10 // size) + [10 % size] * (10 % size > 0)
+    total = sum(share * method.step(part, "target")["loss"] for part, share in parts)
+    assert total.item() == pytest.approx(whole.item(), rel=1e-6)
+    for ours, expected in zip(torch.autograd.grad(total, trained), torch.autograd.grad(whole, trained)):
+        assert expected.abs().max() > 1e-5 and (ours - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
+
+
+def test_what_is_never_cut():
+    batch = batch_of(25)
+    assert [len(part.images) for part, _ in cut(batch, "target", Config())] == [10, 10, 5]  # this is a CPU
+    assert [(part, share) for part, share in cut(batch, "target", Config(micro_batch=25))] == [(batch, 1.0)]
+    assert cut(batch, "source", Config(micro_batch=1)) == [(batch, 1.0)]  # queues and momentum move once a batch
+    empty = Batch(*(rows[:0] for rows in batch))
+    assert cut(empty, "target", Config(micro_batch=1)) == [(empty, 1.0)]  # a process without a share
 
 
 def test_class_anchors_can_be_given_or_plain():

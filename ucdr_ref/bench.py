@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from .checkpoint import write_text_atomic
 from .clip import CLIP
 from .config import Config
 from .engine import autocast, memory_gib, pick_device
+from .features import cut
 from .protocols import class_list
 from .runs import versions
 from .ucdr_adapter import Batch, UCDRAdapter
@@ -108,8 +110,6 @@ def timed(work: Callable[[], Any], steps: int, device: torch.device, warm_up: bo
 def measure(part: str, side: str, sizes: dict[str, Any]) -> dict[str, float]:
     """One side of one part; runs in a process of its own."""
     device = torch.device(sizes["device"])
-    if sizes["precision"] == "tf32":
-        torch.set_float32_matmul_precision("high")
     if part == "metrics":
         return measure_metrics(side, sizes, device)
     model, batch, config = build(side, sizes, device), random_batch(sizes, device), Config(precision=sizes["precision"])
@@ -131,8 +131,7 @@ def measure(part: str, side: str, sizes: dict[str, Any]) -> dict[str, float]:
 
 def training_step(model: UCDRAdapter | bench_plain.PlainAdapter, batch: Batch, phase: str, config: Config) -> Callable[[], None]:
     """A step as the training loop takes it: loss, gradient, Adam."""
-    trained = model.trainable(phase)
-    model.requires_grad_(False)
+    trained = model.requires_grad_(False).trainable(phase)
     for parameter in trained.values():
         parameter.requires_grad_(True)
     if isinstance(model, UCDRAdapter):
@@ -140,10 +139,11 @@ def training_step(model: UCDRAdapter | bench_plain.PlainAdapter, batch: Batch, p
     optimizer = torch.optim.Adam(trained.values(), lr=1e-4)
 
     def step() -> None:
-        with autocast(config, batch.images.device):
-            loss = model.step(batch, phase)["loss"]
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        for part, share in cut(batch, phase, config) if isinstance(model, UCDRAdapter) else [(batch, 1.0)]:
+            with autocast(config, batch.images.device):
+                loss = model.step(part, phase)["loss"]
+            (share * loss).backward()
         optimizer.step()
 
     return step
@@ -187,7 +187,7 @@ def image_flops(part: str, shape: dict[str, int]) -> float:
 
     patches = 2 * n * 3 * shape["patch"] ** 2 * d
     if part == "phase1":  # online and momentum
-        return 2 * patches + tower(n + 3, backward=True) + tower(n + 3)
+        return patches + tower(n + 3, backward=True) + tower(n + 3)
     return patches + tower(n + 1) + tower(n + 3, backward=part == "phase2")  # query and target pass
 
 
@@ -217,6 +217,7 @@ def checks(part: str, ours: dict[str, float], plain: dict[str, float], sizes: di
 
 def isolated(part: str, side: str, sizes: dict[str, Any]) -> dict[str, float]:
     """`measure` in a fresh process. Raises ValueError when that process is killed, as it is when memory runs out."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for a busy core would spin, and that would count
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(measure, part, side, sizes).result()

@@ -30,6 +30,8 @@ class Config:
     held_out: str = option("sketch", "query domain that training never sees; none: U^cCDR, where queries come from a seen domain")
     seen: str = option("", "source domain of the validation queries (and of the U^cCDR queries); empty: the protocol's")
     gallery: str = option("", "gallery domain; empty: the protocol's")
+    domains: tuple[str, ...] = option((), "folder datasets: domain folders to use, gallery and held-out one included (the "
+                                      "smallest decides how long an epoch is); empty: all")
     class_split: str = option("", "folder datasets: JSON file with train, val and test class names; empty: drawn by seed")
     sketchy_split: str = option("eccv", "Sketchy's test classes: 21 (ECCV 2018) or 25 (random)", ("eccv", "random"))
     holdback: float = option(0.08, "share of each gallery-domain training class kept for the mixed gallery, never trained on")
@@ -114,11 +116,13 @@ class Config:
     workers: int = option(2, "processes that read and augment images; 0: in the main process")
     precision: str = option("fp32", "arithmetic of the towers; losses and LayerNorm stay float32", ("fp32", "tf32", "bf16"))
     compile: int = option(0, "1: compile the vision blocks (torch.compile), which takes a while at the start", (0, 1))
+    micro_batch: int = option(0, "images of a phase-2 batch that pass at once, to save memory; 0: 10 on a CPU, all on a GPU")
     save_every: int = option(50, "steps between checkpoints; each epoch ends with one too")
     eval_batch: int = option(128, "images per batch when features are extracted")
 
 
-MACHINE = ("device", "workers", "precision", "compile", "save_every", "eval_batch")  # may differ when a run is resumed
+# May differ when a run is resumed.
+MACHINE = ("device", "workers", "precision", "compile", "micro_batch", "save_every", "eval_batch")
 FIELDS: dict[str, dataclasses.Field[Any]] = {field.name: field for field in dataclasses.fields(Config)}
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -134,13 +138,14 @@ DOMAINNET = dict(dataset="domainnet", data_root="data/DomainNet", weights="weigh
 SKETCHY = dict(dataset="sketchy", data_root="data/Sketchy", weights="weights/ViT-B-32.pt", held_out="none", prompt_length=4,
                context_vectors=8)
 # The drawn data and its CLIP are small: larger steps, fewer of them, and a shorter context than the paper's.
-TOY = dict(dataset="toy", context_vectors=4, source_batch=50, source_lr=1e-3, target_epochs=3, target_lr=1e-2)
+TOY = dict(dataset="toy", context_vectors=4, source_batch=50, source_lr=1e-3, target_epochs=2, target_lr=1e-2,
+           micro_batch=50)
 # SRE-CLIP: labelled and unlabelled folders are given by flags; the drawn ones are made below data_root. D14 is the other
 # method's: no image is inverted here unless --stroke-domains says so.
 SRE = dict(method="sre-clip", dataset="folder", data_root="", weights="weights/ViT-B-32.pt", stroke_domains=(), save_every=1000)
 # Small for its small CLIP, which has read no words but the 60 class names and bears less dropout in 64 text dimensions.
 SRE_TOY = dict(SRE, dataset="toy", data_root="data/toy-sre", weights="weights/demo-clip.pt", graph="toy",
-               class_vectors="clip-classes", sre_hidden=256, sre_dropout=0.3, sre_lr=3e-2, sre_iterations=1000, sre_warmup=100)
+               class_vectors="clip-classes", sre_hidden=256, sre_dropout=0.3, sre_iterations=1000, sre_warmup=100)
 # Named after the rows of the paper's tables; `seen` is the source domain its runs validate on.
 PRESETS: dict[str, dict[str, Any]] = {
     "toy": TOY,

@@ -21,6 +21,10 @@ GRACE_SECONDS = 20  # from SIGTERM until a process ends that waits for another i
 Items = TypeVar("Items", bound=Sequence[Any])
 
 
+class Stopped(Exception):
+    """SIGINT or SIGTERM arrived; the step was finished and saved, in every process."""
+
+
 def world() -> int:
     """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -46,7 +50,11 @@ def processes() -> Iterator[None]:
     end_when_stuck()
     if not is_main():
         sys.stdout = open(os.devnull, "w")
-    yield
+    try:
+        yield
+    except Stopped:  # after any other exception some process may wait, and parting in good order would too
+        dist.destroy_process_group()
+        raise
     dist.destroy_process_group()
 
 

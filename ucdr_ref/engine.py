@@ -27,16 +27,21 @@ from .checkpoint import save_atomic, write_text_atomic
 from .clip import CLIP
 from .config import Config
 from .data import fold
+from .distributed import Stopped
 from .resume import Progress, load_optimizer, open_log, read_last, record, sync
 
 
 @dataclass
 class Feed:
-    """What a phase iterates over. `load` yields (batch, its files) for the batches of an epoch's order that are left."""
+    """What a phase iterates over. `load` yields (batch, its files) for the batches of an epoch's order that are left.
+
+    `cut` gives what passes at once of a batch, to save memory, each with its share of the images.
+    """
 
     epochs: int
     order: Callable[[int], Sequence[Any]]
     load: Callable[[int, Sequence[Any]], Iterator[tuple[Any, list[str]]]]
+    cut: Callable[[Any], list[tuple[Any, float]]] = lambda batch: [(batch, 1.0)]
 
 
 @dataclass(frozen=True)
@@ -70,10 +75,6 @@ class Method(Encoder, typing.Protocol):
     def learning_rate(self, phase: str, epoch: int, step: int) -> float: ...
     def step(self, batch: Any, phase: str) -> dict[str, Tensor]: ...
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-
-class Stopped(Exception):
-    """SIGINT or SIGTERM arrived; the step was finished and saved."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -151,9 +152,7 @@ def fit(method: Method, phase: str, feed: Feed, validate: Callable[[], float] | 
     """One phase: steps, checkpoints, validation after each epoch, early stop."""
     config = run.config
     method.start(phase)
-    trained = method.trainable(phase)
-    for name, parameter in method.named_parameters():
-        parameter.requires_grad_(name in trained)
+    trained = thawed(method, phase)
     optimizer = method.optimizer(phase)
     if optimizer_state is not None:
         load_optimizer(optimizer, optimizer_state, run.folder / "last.pt")
@@ -171,12 +170,15 @@ def fit(method: Method, phase: str, feed: Feed, validate: Callable[[], float] | 
             torch.manual_seed(fold(config.seed, phase, progress.epoch, progress.step))
             for group in optimizer.param_groups:
                 group["lr"] = method.learning_rate(phase, progress.epoch, progress.step) * group.get("factor", 1.0)
-            with autocast(config, run.device):
-                terms = method.step(batch, phase)
             optimizer.zero_grad(set_to_none=True)
-            terms["loss"].backward()
+            sums: list[Tensor] = []
+            for part, share in feed.cut(batch):
+                with autocast(config, run.device):
+                    terms = method.step(part, phase)
+                (share * terms["loss"]).backward()  # adds to the gradients of the parts before
+                sums.append(share * torch.stack([term.detach().float() for term in terms.values()]))
+            shown = torch.stack(sums).sum(0)
             gradients = [parameter.grad for parameter in trained.values() if parameter.grad is not None]
-            shown = torch.stack([term.detach().float() for term in terms.values()])
             distributed.average([*gradients, shown], weight=len(files))
             norm = torch.stack([gradient.norm() for gradient in gradients]).sum()
             *numbers, size = torch.cat([shown, norm[None]]).tolist()  # the step's only wait for the device
@@ -199,11 +201,19 @@ def fit(method: Method, phase: str, feed: Feed, validate: Callable[[], float] | 
                 progress.best = found
                 save_atomic({"method": own_state(method), **run.extra}, run.folder / "best.pt")
             record(log, progress, {"phase": phase, "epoch": progress.epoch, "validation_mAP": found})
-            line.end(f"{phase} {progress.epoch}/{feed.epochs} | validation mAP@200 {found:.4f} (best {progress.best:.4f})")
+            line.end(f"{phase} {progress.epoch}/{feed.epochs} | selection score {found:.4f} (best {progress.best:.4f})")
         save()
         if distributed.any_of(bool(stopping)):  # a signal came in the validation
             raise stopped(stopping, phase, progress)
     line.end()
+
+
+def thawed(method: Method, phase: str) -> dict[str, nn.Parameter]:
+    """The parameters that the phase trains; all others are frozen."""
+    trained = method.trainable(phase)
+    for name, parameter in method.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return trained
 
 
 def stopped(stopping: list[int], phase: str, progress: Progress) -> Stopped:

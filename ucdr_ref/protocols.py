@@ -217,6 +217,8 @@ def folder_split(config: Config, tree: Tree) -> dict[str, list[str]]:
 def build(config: Config) -> Protocol:
     """The protocol of the config's dataset. Raises ValueError or FileNotFoundError when the data does not fit."""
     root = config.data_root
+    if config.domains and config.dataset != "folder":
+        raise ValueError(f"--domains {' '.join(config.domains)}: --dataset {config.dataset} has its own; leave the flag out")
     if config.dataset == "domainnet":
         splits = {part: class_list(f"domainnet-{part}") for part in ("train", "val", "test")}
         assert [len(splits[part]) for part in ("train", "val", "test")] == [245, 55, 45]
@@ -242,7 +244,7 @@ def build(config: Config) -> Protocol:
         splits = {"train": others, "val": val, "test": test}
         tree = match(tree, others + val + test, "TU-Berlin")
     else:
-        tree = scan(root)
+        tree = scan(root, config.domains)
         if config.dataset == "toy":
             from .toy import SPLIT
             splits = {part: list(SPLIT[part]) for part in ("train", "val", "test")}

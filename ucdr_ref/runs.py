@@ -30,7 +30,8 @@ from .ucdr_adapter import UCDRAdapter, ZeroShot
 
 def versions() -> dict[str, str]:
     return {"ucdr_ref": __version__, "python": platform.python_version(), "torch": torch.__version__,
-            "torchvision": torchvision.__version__, "pillow": PIL.__version__, "machine": platform.platform(),
+            "torchvision": torchvision.__version__, "pillow": PIL.__version__,
+            "machine": f"{platform.system()} {platform.machine()}",
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none", "threads": str(torch.get_num_threads())}
 
 

@@ -122,9 +122,11 @@ class UCDRAdapter(nn.Module):
 
     def source_features(self, images: Tensor, class_ids: Tensor, domain_ids: Tensor) -> Tensor:
         """Source encoding (E) with the true domain and class: images [b, 3, H, W], ids [b] -> f [b, e], L2-normalised."""
-        patches = self.clip.visual.embed(images)
-        features = self.encode_tokens(patches, self.domain_prompts[domain_ids], self.class_prompts[class_ids])
-        return F.normalize(features.float(), dim=-1)
+        return self.prompted(self.clip.visual.embed(images), self.domain_prompts[domain_ids], self.class_prompts[class_ids])
+
+    def prompted(self, patches: Tensor, domain_prompts: Tensor, class_prompts: Tensor) -> Tensor:
+        """`encode_tokens`, L2-normalised [b, e]."""
+        return F.normalize(self.encode_tokens(patches, domain_prompts, class_prompts).float(), dim=-1)
 
     def encode_tokens(self, patches: Tensor, domain_prompts: Tensor, class_prompts: Tensor) -> Tensor:
         """[class token + pos_0 ; domain prompts ; class prompts ; patches] -> blocks -> token k -> ln_post -> proj: [b, e]."""
@@ -190,12 +192,12 @@ class UCDRAdapter(nn.Module):
 
     def source_step(self, batch: Batch) -> dict[str, Tensor]:
         """Phase 1, source adapter learning: L-align + L-triplet, and the momentum features enter the queues."""
-        config = self.config
-        f = self.source_features(*batch)
+        config, patches = self.config, self.clip.visual.embed(batch.images)
+        f = self.prompted(patches, self.domain_prompts[batch.domain_ids], self.class_prompts[batch.class_ids])
         align = losses.image_text_contrast(f, self.text_features(), batch.class_ids, config.tau)
         if config.triplet_pairs == 0:
             return {"loss": align, "align": align}
-        entering = gather_rows(self.momentum_features(batch)), gather_rows(batch.class_ids)
+        entering = gather_rows(self.momentum_features(patches, batch)), gather_rows(batch.class_ids)
         if config.queue_push == "before":  # D12
             self.queues.push(*entering)
         positives, negatives, valid = self.queues.draw(batch.class_ids, config.triplet_pairs)
@@ -205,14 +207,13 @@ class UCDRAdapter(nn.Module):
         return {"loss": align + triplet, "align": align, "triplet": triplet}
 
     @torch.no_grad()
-    def momentum_features(self, batch: Batch) -> Tensor:
+    def momentum_features(self, patches: Tensor, batch: Batch) -> Tensor:
         """Momentum encoder (M): theta_M <- alpha theta_M + (1 - alpha) theta, then f_M [b, e] with the averaged prompts."""
         for average, online in ((self.momentum_domain_prompts, self.domain_prompts),
                                 (self.momentum_class_prompts, self.class_prompts)):
             average.lerp_(online, 1 - self.config.momentum)
-        features = self.encode_tokens(self.clip.visual.embed(batch.images), self.momentum_domain_prompts[batch.domain_ids],
-                                      self.momentum_class_prompts[batch.class_ids])
-        return F.normalize(features.float(), dim=-1)
+        return self.prompted(patches, self.momentum_domain_prompts[batch.domain_ids],
+                             self.momentum_class_prompts[batch.class_ids])
 
     def target_step(self, batch: Batch) -> dict[str, Tensor]:
         """Phase 2, target prompt generation: L-align against the constant text features."""
