@@ -45,6 +45,7 @@ PARTS: dict[str, dict[str, list[str]]] = {
     "sre-ledger": {"paper": SRE, **{tag: [*SRE, *flags] for tag, flags in LEDGER_S.items()}},
 }
 Numbers = dict[str, float]
+Column = tuple[str, Callable[[Numbers, Numbers], float]]
 
 
 def run(name: str, seed: int, flags: list[str], runs: Path) -> dict:
@@ -79,44 +80,46 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.pstdev(values):.1f}"
 
 
-def table(results: list[dict], names: list[str], columns: dict[str, Callable[[Numbers, Numbers], float]]) -> str:
+def table(results: list[dict], names: list[str], columns: list[Column]) -> str:
     """Markdown: a row a name, mean ± standard deviation over seeds of each column(numbers, numbers of the first name)."""
     of = {name: {result["seed"]: result["numbers"] for result in results if result["name"] == name} for name in names}
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = ["| | " + " | ".join(title for title, _ in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in names:
-        cells = [spread([column(found, of[names[0]][seed]) for seed, found in of[name].items()]) for column in columns.values()]
+        cells = [spread([column(found, of[names[0]][seed]) for seed, found in of[name].items()]) for _, column in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def value(key: str, minus: str = "") -> Callable[[Numbers, Numbers], float]:
-    return lambda numbers, _: numbers[key] - (numbers[minus] if minus else 0.0)
+def value(title: str, key: str, minus: str = "") -> Column:
+    return title, lambda numbers, _: numbers[key] - (numbers[minus] if minus else 0.0)
 
 
-def change(key: str) -> Callable[[Numbers, Numbers], float]:
+def change(key: str) -> Column:
     """The difference that a switch makes, seed by seed."""
-    return lambda numbers, first: numbers[key] - first[key]
+    return "effect", lambda numbers, first: numbers[key] - first[key]
 
 
-def best(numbers: Numbers, metric: str) -> float:
-    """What the run reports: S6 reports each metric's maximum over evaluations on the test images."""
+def reported(numbers: Numbers, metric: str) -> float:
+    """What an SRE-CLIP run reports: under S6 each metric's maximum over evaluations on the test images."""
     return numbers.get(f"{metric} best-test", numbers[f"{metric} sre-clip"])
+
+
+def metric(title: str, key: str) -> Column:
+    return title, lambda numbers, _: reported(numbers, key)
 
 
 UNSEEN, MIXED, UD = "UCDR unseen ", "UCDR mixed ", "UdCDR seen "
 OURS, CLIP = "ucdr-adapter", "zero-shot"
-BESIDE_CLIP = {"unseen: CLIP": value(UNSEEN + CLIP), "unseen: adapted": value(UNSEEN + OURS),
-               "difference": value(UNSEEN + OURS, UNSEEN + CLIP), "mixed: CLIP": value(MIXED + CLIP),
-               "mixed: adapted": value(MIXED + OURS), "difference ": value(MIXED + OURS, MIXED + CLIP)}
-EFFECTS = {"unseen": value(UNSEEN + OURS), "effect": change(UNSEEN + OURS), "mixed": value(MIXED + OURS),
-           "effect ": change(MIXED + OURS), "U^dCDR": value(UD + OURS), "effect  ": change(UD + OURS)}
-SRE_BESIDE_CLIP = {"ZSL": value("zsl sre-clip"), "unseen": value("unseen sre-clip"), "seen": value("seen sre-clip"),
-                   "H": value("h sre-clip"), "H of CLIP": value("h zero-shot"), "difference": value("h sre-clip", "h zero-shot")}
-SRE_EFFECTS = {metric: lambda numbers, _, key=key: best(numbers, key)
-               for metric, key in (("ZSL", "zsl"), ("unseen", "unseen"), ("seen", "seen"), ("H", "h"))} \
-    | {"effect on H": lambda numbers, first: best(numbers, "h") - best(first, "h")}
-COLUMNS = {"main": BESIDE_CLIP, "ablation": BESIDE_CLIP, "ledger": EFFECTS, "precision": EFFECTS, "sre": SRE_BESIDE_CLIP,
-           "sre-ledger": SRE_EFFECTS}
+BESIDE_CLIP = [value("unseen: CLIP", UNSEEN + CLIP), value("unseen: adapted", UNSEEN + OURS),
+               value("difference", UNSEEN + OURS, UNSEEN + CLIP), value("mixed: CLIP", MIXED + CLIP),
+               value("mixed: adapted", MIXED + OURS), value("difference", MIXED + OURS, MIXED + CLIP)]
+EFFECTS = [value("unseen", UNSEEN + OURS), change(UNSEEN + OURS), value("mixed", MIXED + OURS), change(MIXED + OURS),
+           value("U^dCDR", UD + OURS), change(UD + OURS)]
+SRE_METRICS = [metric("ZSL", "zsl"), metric("unseen", "unseen"), metric("seen", "seen"), metric("H", "h")]
+SRE_BESIDE_CLIP = [*SRE_METRICS, value("H of CLIP", "h zero-shot"), value("difference", "h sre-clip", "h zero-shot")]
+SRE_EFFECTS = [*SRE_METRICS, ("effect on H", lambda numbers, first: reported(numbers, "h") - reported(first, "h"))]
+COLUMNS: dict[str, list[Column]] = {"main": BESIDE_CLIP, "ablation": BESIDE_CLIP, "ledger": EFFECTS, "precision": EFFECTS,
+                                    "sre": SRE_BESIDE_CLIP, "sre-ledger": SRE_EFFECTS}
 
 
 def main() -> None:

@@ -50,6 +50,6 @@ def test_files_and_flags_that_are_named_exist():
     known = {name.replace("_", "-") for name in FIELDS}
     text = "".join((ROOT / f"{script}.py").read_text() for script in ("train", "evaluate", "retrieve"))
     known |= set(re.findall(r'"--([a-z-]+)"', text))
-    known |= {"part", "seeds", "data", "weights", "steps", "arch", "nnodes", "json", "pretrain", "wordnet", "classes", "out"}
+    known |= {"part", "seeds", "data", "steps", "arch", "nnodes", "json", "pretrain", "wordnet", "classes", "out"}
     assert set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)(?!\w)", README)) <= known
     assert "@@" not in README

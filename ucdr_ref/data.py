@@ -83,7 +83,7 @@ def open_image(path: str) -> Image.Image:
                     raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
                 return to_rgb(ImageOps.exif_transpose(image))
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, ArithmeticError, AttributeError,
-            MemoryError, RuntimeError, AssertionError, NotImplementedError, Image.DecompressionBombError) as error:
+            MemoryError, RuntimeError, AssertionError, Image.DecompressionBombError) as error:
         # Pillow's decoders raise all of these on damaged files.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         name = os.fsencode(path)

@@ -1,8 +1,8 @@
 """Trains the small CLIP of the demonstration on drawn image-caption pairs: `python -m ucdr_ref.toy --pretrain FILE`.
 
-The pairs are a web-like mix: photographs abound, doodles are rare, some classes are seldom drawn in some
-domains, captions tell mostly the domain, always colours and sometimes not the object. So the features hold much besides the
-class, and zero-shot retrieval across domains is decent but can be improved, as with the real CLIP.
+The pairs are a web-like mix: photographs abound, doodles are rare, some classes are seldom drawn in some domains; captions
+always tell colours, mostly the domain and sometimes not the object. So the features hold much besides the class, and zero-shot
+retrieval across domains is decent but can be improved, as with the real CLIP.
 """
 from __future__ import annotations
 

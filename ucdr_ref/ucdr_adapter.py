@@ -120,9 +120,9 @@ class UCDRAdapter(nn.Module):
         """Class anchors t_c [c, e], L2-normalised: the text template's, or the fixed ones that replace it (D13)."""
         return self.anchors if self.template is None else self.template(self.clip)
 
-    def source_features(self, images: Tensor, class_ids: Tensor, domain_ids: Tensor) -> Tensor:
-        """Source encoding (E) with the true domain and class: images [b, 3, H, W], ids [b] -> f [b, e], L2-normalised."""
-        return self.prompted(self.clip.visual.embed(images), self.domain_prompts[domain_ids], self.class_prompts[class_ids])
+    def source_features(self, patches: Tensor, class_ids: Tensor, domain_ids: Tensor) -> Tensor:
+        """Source encoding (E) with the true domain and class: embedded patches [b, n, d], ids [b] -> f [b, e], L2-normalised."""
+        return self.prompted(patches, self.domain_prompts[domain_ids], self.class_prompts[class_ids])
 
     def prompted(self, patches: Tensor, domain_prompts: Tensor, class_prompts: Tensor) -> Tensor:
         """`encode_tokens`, L2-normalised [b, e]."""
@@ -193,7 +193,7 @@ class UCDRAdapter(nn.Module):
     def source_step(self, batch: Batch) -> dict[str, Tensor]:
         """Phase 1, source adapter learning: L-align + L-triplet, and the momentum features enter the queues."""
         config, patches = self.config, self.clip.visual.embed(batch.images)
-        f = self.prompted(patches, self.domain_prompts[batch.domain_ids], self.class_prompts[batch.class_ids])
+        f = self.source_features(patches, batch.class_ids, batch.domain_ids)
         align = losses.image_text_contrast(f, self.text_features(), batch.class_ids, config.tau)
         if config.triplet_pairs == 0:
             return {"loss": align, "align": align}
