@@ -12,6 +12,7 @@ import torch
 from helpers import fill, golden_clip_state_dict, tiny_state_dict
 from torch import Tensor, nn
 
+from ucdr_ref import clip as clip_module
 from ucdr_ref.clip import CLIP, infer_architecture
 from ucdr_ref.tokenizer import tokenize
 
@@ -38,6 +39,32 @@ def inputs(image_size: int, length: int = 77, vocabulary: int = VOCABULARY, batc
 @pytest.fixture(scope="module")
 def tiny() -> CLIP:
     return CLIP.from_state_dict(tiny_state_dict(vocab_size=VOCABULARY))
+
+
+@pytest.mark.skipif(not clip_module.ONEDNN, reason="this PyTorch comes without oneDNN")
+@pytest.mark.parametrize("shape", [(3, 5, 64), (7, 64), (0, 4, 64), (2, 1, 64)])
+def test_frozen_linear_equals_a_linear_layer(shape, monkeypatch):
+    torch.manual_seed(0)
+    x, layer = torch.randn(shape, requires_grad=True), clip_module.Linear(64, 96).requires_grad_(False)
+    grad = torch.randn(*shape[:-1], 96)
+    y = layer(x)
+    assert y.grad_fn is not None and "OneDNN" in type(y.grad_fn).__name__
+    found = torch.autograd.grad(y, x, grad)[0]
+    monkeypatch.setattr(clip_module, "ONEDNN", False)
+    expected = layer(x)
+    assert "OneDNN" not in type(expected.grad_fn).__name__
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, x, grad)[0])
+
+
+def test_trained_linear_and_half_precision_take_the_usual_way():
+    x, layer = torch.randn(3, 8), clip_module.Linear(8, 8)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None and layer.bias.grad is not None
+    layer.requires_grad_(False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert layer.to(torch.bfloat16)(x.to(torch.bfloat16)).dtype == torch.bfloat16
 
 
 # ---- parity

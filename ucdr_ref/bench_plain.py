@@ -36,8 +36,9 @@ def attention(block: Block, x: Tensor, mask: Tensor | float) -> Tensor:
 def transformer(blocks: Sequence[Block], x: Tensor, mask: Tensor | float = 0.0) -> Tensor:
     for block in blocks:
         x = x + attention(block, block.ln_1(x), mask)
-        hidden = block.mlp.c_fc(block.ln_2(x))
-        x = x + block.mlp.c_proj(hidden * torch.sigmoid(1.702 * hidden))
+        first, second = block.mlp.c_fc, block.mlp.c_proj
+        hidden = block.ln_2(x) @ first.weight.T + first.bias
+        x = x + (hidden * torch.sigmoid(1.702 * hidden)) @ second.weight.T + second.bias
     return x
 
 
