@@ -11,12 +11,15 @@ import pytest
 import torch
 from helpers import tiny_state_dict
 from PIL import Image
+from test_protocols import make
 
 import evaluate
 import retrieve
 import train
-from ucdr_ref.config import FIELDS, PRESETS
+from ucdr_ref.config import FIELDS, PRESETS, resolve
 from ucdr_ref.metrics import retrieval
+from ucdr_ref.protocols import DOMAINNET_DOMAINS, class_list
+from ucdr_ref.sre_data import graph_and_unseen
 
 
 def flags(world: Path, run: Path, *more: str) -> list[str]:
@@ -132,6 +135,47 @@ def test_dry_run_writes_nothing(world, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "phase source: 640 trainable parameters" in text and "phase target: 14,720" in text and not (tmp_path / "dry").exists()
     assert "train    " in text and '"mask": "own"' in text
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Empty files in the folder layout of every dataset that is not drawn."""
+    root = tmp_path_factory.mktemp("trees")
+    domainnet = [name for part in ("train", "val", "test") for name in class_list(f"domainnet-{part}")]
+    graph, unseen_ids = graph_and_unseen(resolve({"graph": "awa2"}, "i2awa"))
+    awa2, unseen = set(graph.names[:graph.classes]), {graph.names[i] for i in unseen_ids}
+    tuberlin = [*class_list("tuberlin-test"), *class_list("tuberlin-val"), *(f"class {i}" for i in range(200))]
+    return {"domainnet": make(root / "domainnet", DOMAINNET_DOMAINS, domainnet, 2),
+            "sketchy": make(root / "sketchy", ("sketch", "extended_photo"), class_list("sketchy-all"), 4),
+            "tuberlin": make(root / "tuberlin", ("sketches", "images"), tuberlin, 2),
+            "folder": make(root / "folder", ("photo", "sketch", "icon"), [f"class {i}" for i in range(60)], 4),
+            "web": make(root, ("web",), awa2 - unseen, 1) / "web", "AwA2": make(root, ("AwA2",), awa2, 1) / "AwA2"}
+
+
+@pytest.mark.parametrize("preset, domains, classes", [
+    *((f"domainnet/{held_out}", 5, 245) for held_out in ("sketch", "quickdraw", "painting", "infograph", "clipart")),
+    ("sketchy/eccv", 2, 93), ("sketchy/random", 2, 89), ("tuberlin", 2, 200), ("folder", 2, 42),
+    ("toy", 5, 40), ("toy/fast", 5, 40)])
+def test_dry_run_of_every_retrieval_preset(preset, domains, classes, trees, world, tmp_path, capsys):
+    dataset = PRESETS[preset]["dataset"]
+    root = trees.get(dataset, tmp_path)
+    more = {"folder": ["--gallery", "photo"], "toy": ["--toy-images", "2", "--source-batch", "10", "--target-batch", "10"]}
+    assert train.main(["--preset", preset, "--data-root", str(root), "--weights", str(world / "clip.pt"), "--run",
+                       str(tmp_path / "dry"), "--dry-run", *more.get(dataset, [])]) == 0
+    text = capsys.readouterr().out
+    m, p = (json.loads(text[:text.index("}") + 1])[name] for name in ("context_vectors", "prompt_length"))
+    assert f"{classes} classes" in text and f"phase source: {(m + (domains + classes) * p) * 64:,} trainable" in text
+    assert "phase target: 14,720 trainable" in text and not (tmp_path / "dry").exists()
+
+
+@pytest.mark.parametrize("preset", ["i2awa", "i2webv", "sre", "sre/toy", "sre/toy-fast"])
+def test_dry_run_of_every_classification_preset(preset, trees, world, tmp_path, capsys):
+    folders = ["--data-root", str(tmp_path), "--toy-images", "2"] if "toy" in preset else \
+        ["--graph", "awa2", "--source", str(trees["web"]), "--target", str(trees["AwA2"])]
+    assert train.main(["--preset", preset, "--weights", str(world / "clip.pt"), "--run", str(tmp_path / "dry"), "--dry-run",
+                       *folders]) == 0
+    text = capsys.readouterr().out
+    assert "classes (" in text and "phase sre: " in text and '"sre_kappa"' in text and not (tmp_path / "dry").exists()
 
 
 def test_every_field_is_a_flag_and_every_preset_resolves(tmp_path, capsys):
