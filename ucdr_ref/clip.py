@@ -39,12 +39,13 @@ class OneDNNLinear(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """F.linear: x [..., i], weight [o, i], bias [o] -> [..., o].
 
-    On a CPU PyTorch takes float32 products to MKL, which leaves half of an AMD processor's speed unused. Where the weights are
-    frozen, as CLIP's are in both methods, they go to oneDNN, which PyTorch brings along; the result is the same within rounding.
+    On a CPU PyTorch's float32 products go to MKL, which leaves up to half of the speed of AMD's processors unused. Where the
+    weights are frozen, as CLIP's are in both methods, this takes oneDNN, which PyTorch brings along: the same within rounding.
     """
-    plain = weight.requires_grad or x.dtype != torch.float32 or weight.dtype != torch.float32 or not ONEDNN \
-        or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling()
-    return F.linear(x, weight, bias) if plain or x.device.type != "cpu" else OneDNNLinear.apply(x, weight, bias)
+    here = ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not weight.requires_grad
+    if here and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
+        return OneDNNLinear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
