@@ -77,7 +77,7 @@ def read(rows: list[dict]) -> Numbers:
 
 
 def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.1f} ± {statistics.pstdev(values):.1f}"
+    return f"{round(statistics.mean(values), 1) + 0.0:.1f} ± {statistics.pstdev(values):.1f}"  # + 0.0: no "-0.0"
 
 
 def table(results: list[dict], names: list[str], columns: list[Column]) -> str:

@@ -79,7 +79,7 @@ def plan(subset: str) -> list[Job]:
         for variant in VARIANTS:
             domains = STROKES if variant == RAW_STROKES else DOMAINS
             if subset == "cpu" and not variant.startswith(ZERO_SHOT):
-                domains = ("sketch",)
+                domains = STROKES if variant == "paper" else ("sketch",)
             jobs += [Job(domain, variant, seed) for domain in domains]
     return jobs
 

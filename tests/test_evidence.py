@@ -51,7 +51,7 @@ def test_plan_covers_every_row_once():
     assert len(everything) == 3 * (4 * len(evidence.VARIANTS) - 2) and set(cpu) < set(everything)
     assert len({job.name for job in everything}) == len(everything)
     assert {job.held_out for job in cpu if job.variant == "zero-shot"} == set(evidence.DOMAINS)
-    assert {job.held_out for job in cpu if job.variant == "paper"} == {"sketch"}
+    assert {job.held_out for job in cpu if job.variant == "paper"} == set(evidence.STROKES)
 
 
 @pytest.mark.parametrize("subset", evidence.SETTINGS)

@@ -1,6 +1,7 @@
 """The README is true: its commands parse or are run, its flags, presets, files and ledger tags exist."""
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import evaluate
 import retrieve
 import train
+from tests import benchmark
 from ucdr_ref.config import FIELDS, PRESETS, VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +44,21 @@ def test_ledger_has_every_tag_at_its_line():
         assert re.search(rf"#.*\b{tag}\b|\({tag}\b", code), f"{tag} is not tagged in {file}"
     released = {tag for tag, flag, _ in LEDGER if flag.replace("-", "_") in VARIANTS["released"]}
     assert released >= {f"D{i}" for i in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 14, 15)} | {f"S{i}" for i in (1, 2, 3, 6, 7, 8)}
+
+
+def test_tables_are_those_of_the_committed_numbers():
+    found = json.loads((ROOT / "docs" / "benchmark.json").read_text())
+    assert set(found) == set(benchmark.PARTS)
+    for part in ("main", "ablation", "sre"):
+        for line in benchmark.table(found[part]["runs"], list(benchmark.PARTS[part]), benchmark.COLUMNS[part]).splitlines():
+            assert line + "\n" in README
+    effects = dict(re.findall(r"^\| ([DS]\d+) \|.*\| ([^|]+) \|$", README, re.MULTILINE))
+    for part, column in (("ledger", 2), ("sre-ledger", 5)):
+        names = list(benchmark.PARTS[part])
+        for line in benchmark.table(found[part]["runs"], names, benchmark.COLUMNS[part]).splitlines()[3:]:
+            tag, *cells = line.strip("| ").split(" | ")
+            assert tag == "all" or effects.pop(tag) == (cells[column - 1] if tag != "D7" else f"{cells[5]} U^dCDR")
+    assert effects == {"D11": "none"}
 
 
 def test_files_and_flags_that_are_named_exist():
