@@ -83,17 +83,18 @@ def run_ucdr(args: argparse.Namespace, config: Config) -> None:
         return
     weights = file_digest(config.weights)
     with main_first():
-        open_run(args.run, config, {"weights_sha256": weights, "files": protocol.digests()})
-    extra = describe(config, protocol.class_names, protocol.domain_names, weights)
+        held = open_run(args.run, config, {"weights_sha256": weights, "files": protocol.digests()})
+    with held:
+        extra = describe(config, protocol.class_names, protocol.domain_names, weights)
 
-    validate = None
-    if protocol.validation is not None:
-        validate = partial(evaluation.validation_score, method.encode, protocol.validation, config, clip.image_size, device)
-    if isinstance(method, ZeroShot):
-        save_atomic({"method": {}, **extra}, args.run / "best.pt")
-    else:
-        train(method, feeds, validate, Run(args.run, config, device, extra))
-    evaluate.report(args.run, {})
+        validate = None
+        if protocol.validation is not None:
+            validate = partial(evaluation.validation_score, method.encode, protocol.validation, config, clip.image_size, device)
+        if isinstance(method, ZeroShot):
+            save_atomic({"method": {}, **extra}, args.run / "best.pt")
+        else:
+            train(method, feeds, validate, Run(args.run, config, device, extra))
+        evaluate.report(args.run, {})
 
 
 def run_sre(args: argparse.Namespace, config: Config) -> None:
@@ -118,19 +119,20 @@ def run_sre(args: argparse.Namespace, config: Config) -> None:
     weights = file_digest(config.weights)
     digests = {part: [folder.files.digest(os.path.realpath(folder.root)) for folder in folders]
                for part, folders in (("source", sources), ("target", targets))}
-    open_run(args.run, config, {"weights_sha256": weights, "files": {**digests, "graph": sre_data.graph_digest(graph, unseen)}})
-    source, target = (sre_data.features(folders, graph, clip, config, weights, args.run / "features", device)
-                      for folders in (sources, targets))
-    name, anchors = sre_evaluation.baseline(clip, graph, source)
-    extra = {**describe(config, names, [Path(root).name for root in config.source], weights), "graph": asdict(graph),
-             "unseen_ids": unseen, "baseline": name, "anchors": anchors}
-    validate = None
-    if config.sre_report == "best-test":  # S6
-        validate = partial(sre_evaluation.test_score, method, target, device, args.run)
-    # No tower runs in this loop, so its arithmetic stays float32; test evaluations are noted, but none stops it.
-    loop = replace(config, precision="fp32", patience=config.sre_iterations)
-    train(method, {"sre": sre_data.feed(source, target, config, device)}, validate, Run(args.run, loop, device, extra))
-    evaluate.report(args.run, {})
+    files = {**digests, "graph": sre_data.graph_digest(graph, unseen)}
+    with open_run(args.run, config, {"weights_sha256": weights, "files": files}):
+        source, target = (sre_data.features(folders, graph, clip, config, weights, args.run / "features", device)
+                          for folders in (sources, targets))
+        name, anchors = sre_evaluation.baseline(clip, graph, source)
+        extra = {**describe(config, names, [Path(root).name for root in config.source], weights), "graph": asdict(graph),
+                 "unseen_ids": unseen, "baseline": name, "anchors": anchors}
+        validate = None
+        if config.sre_report == "best-test":  # S6
+            validate = partial(sre_evaluation.test_score, method, target, device, args.run)
+        # No tower runs in this loop, so its arithmetic stays float32; test evaluations are noted, but none stops it.
+        loop = replace(config, precision="fp32", patience=config.sre_iterations)
+        train(method, {"sre": sre_data.feed(source, target, config, device)}, validate, Run(args.run, loop, device, extra))
+        evaluate.report(args.run, {})
 
 
 def main(argv: list[str] | None = None) -> int:

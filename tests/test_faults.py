@@ -118,7 +118,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_old_one(world, tmp_path, fini
     capsys.readouterr()
     with files_of_at_most(len(before) // 2):
         refused(capsys, train.main(flags(world, run)), f"could not write {run / 'last.pt'}", "File too large", "untouched")
-    assert (run / "last.pt").read_bytes() == before and not list(run.glob(".*"))
+    assert (run / "last.pt").read_bytes() == before and not list(run.glob(".*.tmp"))
     assert train.main(flags(world, run)) == 0
     same(run, finished)
 
@@ -192,7 +192,7 @@ def test_tables_that_do_not_fit_leave_the_old_ones(finished, tmp_path, monkeypat
 
     monkeypatch.setattr(os, "replace", full)
     refused(capsys, evaluate.main(["--run", str(tmp_path / "run"), "--workers", "0"]), name, "No space left on device")
-    assert (tmp_path / "run" / name).read_bytes() == before and not list((tmp_path / "run").glob(".*"))
+    assert (tmp_path / "run" / name).read_bytes() == before and not list((tmp_path / "run").glob(".*.tmp"))
 
 
 def test_index_sheet_and_vectors_that_do_not_fit(world, finished, tmp_path, capsys):
@@ -345,3 +345,16 @@ def test_another_class_list_is_refused_unless_told_otherwise(world, tmp_path, ca
     split["train"] = split["train"][::-1] + [gone]
     (moved / "split.json").write_text(json.dumps(split))
     refused(capsys, evaluate.main(call), "in another order")
+
+
+def test_two_trainings_never_share_a_run_folder(world, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    code = "import sys, pathlib, ucdr_ref.runs as r; held = r.lock(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code, str(run)], cwd=Path(train.__file__).parent, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"1\n"
+        refused(capsys, train.main(flags(world, run)), f"another process is training in {run}")
+        assert [path.name for path in run.iterdir()] == [".lock"]
+        holder.kill()
+    assert train.main(flags(world, run)) == 0

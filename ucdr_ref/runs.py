@@ -2,10 +2,11 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from . import __version__
 from .checkpoint import file_digest, load_clip, load_state, regular_file, show, tidy, write_text_atomic
 from .clip import CLIP
 from .config import Config, differences, from_dict, to_json
+from .distributed import is_main
 from .engine import Encoder, Misfit, load_own_state
 from .features import extract
 from .graph import normalised_adjacency, parse_graph
@@ -35,10 +37,12 @@ def versions() -> dict[str, str]:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none", "threads": str(torch.get_num_threads())}
 
 
-def open_run(folder: Path, config: Config, about: dict[str, Any]) -> None:
+def open_run(folder: Path, config: Config, about: dict[str, Any]) -> AbstractContextManager[object]:
     """Makes the run folder, or checks that it belongs to this very config, and writes config.json and run.json.
 
-    Raises ValueError that lists the fields in which an existing run differs, or names a folder that holds something else.
+    Returns a context in which no other process can open the run.
+    Raises ValueError that lists the fields in which an existing run differs, names a folder that holds something else, or
+    one in which another process trains.
     """
     path = folder / "config.json"
     if path.exists():
@@ -56,8 +60,25 @@ def open_run(folder: Path, config: Config, about: dict[str, Any]) -> None:
     elif folder.exists() and (not folder.is_dir() or any(folder.glob("[!.]*"))):  # a killed write leaves a hidden name
         raise ValueError(f"{folder} exists and is no run folder (it has no config.json); name another --run")
     folder.mkdir(parents=True, exist_ok=True)
+    held = lock(folder)
     write_text_atomic(path, to_json(config))  # first: it makes this a run folder, whatever happens next
     write_text_atomic(folder / "run.json", json.dumps({"command": sys.argv, "versions": versions(), **about}, indent=2) + "\n")
+    return held
+
+
+def lock(folder: Path) -> AbstractContextManager[object]:
+    """Holds the run folder for this process, until the context or the process ends, however it does."""
+    if os.name != "posix" or not is_main():
+        return nullcontext()
+    import fcntl  # not on Windows
+    try:
+        file = open(folder / ".lock", "w")
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process is training in {folder}; wait until it ends, or name another --run") from None
+    except OSError:  # a read-only folder, which writing reports, or a file system without locks
+        return nullcontext()
+    return file
 
 
 def read_config(path: Path) -> Config:
