@@ -10,9 +10,9 @@ again, a stopped one goes on, and --variants, --held-out and --seeds take a piec
 
 --subset all, the default on a GPU: four held-out domains, all variants, three seeds. The five domains above, so that clipart, the
 smallest, decides how long an epoch is; the best epoch by validation mAP.
---subset cpu, the default elsewhere: zero-shot CLIP for all four domains, with and without stroke inversion, and the adapted
-variants for sketch alone: `paper` by default, the others when --variants names them. Seed 0, bfloat16. It takes all domains of
-DIR: a thin one makes short epochs. Lengths are meant for one with 79 training images: one epoch of 19 batches of 20 in phase 1,
+--subset cpu, the default elsewhere: zero-shot CLIP for all four domains, with and without stroke inversion, `paper` for the two
+stroke domains, and, when --variants names them, the other variants for sketch. Seed 0, bfloat16. It takes all domains of DIR:
+a thin one makes short epochs. Lengths are meant for one with 79 training images: one epoch of 19 batches of 20 in phase 1,
 eight in phase 2 (152 steps); the last is kept, which spares eight validations.
 
 --animals DIR adds SRE-CLIP (sources sketch, quickdraw, clipart; target photo; class vectors from the attribute matrix).
