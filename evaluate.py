@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ucdr_ref import evaluation, protocols, sre_evaluation
-from ucdr_ref.checkpoint import tidy
+from ucdr_ref.clip.tensorfile import tidy
+from ucdr_ref.clip.zero_shot import ZeroShot
 from ucdr_ref.config import MACHINE
 from ucdr_ref.distributed import processes, wait, world
 from ucdr_ref.engine import pick_device
 from ucdr_ref.runs import restore, versions
 from ucdr_ref.sre_clip import SRECLIP
-from ucdr_ref.ucdr_adapter import ZeroShot
 
 
 def report(folder: Path, overrides: dict[str, Any], out: Path | None = None, other_classes: bool = False) -> None:

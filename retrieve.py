@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ucdr_ref.checkpoint import file_digest, tidy
+from ucdr_ref.clip.tensorfile import file_digest, tidy
 from ucdr_ref.engine import pick_device
 from ucdr_ref.features import path_encoder
 from ucdr_ref.index import build_index

@@ -38,8 +38,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from ucdr_ref.checkpoint import load_clip
 from ucdr_ref.class_vectors import means_of_classes
+from ucdr_ref.clip.load import load_clip
 from ucdr_ref.graph import load_graph
 from ucdr_ref.runs import versions
 from ucdr_ref.sre_data import SHIPPED, folder_key

@@ -10,7 +10,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 
-from ucdr_ref.checkpoint import tidy
+from ucdr_ref.clip.tensorfile import tidy
 
 LIMIT, PATIENCE = 20, 300  # seconds for one case: of computing, and in all, for this machine may have other work
 WATCHED = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen")  # audit events

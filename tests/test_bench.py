@@ -11,8 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ucdr_ref import bench, bench_plain, metrics
-from ucdr_ref import clip as clip_module
-from ucdr_ref.clip import CLIP
+from ucdr_ref.clip import linear as linear_module
+from ucdr_ref.clip.model import CLIP
 from ucdr_ref.config import Config
 from ucdr_ref.ucdr_adapter import Batch, UCDRAdapter
 
@@ -113,7 +113,7 @@ def test_plain_metrics_equal_retrieval(q, g):
 
 
 def test_image_flops_equal_a_count(monkeypatch):
-    monkeypatch.setattr(clip_module, "ONEDNN", False)  # whose operations are not counted
+    monkeypatch.setattr(linear_module, "ONEDNN", False)  # whose operations are not counted
     shape = bench.SHAPES["tiny"]
     torch.manual_seed(0)
     clip = bench.random_clip("tiny")

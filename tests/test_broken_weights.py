@@ -28,7 +28,8 @@ from weight_files import (
     with_pickle,
 )
 
-from ucdr_ref.checkpoint import load_clip, load_state
+from ucdr_ref.checkpoint import load_state
+from ucdr_ref.clip.load import load_clip
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -231,7 +232,7 @@ def child(code: str, *arguments: object) -> str:
 
 PEAK = """
 import os, sys
-from ucdr_ref.checkpoint import load_clip
+from ucdr_ref.clip.load import load_clip
 def memory(field):
     return next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith(field))
 load_clip(sys.argv[1])  # warm up
@@ -264,5 +265,3 @@ def test_memory(files, tmp_path):
     assert len(small) == len(hostile)
     assert size < max(large) < 2.3 * size, dict(zip(WRITERS, large, strict=True))
     assert max(small) < 170, dict(zip([path.name for path in hostile], small, strict=True))
-
-

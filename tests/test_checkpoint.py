@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from weight_files import SMALL, WRITERS, Tree, equal, refusal, rewrite, save_legacy
 
 from ucdr_ref import checkpoint
-from ucdr_ref.checkpoint import file_digest, load_clip, load_state, save_atomic, write_text_atomic
+from ucdr_ref.checkpoint import load_state, save_atomic, write_text_atomic
+from ucdr_ref.clip.load import load_clip
+from ucdr_ref.clip.tensorfile import file_digest
 
 
 @pytest.fixture(scope="module")

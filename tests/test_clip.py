@@ -12,9 +12,9 @@ import torch
 from helpers import fill, golden_clip_state_dict, tiny_state_dict
 from torch import Tensor, nn
 
-from ucdr_ref import clip as clip_module
-from ucdr_ref.clip import CLIP, infer_architecture
-from ucdr_ref.tokenizer import tokenize
+from ucdr_ref.clip import linear as linear_module
+from ucdr_ref.clip.model import CLIP, infer_architecture
+from ucdr_ref.clip.tokenizer import tokenize
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 600
@@ -41,16 +41,16 @@ def tiny() -> CLIP:
     return CLIP.from_state_dict(tiny_state_dict(vocab_size=VOCABULARY))
 
 
-@pytest.mark.skipif(not clip_module.ONEDNN, reason="this PyTorch comes without oneDNN")
+@pytest.mark.skipif(not linear_module.ONEDNN, reason="this PyTorch comes without oneDNN")
 @pytest.mark.parametrize("shape", [(3, 5, 64), (7, 64), (0, 4, 64), (2, 1, 64)])
 def test_frozen_linear_equals_a_linear_layer(shape, monkeypatch):
     torch.manual_seed(0)
-    x, layer = torch.randn(shape, requires_grad=True), clip_module.Linear(64, 96).requires_grad_(False)
+    x, layer = torch.randn(shape, requires_grad=True), linear_module.Linear(64, 96).requires_grad_(False)
     grad = torch.randn(*shape[:-1], 96)
     y = layer(x)
     assert y.grad_fn is not None and "OneDNN" in type(y.grad_fn).__name__
     found = torch.autograd.grad(y, x, grad)[0]
-    monkeypatch.setattr(clip_module, "ONEDNN", False)
+    monkeypatch.setattr(linear_module, "ONEDNN", False)
     expected = layer(x)
     assert "OneDNN" not in type(expected.grad_fn).__name__
     torch.testing.assert_close(y, expected)
@@ -58,7 +58,7 @@ def test_frozen_linear_equals_a_linear_layer(shape, monkeypatch):
 
 
 def test_trained_linear_and_half_precision_take_the_usual_way():
-    x, layer = torch.randn(3, 8), clip_module.Linear(8, 8)
+    x, layer = torch.randn(3, 8), linear_module.Linear(8, 8)
     layer(x).sum().backward()
     assert layer.weight.grad is not None and layer.bias.grad is not None
     layer.requires_grad_(False)
@@ -261,8 +261,10 @@ print(torch.cuda.is_initialized())
 
 def test_import_does_no_work():
     """No file but Python's own is opened and no device is touched, whatever module is imported."""
-    modules = sorted(f"ucdr_ref.{path.stem}" for path in (ROOT / "ucdr_ref").glob("*.py") if path.stem != "__init__")
-    assert "ucdr_ref.clip" in modules and importlib.util.find_spec("ucdr_ref.clip")
+    paths = sorted((ROOT / "ucdr_ref").rglob("*.py"))
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
+    modules = [name for name in modules if not name.endswith("__main__")]
+    assert "ucdr_ref.clip.model" in modules and importlib.util.find_spec("ucdr_ref.clip.model")
     done = subprocess.run([sys.executable, "-c", IMPORT, *modules], capture_output=True, text=True, timeout=300, cwd=ROOT,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]

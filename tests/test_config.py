@@ -7,18 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from ucdr_ref.config import (
-    FIELDS,
-    MACHINE,
-    PRESETS,
-    VARIANTS,
-    Config,
-    add_arguments,
-    differences,
-    from_dict,
-    resolve,
-    to_json,
-)
+from ucdr_ref.config import FIELDS, MACHINE, PRESETS, VARIANTS, Config, add_arguments, differences, from_dict, resolve, to_json
 
 
 def parsed(*flags: str) -> dict:

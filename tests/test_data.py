@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ucdr_ref.data import Files, ImageDataset, augment, balanced_batches, chunks, fold, load, open_image, preprocess
+from ucdr_ref.clip.zero_shot import preprocess
+from ucdr_ref.data import Files, ImageDataset, augment, balanced_batches, chunks, fold, load, open_image
 
 CPU = torch.device("cpu")
 

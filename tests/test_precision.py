@@ -8,7 +8,7 @@ from torch import nn
 import train
 from tests.helpers import tiny_state_dict
 from ucdr_ref import losses
-from ucdr_ref.clip import CLIP, LayerNorm, Transformer
+from ucdr_ref.clip.model import CLIP, LayerNorm, Transformer
 from ucdr_ref.config import Config
 from ucdr_ref.engine import autocast
 from ucdr_ref.prompts import TextTemplate

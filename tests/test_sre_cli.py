@@ -19,8 +19,10 @@ import evaluate
 import retrieve
 import train
 from ucdr_ref import sre_data, sre_evaluation
-from ucdr_ref.checkpoint import load_clip, load_state
-from ucdr_ref.data import open_image, preprocess
+from ucdr_ref.checkpoint import load_state
+from ucdr_ref.clip.load import load_clip
+from ucdr_ref.clip.zero_shot import preprocess
+from ucdr_ref.data import open_image
 from ucdr_ref.graph import Graph, save_graph
 from ucdr_ref.sre_clip import SRECLIP
 from ucdr_ref.sre_data import Features
@@ -118,7 +120,7 @@ def test_evaluate_needs_neither_graph_nor_source(run, scene, tmp_path, capsys):
 
 
 def test_zero_shot_row_equals_a_separate_computation(run, scene):
-    from ucdr_ref.prompts import class_text_features
+    from ucdr_ref.clip.zero_shot import class_text_features
     clip = load_clip(scene / "clip.pt")
     text = class_text_features(clip, NAMES)
     hits = {True: [], False: []}

@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from ucdr_ref import losses, sre_clip
-from ucdr_ref.clip import CLIP
+from ucdr_ref.clip.model import CLIP
 from ucdr_ref.config import Config
 from ucdr_ref.graph import normalised_adjacency
 from ucdr_ref.sre_clip import SRECLIP, Batch, TargetBank

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ucdr_ref import sre_data
-from ucdr_ref.clip import CLIP
+from ucdr_ref.clip.model import CLIP
+from ucdr_ref.clip.zero_shot import preprocess
 from ucdr_ref.config import Config, resolve
-from ucdr_ref.data import open_image, preprocess
+from ucdr_ref.data import open_image
 from ucdr_ref.graph import Graph, WordNet, build_graph, load_graph, read_classes, save_graph
 from ucdr_ref.sre_data import Features
 from ucdr_ref.toy import CLASSES, SPLIT
@@ -208,5 +209,3 @@ def test_presets_know_their_method_and_dataset() -> None:
         resolve(dict(method="ucdr-adapter"), "i2awa")
     with pytest.raises(ValueError, match="--preset tuberlin is for --method ucdr-adapter, not sre-clip"):
         resolve(dict(method="sre-clip"), "tuberlin")
-
-

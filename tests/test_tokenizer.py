@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from ucdr_ref import tokenizer
-from ucdr_ref.tokenizer import encode, tokenize
+from ucdr_ref.clip import tokenizer
+from ucdr_ref.clip.tokenizer import encode, tokenize
 
 ROOT = Path(__file__).parents[1]
 
@@ -291,7 +291,7 @@ def test_import_reads_no_file_and_use_reads_the_merges_once() -> None:
 import sys, torch
 opened = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
-from ucdr_ref.tokenizer import encode, MERGES
+from ucdr_ref.clip.tokenizer import encode, MERGES
 data = [path for path in opened if not path.endswith((".py", ".pyc")) and "ucdr_ref" in path]
 encode("a dog"), encode("a cat")
 print(data, opened.count(str(MERGES)))

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from helpers import fill, golden_clip_state_dict, tiny_state_dict
 
-from ucdr_ref.clip import CLIP
+from ucdr_ref.clip.model import CLIP
+from ucdr_ref.clip.tokenizer import encode, tokenize
+from ucdr_ref.clip.zero_shot import readable
 from ucdr_ref.config import Config, resolve
 from ucdr_ref.features import cut
-from ucdr_ref.prompts import TextTemplate, readable
-from ucdr_ref.tokenizer import encode, tokenize
+from ucdr_ref.prompts import TextTemplate
 from ucdr_ref.ucdr_adapter import Batch, ClassQueues, UCDRAdapter
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "ucdr_released.json").read_text())

@@ -22,9 +22,11 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 before = set(sys.modules)
-from theirs import config, engine, features, protocols, tokenizer
-from theirs.checkpoint import load_clip, load_state
-from theirs.data import open_image, preprocess
+from theirs import config, engine, features, protocols
+from theirs.clip import tokenizer
+from theirs.checkpoint import load_state
+from theirs.clip import load_clip, preprocess
+from theirs.data import open_image
 from theirs.index import build_index
 from theirs.runs import describe, restore
 from theirs.ucdr_adapter import UCDRAdapter

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.helpers import to_hugging_face
-from ucdr_ref.checkpoint import load_clip
+from ucdr_ref.clip.load import load_clip
 
 SMALL = dict(vocab_size=40, context_length=8, vision_layers=1, text_layers=1, image_size=16)
 
@@ -53,7 +53,6 @@ def save_legacy(obj: object, path: Path) -> None:
 
 WRITERS = {"torchscript": lambda sd, path: script(Tree(sd), path), "zip": torch.save, "legacy": save_legacy,
            "safetensors": save_file, "hugging_face": lambda sd, path: save_file(to_hugging_face(sd), path)}
-
 
 
 def equal(model: nn.Module, sd: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> bool:

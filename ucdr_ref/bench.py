@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from . import bench_plain, metrics
 from .checkpoint import write_text_atomic
-from .clip import CLIP
+from .clip.model import CLIP
 from .config import Config
 from .engine import autocast, memory_gib, pick_device
 from .features import cut

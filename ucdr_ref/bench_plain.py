@@ -16,10 +16,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .clip import CLIP, Block
+from .clip.model import CLIP, Block
+from .clip.tokenizer import encode, tokenize
+from .clip.zero_shot import readable
 from .config import Config
-from .prompts import TargetPromptGenerator, prompt_bank, readable
-from .tokenizer import encode, tokenize
+from .prompts import TargetPromptGenerator, prompt_bank
 from .ucdr_adapter import Batch
 
 

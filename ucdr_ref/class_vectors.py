@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .clip import CLIP
+from .clip.model import CLIP
+from .clip.zero_shot import class_text_features
 from .graph import Graph, canonical
-from .prompts import class_text_features
 
 
 def node_vectors(graph: Graph, clip: CLIP, source: str = "clip") -> Tensor:

@@ -11,7 +11,7 @@ import signal
 import stat
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -22,15 +22,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+from .clip.zero_shot import CLIP_MEAN, CLIP_STD, Transform
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MAX_PIXELS = 120_000_000  # more is taken for a decompression bomb
 # Raster formats alone: Pillow would hand an EPS, whatever its name, to Ghostscript.
 FORMATS = ("JPEG", "MPO", "JPEG2000", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "ICO")
 ENDINGS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp",
                      ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico"))
-
-Transform = Callable[[Image.Image], Tensor]
 
 
 @dataclass(frozen=True)
@@ -100,13 +99,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def preprocess(image_size: int) -> Transform:
-    """CLIP's evaluation transform: RGB image -> [3, H, W], short side resized (bicubic), centre crop, CLIP's mean and std."""
-    return transforms.Compose([
-        transforms.Resize(image_size, transforms.InterpolationMode.BICUBIC, antialias=True), transforms.CenterCrop(image_size),
-        transforms.ToTensor(), transforms.Normalize(CLIP_MEAN, CLIP_STD)])
 
 
 def augment(image_size: int, normalization: str) -> Transform:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from . import distributed
 from .checkpoint import save_atomic, write_text_atomic
-from .clip import CLIP
+from .clip.model import CLIP
 from .config import Config
 from .data import fold
 from .distributed import Stopped

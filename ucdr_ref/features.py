@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .clip.zero_shot import preprocess
 from .config import Config
-from .data import Files, ImageDataset, augment, balanced_batches, chunks, fold, load, preprocess
+from .data import Files, ImageDataset, augment, balanced_batches, chunks, fold, load
 from .distributed import gather, share
 from .engine import Feed, autocast
 from .index import EncodePaths

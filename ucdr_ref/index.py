@@ -26,7 +26,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from torch import Tensor
 
-from .checkpoint import STALE_SECONDS, WriteError, regular_file, show, tidy, write_atomic
+from .checkpoint import STALE_SECONDS, WriteError, write_atomic
+from .clip.tensorfile import regular_file, show, tidy
 from .data import ENDINGS
 from .metrics import search
 

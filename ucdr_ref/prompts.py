@@ -8,22 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .clip import CLIP
-from .tokenizer import encode, tokenize
-
-
-def readable(name: str) -> str:
-    """A class folder's name as text: underscores become spaces."""
-    return name.replace("_", " ")
-
-
-def class_text_features(clip: CLIP, class_names: Sequence[str], chunk: int = 256) -> Tensor:
-    """L2-normalised features [c, e] of "a photo of a {name}", without gradient; ValueError when there is no text tower."""
-    clip.require_text()
-    ids = tokenize([f"a photo of a {readable(name)}" for name in class_names], clip.context_length)
-    with torch.no_grad():
-        features = [clip.encode_text(part.to(clip.logit_scale.device)) for part in ids.split(chunk)]
-    return F.normalize(torch.cat(features).float(), dim=-1)
+from .clip.model import CLIP
+from .clip.tokenizer import encode
+from .clip.zero_shot import readable
 
 
 class TextTemplate(nn.Module):

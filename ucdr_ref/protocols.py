@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import regular_file
+from .clip.tensorfile import regular_file
 from .config import Config
 from .data import ENDINGS, Files
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import losses
-from .clip import CLIP
+from .clip.model import CLIP
 from .config import Config
 from .graph import canonical
 

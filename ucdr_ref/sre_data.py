@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .clip import CLIP
+from .clip.model import CLIP
 from .config import Config
 from .data import Files, fold
 from .engine import Feed

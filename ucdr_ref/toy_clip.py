@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .checkpoint import save_atomic
-from .clip import CLIP
-from .data import CLIP_MEAN, CLIP_STD
-from .tokenizer import tokenize
+from .clip.model import CLIP
+from .clip.tokenizer import tokenize
+from .clip.zero_shot import CLIP_MEAN, CLIP_STD
 from .toy import CLASSES, DOMAINS, draw
 
 SIZE = 96

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import losses
-from .clip import CLIP
+from .clip.model import CLIP
+from .clip.zero_shot import class_text_features
 from .config import Config
 from .distributed import gather_rows, place
-from .prompts import TargetPromptGenerator, TextTemplate, class_text_features, prompt_bank
+from .prompts import TargetPromptGenerator, TextTemplate, prompt_bank
 
 
 class Batch(NamedTuple):
@@ -220,16 +221,3 @@ class UCDRAdapter(nn.Module):
         f = F.normalize(self.target_features(*batch).float(), dim=-1)
         align = losses.image_text_contrast(f, self.anchors, batch.class_ids, self.config.tau)
         return {"loss": align, "align": align}
-
-
-class ZeroShot(nn.Module):
-    """CLIP as it is, behind a method's `encode`: the baseline."""
-
-    def __init__(self, clip: CLIP) -> None:
-        super().__init__()
-        self.clip = clip.requires_grad_(False)
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """images [b, 3, H, W] -> L2-normalised features [b, e]."""
-        return F.normalize(self.clip.encode_image(images).float(), dim=-1)

@@ -9,48 +9,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from .linear import Linear, linear
 
 IGNORED_KEYS = ("input_resolution", "context_length", "vocab_size")  # scalars that some files carry
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 MAX_LAYERS = 1000  # key names alone could otherwise ask for any number of modules
 KeysValues = tuple[Tensor, Tensor]
-
-
-class OneDNNLinear(torch.autograd.Function):
-    """x @ weight.T + bias by oneDNN on a CPU, with a gradient for x alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return torch.ops.mkldnn._linear_pointwise(grad, ctx.saved_tensors[0].t(), None, "none", [], ""), None, None
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """F.linear: x [..., i], weight [o, i], bias [o] -> [..., o].
-
-    On a CPU PyTorch's float32 products go to MKL, which leaves up to half of the speed of AMD's processors unused. Where the
-    weights are frozen, as CLIP's are in both methods, this takes oneDNN, which PyTorch brings along: the same within rounding.
-    """
-    here = ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not weight.requires_grad
-    if here and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
-        return OneDNNLinear.apply(x, weight, bias)
-    return F.linear(x, weight, bias)
-
-
-class Linear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -5,10 +5,13 @@ inside their storage, and all of them together are bounded by the file's size.
 """
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
 import mmap
+import os
+import stat
 import zipfile
 import zlib
 from pathlib import Path
@@ -209,3 +212,41 @@ def read_safetensors(source: Source, checksums: bool) -> dict[str, Tensor]:
     if 8 + length + position != source.size:
         raise FormatError(f"is a safetensors file with {source.size - 8 - length - position} bytes that belong to no tensor")
     return tensors
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """sha256 of a file's content, in hexadecimal. Raises FileNotFoundError or ValueError as `load_clip` does."""
+    digest = hashlib.sha256()
+    file = regular_file(path)
+    try:
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise ValueError(f"{show(file)} cannot be read ({error.strerror or error})") from error
+    return digest.hexdigest()
+
+
+def regular_file(path: str | os.PathLike[str], advice: str = "") -> Path:
+    """`path` if a regular file is there; opening a FIFO would wait for ever."""
+    file = Path(path)
+    try:
+        mode = os.stat(file).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{show(file)} does not exist{advice}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{show(file)} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{show(file)} is {'a directory' if stat.S_ISDIR(mode) else 'not a regular file'}{advice}")
+    return file
+
+
+def show(path: Path) -> str:
+    text = str(path)
+    return text if text.isprintable() else ascii(text)
+
+
+def tidy(error: BaseException) -> str:
+    """The message on one line, without control characters that a hostile file may have put there, and of bounded length."""
+    text = "".join(c if c.isprintable() else " " for c in (str(error) or type(error).__name__)[:1500])
+    return text if len(text) < 1500 else text + "..."
