@@ -10,8 +10,7 @@ from ucdr_ref import evaluation, protocols, sre_evaluation
 from ucdr_ref.clip.tensorfile import tidy
 from ucdr_ref.clip.zero_shot import ZeroShot
 from ucdr_ref.config import MACHINE
-from ucdr_ref.distributed import processes, wait, world
-from ucdr_ref.engine import pick_device
+from ucdr_ref.machine.processes import pick_device, processes, wait, world
 from ucdr_ref.runs import restore, versions
 from ucdr_ref.sre_clip import SRECLIP
 

@@ -23,13 +23,13 @@ from tests.helpers import tiny_state_dict
 from tests.weight_files import WRITERS, hostile_archives, hostile_safetensors
 from ucdr_ref import graph as graphs
 from ucdr_ref import protocols, runs
-from ucdr_ref.checkpoint import load_state
 from ucdr_ref.clip.load import load_clip
 from ucdr_ref.clip.tensorfile import file_digest
 from ucdr_ref.config import Config, to_json
 from ucdr_ref.engine import Feed, Run, train
 from ucdr_ref.graph import Graph, load_graph, normalised_adjacency, save_graph
 from ucdr_ref.index import build_index
+from ucdr_ref.machine.files import load_state
 from ucdr_ref.sre_clip import SRECLIP
 from ucdr_ref.sre_clip import Batch as SREBatch
 from ucdr_ref.ucdr_adapter import Batch, UCDRAdapter

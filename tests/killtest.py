@@ -26,8 +26,8 @@ import torch
 import train
 from tests.helpers import write_world
 from tests.test_engine import equal, flags
-from ucdr_ref import checkpoint
-from ucdr_ref.checkpoint import load_state
+from ucdr_ref.machine import files as checkpoint
+from ucdr_ref.machine.files import load_state
 
 KINDS = ("moment", "write", "signal")
 

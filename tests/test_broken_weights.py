@@ -28,8 +28,8 @@ from weight_files import (
     with_pickle,
 )
 
-from ucdr_ref.checkpoint import load_state
 from ucdr_ref.clip.load import load_clip
+from ucdr_ref.machine.files import load_state
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from weight_files import SMALL, WRITERS, Tree, equal, refusal, rewrite, save_legacy
 
-from ucdr_ref import checkpoint
-from ucdr_ref.checkpoint import load_state, save_atomic, write_text_atomic
 from ucdr_ref.clip.load import load_clip
 from ucdr_ref.clip.tensorfile import file_digest
+from ucdr_ref.machine import files as checkpoint
+from ucdr_ref.machine.files import load_state, save_atomic, write_text_atomic
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from ucdr_ref.clip.zero_shot import preprocess
-from ucdr_ref.data import Files, ImageDataset, augment, balanced_batches, chunks, fold, load, open_image
+from ucdr_ref.data import Files, ImageDataset, augment, balanced_batches, chunks, load, open_image
+from ucdr_ref.machine.processes import fold
 
 CPU = torch.device("cpu")
 

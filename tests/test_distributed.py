@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import train
-from ucdr_ref import distributed
-from ucdr_ref.checkpoint import load_state
+from ucdr_ref.machine import processes as distributed
+from ucdr_ref.machine.files import load_state
 from ucdr_ref.ucdr_adapter import UCDRAdapter
 
 ROOT = Path(__file__).resolve().parent.parent

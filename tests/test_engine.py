@@ -11,7 +11,7 @@ import torch
 
 import train as entry
 from ucdr_ref import engine
-from ucdr_ref.checkpoint import load_state
+from ucdr_ref.machine.files import load_state
 from ucdr_ref.ucdr_adapter import UCDRAdapter
 
 

@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from ucdr_ref import index as index_module
-from ucdr_ref.checkpoint import WriteError
 from ucdr_ref.index import Index, build_index, list_images
+from ucdr_ref.machine.files import WriteError
 
 COLOURS = {"red.png": (250, 10, 10), "sub/green.png": (10, 250, 10), "sub/blue.png": (10, 10, 250),
            "sub/deep/grey.png": (128, 128, 128), "white.png": (255, 255, 255)}

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, ImageFont
 
 from ucdr_ref import pictures
-from ucdr_ref.checkpoint import WriteError
+from ucdr_ref.machine.files import WriteError
 from ucdr_ref.pictures import FRAME, FRAMES, GAP, LINE, fit, sheet
 
 SIZE = 40

@@ -9,8 +9,7 @@ import train
 from tests.helpers import tiny_state_dict
 from ucdr_ref import losses
 from ucdr_ref.clip.model import CLIP, LayerNorm, Transformer
-from ucdr_ref.config import Config
-from ucdr_ref.engine import autocast
+from ucdr_ref.machine.processes import autocast
 from ucdr_ref.prompts import TextTemplate
 
 CPU = torch.device("cpu")
@@ -23,18 +22,18 @@ def clip() -> CLIP:
 
 def test_tf32_is_on_only_when_asked_for():
     for precision, matmul in (("tf32", "high"), ("fp32", "highest"), ("bf16", "highest")):
-        with autocast(Config(precision=precision), CPU):
+        with autocast(precision, CPU):
             assert torch.get_float32_matmul_precision() == matmul
             assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
             assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
-    autocast(Config(), CPU)
+    autocast("fp32", CPU)
 
 
 def test_losses_and_layer_norm_are_float32_under_bf16():
     f, t = (nn.functional.normalize(torch.randn(9, 32), dim=1) for _ in range(2))
     norm, labels = LayerNorm(32), torch.arange(9)
     expected = losses.image_text_contrast(f, t, labels, 0.07), norm(f)
-    with autocast(Config(precision="bf16"), CPU):
+    with autocast("bf16", CPU):
         assert (f @ t.T).dtype == torch.bfloat16
         torch.testing.assert_close((losses.image_text_contrast(f, t, labels, 0.07), norm(f)), expected, rtol=0, atol=0)
 
@@ -43,7 +42,7 @@ def test_both_towers_run_in_bf16(clip):
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     template = TextTemplate(clip, ["cat", "sea_turtle"], 4)
     whole = clip.encode_image(images), template(clip)
-    with autocast(Config(precision="bf16"), CPU):
+    with autocast("bf16", CPU):
         half = clip.encode_image(images), template(clip)
     assert half[1].dtype == torch.float32
     for a, b in zip(half, whole):

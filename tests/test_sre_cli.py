@@ -19,11 +19,11 @@ import evaluate
 import retrieve
 import train
 from ucdr_ref import sre_data, sre_evaluation
-from ucdr_ref.checkpoint import load_state
 from ucdr_ref.clip.load import load_clip
 from ucdr_ref.clip.zero_shot import preprocess
 from ucdr_ref.data import open_image
 from ucdr_ref.graph import Graph, save_graph
+from ucdr_ref.machine.files import load_state
 from ucdr_ref.sre_clip import SRECLIP
 from ucdr_ref.sre_data import Features
 

@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 before = set(sys.modules)
 from theirs import config, engine, features, protocols
 from theirs.clip import tokenizer
-from theirs.checkpoint import load_state
+from theirs.machine.files import load_state
 from theirs.clip import load_clip, preprocess
 from theirs.data import open_image
 from theirs.index import build_index

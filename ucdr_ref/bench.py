@@ -29,11 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import bench_plain, metrics
-from .checkpoint import write_text_atomic
 from .clip.model import CLIP
 from .config import Config
-from .engine import autocast, memory_gib, pick_device
 from .features import cut
+from .machine.files import write_text_atomic
+from .machine.processes import autocast, memory_gib, pick_device
 from .protocols import class_list
 from .runs import versions
 from .ucdr_adapter import Batch, UCDRAdapter
@@ -115,7 +115,7 @@ def measure(part: str, side: str, sizes: dict[str, Any]) -> dict[str, float]:
     model, batch, config = build(side, sizes, device), random_batch(sizes, device), Config(precision=sizes["precision"])
     if part == "encode":
         def encode() -> None:
-            with autocast(config, device):
+            with autocast(config.precision, device):
                 model.encode(batch.images)
 
         result = timed(encode, sizes["steps"], device)
@@ -141,7 +141,7 @@ def training_step(model: UCDRAdapter | bench_plain.PlainAdapter, batch: Batch, p
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         for part, share in cut(batch, phase, config) if isinstance(model, UCDRAdapter) else [(batch, 1.0)]:
-            with autocast(config, batch.images.device):
+            with autocast(config.precision, batch.images.device):
                 loss = model.step(part, phase)["loss"]
             (share * loss).backward()
         optimizer.step()

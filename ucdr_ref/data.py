@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from .clip.zero_shot import CLIP_MEAN, CLIP_STD, Transform
+from .machine.processes import fold
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MAX_PIXELS = 120_000_000  # more is taken for a decompression bomb
@@ -53,11 +54,6 @@ class Files:
         """sha256 over the paths below `root`, so that two runs can be seen to use the same list."""
         names = "\n".join(os.path.relpath(path, root) for path in self.paths)
         return hashlib.sha256(os.fsencode(names)).hexdigest()
-
-
-def fold(*parts: object) -> int:
-    """A seed from everything that identifies a draw, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 
 @cache

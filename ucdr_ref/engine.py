@@ -22,12 +22,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from . import distributed
-from .checkpoint import save_atomic, write_text_atomic
 from .clip.model import CLIP
 from .config import Config
-from .data import fold
-from .distributed import Stopped
+from .machine import processes as distributed
+from .machine.files import save_atomic, write_text_atomic
+from .machine.processes import Stopped, autocast, fold, memory_gib
 from .resume import Progress, load_optimizer, open_log, read_last, record, sync
 
 
@@ -77,17 +76,6 @@ class Method(Encoder, typing.Protocol):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
-def pick_device(name: str) -> torch.device:
-    """cpu, cuda, ... or auto; ValueError when this machine does not have it."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        device = distributed.own_device(device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu") from None
-    return device
-
-
 def own_state(method: Encoder) -> dict[str, Tensor]:
     """The method's state without CLIP's frozen weights, which stay in their own file."""
     return {name: value for name, value in method.state_dict().items() if not name.startswith("clip.")}
@@ -116,13 +104,6 @@ class Misfit(ValueError):
 
 def shape(size: list[int] | None) -> str:
     return "absent" if size is None else str(size)
-
-
-def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """The arithmetic of `--precision`: bf16 inside the block; tf32, a switch of the whole process, from here on."""
-    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
 def train(method: Method, feeds: Mapping[str, Feed], validate: Callable[[], float] | None, run: Run) -> None:
@@ -173,7 +154,7 @@ def fit(method: Method, phase: str, feed: Feed, validate: Callable[[], float] | 
             optimizer.zero_grad(set_to_none=True)
             sums: list[Tensor] = []
             for part, share in feed.cut(batch):
-                with autocast(config, run.device):
+                with autocast(config.precision, run.device):
                     terms = method.step(part, phase)
                 (share * terms["loss"]).backward()  # adds to the gradients of the parts before
                 sums.append(share * torch.stack([term.detach().float() for term in terms.values()]))
@@ -284,14 +265,3 @@ class ProgressLine:
             self.out.write("\n")
         if text:
             print(text, file=self.out, flush=True)
-
-
-def memory_gib() -> float:
-    """Peak memory: of the GPU where one is used, else of the process."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import write_text_atomic
 from .config import Config
 from .data import Files
 from .features import extract
+from .machine.files import write_text_atomic
 from .metrics import retrieval, search
 from .pictures import sheet
 from .protocols import Protocol, Test

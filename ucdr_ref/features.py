@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .clip.zero_shot import preprocess
 from .config import Config
-from .data import Files, ImageDataset, augment, balanced_batches, chunks, fold, load
-from .distributed import gather, share
-from .engine import Feed, autocast
+from .data import Files, ImageDataset, augment, balanced_batches, chunks, load
+from .engine import Feed
 from .index import EncodePaths
+from .machine.processes import autocast, fold, gather, share
 from .protocols import Protocol
 from .ucdr_adapter import Batch
 
@@ -61,7 +61,7 @@ def extract(encode: Callable[[Tensor], Tensor], files: Files, config: Config, im
     batches = share(chunks(len(files), config.eval_batch))
     for indices, images in load(dataset, batches, config.workers, config.bad_images == "skip", device):
         if len(indices):
-            with torch.inference_mode(), autocast(config, device):
+            with torch.inference_mode(), autocast(config.precision, device):
                 features.append(encode(images.to(device, non_blocking=True)).float().cpu())
             kept += indices.tolist()
     features, kept = gather(features), gather(kept)
@@ -87,7 +87,7 @@ def path_encoder(encode: Callable[[Tensor], Tensor], image_size: int, config: Co
         dataset = ImageDataset(files, preprocess(image_size), (*config.stroke_domains, "strokes"))
         for indices, images in load(dataset, chunks(len(paths), config.eval_batch), config.workers, True, device):
             if len(indices):
-                with torch.inference_mode(), autocast(config, device):
+                with torch.inference_mode(), autocast(config.precision, device):
                     yield indices, encode(images.to(device, non_blocking=True)).float()
 
     return encode_paths

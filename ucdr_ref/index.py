@@ -26,9 +26,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from torch import Tensor
 
-from .checkpoint import STALE_SECONDS, WriteError, write_atomic
 from .clip.tensorfile import regular_file, show, tidy
 from .data import ENDINGS
+from .machine.files import STALE_SECONDS, WriteError, write_atomic
 from .metrics import search
 
 HEADER_BYTES = 128  # of a .npy file that holds a float32 matrix of any size

@@ -15,9 +15,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import WriteError, load_state
 from .clip.tensorfile import regular_file, show
-from .distributed import is_main
+from .machine.files import WriteError, load_state
+from .machine.processes import is_main
 
 ADVICE = "delete it to start again, or name another --run"
 

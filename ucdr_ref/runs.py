@@ -18,16 +18,16 @@ import torchvision
 from torch import Tensor
 
 from . import __version__
-from .checkpoint import load_state, write_text_atomic
 from .clip.load import load_clip
 from .clip.model import CLIP
 from .clip.tensorfile import file_digest, regular_file, show, tidy
 from .clip.zero_shot import ZeroShot
 from .config import Config, differences, from_dict, to_json
-from .distributed import is_main
 from .engine import Encoder, Misfit, load_own_state
 from .features import extract
 from .graph import normalised_adjacency, parse_graph
+from .machine.files import load_state, write_text_atomic
+from .machine.processes import is_main
 from .protocols import Protocol
 from .sre_clip import SRECLIP
 from .ucdr_adapter import UCDRAdapter

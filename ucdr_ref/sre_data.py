@@ -18,11 +18,12 @@ from torch import Tensor
 
 from .clip.model import CLIP
 from .config import Config
-from .data import Files, fold
+from .data import Files
 from .engine import Feed
 from .features import path_encoder
 from .graph import Graph, canonical, duplicates, load_graph, read_classes
 from .index import build_index, list_images
+from .machine.processes import fold
 from .sre_clip import EPOCH, Batch, unseen_indices
 
 SHIPPED = Path(__file__).parent

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .checkpoint import write_atomic, write_text_atomic
 from .clip.model import CLIP
 from .clip.tensorfile import file_digest
 from .clip.zero_shot import class_text_features
 from .config import Config
 from .graph import Graph, parse_graph
+from .machine.files import write_atomic, write_text_atomic
 from .sre_clip import SRECLIP, zero_shot_accuracy
 from .sre_data import Features, features, scan_folder
 

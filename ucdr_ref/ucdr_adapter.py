@@ -12,7 +12,7 @@ from . import losses
 from .clip.model import CLIP
 from .clip.zero_shot import class_text_features
 from .config import Config
-from .distributed import gather_rows, place
+from .machine.processes import gather_rows, place
 from .prompts import TargetPromptGenerator, TextTemplate, prompt_bank
 
 

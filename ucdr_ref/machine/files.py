@@ -1,4 +1,4 @@
-"""CLIP from a weight file of any usual format, and checkpoints that are written whole or not at all."""
+"""Files that are written whole or not at all, and checkpoints read back without executing anything."""
 from __future__ import annotations
 
 import io
@@ -10,8 +10,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from .clip.tensorfile import FormatError, read_any, regular_file, show, tidy
-from .distributed import is_main
+from ..clip.tensorfile import FormatError, read_any, regular_file, show, tidy
+from .processes import is_main
 
 STALE_SECONDS = 3600  # a temporary file untouched for this long was left by a killed process
 

@@ -1,9 +1,11 @@
-"""Several processes, started by `torchrun`, that compute what one process would: each takes its share of every batch.
+"""Device, precision, seeds, and several processes, started by `torchrun`, that compute what one process would.
 
-In a single process every function here does nothing. Rows of processes are joined in the order of their ranks.
+Each process takes its share of every batch; in a single process every function on that does nothing. Rows of processes are
+joined in the order of their ranks.
 """
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import sys
@@ -165,3 +167,37 @@ def main_first() -> Iterator[None]:
     yield
     if is_main():
         wait()
+
+
+def pick_device(name: str) -> torch.device:
+    """cpu, cuda, ... or auto; ValueError when this machine does not have it."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        device = own_device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu") from None
+    return device
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The arithmetic of `--precision`: bf16 inside the block; tf32, a switch of the whole process, from here on."""
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def memory_gib() -> float:
+    """Peak memory: of the GPU where one is used, else of the process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
+
+def fold(*parts: object) -> int:
+    """A seed from everything that identifies a draw, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
