@@ -12,7 +12,7 @@ from ucdr_ref.clip.zero_shot import ZeroShot
 from ucdr_ref.config import MACHINE
 from ucdr_ref.machine.processes import pick_device, processes, wait, world
 from ucdr_ref.runs import restore, versions
-from ucdr_ref.sre_clip import SRECLIP
+from ucdr_ref.sre.adapter import SRECLIP
 
 
 def report(folder: Path, overrides: dict[str, Any], out: Path | None = None, other_classes: bool = False) -> None:

@@ -38,10 +38,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from ucdr_ref.class_vectors import means_of_classes
 from ucdr_ref.clip.load import load_clip
-from ucdr_ref.graph import load_graph
 from ucdr_ref.runs import versions
+from ucdr_ref.sre.class_vectors import means_of_classes
+from ucdr_ref.sre.graph import load_graph
 from ucdr_ref.sre_data import SHIPPED, folder_key
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,7 +160,7 @@ def link_sources(data: Path, out: Path) -> list[str]:
 
 def write_attributes(data: Path, path: Path) -> str:
     """Class vectors for `--class-vectors`: a class's continuous attributes; an ancestor's are the mean over its classes."""
-    graph = load_graph(SHIPPED / "graphs" / "awa2.json")
+    graph = load_graph(SHIPPED / "awa2.json")
     names = [folder_key(line.split()[1]) for line in (data / "classes.txt").read_text().splitlines()]
     matrix = torch.from_numpy(np.loadtxt(data / "predicate-matrix-continuous.txt", ndmin=2)).clamp(min=0)  # -1: not known
     rows = matrix[[names.index(folder_key(name)) for name in graph.names[:graph.classes]]]

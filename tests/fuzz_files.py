@@ -21,18 +21,19 @@ from torch import Tensor
 from tests.fuzzing import Harness, Trap, mutated, png, tidied
 from tests.helpers import tiny_state_dict
 from tests.weight_files import WRITERS, hostile_archives, hostile_safetensors
-from ucdr_ref import graph as graphs
 from ucdr_ref import protocols, runs
 from ucdr_ref.clip.load import load_clip
 from ucdr_ref.clip.tensorfile import file_digest
 from ucdr_ref.config import Config, to_json
 from ucdr_ref.engine import Feed, Run, train
-from ucdr_ref.graph import Graph, load_graph, normalised_adjacency, save_graph
 from ucdr_ref.index import build_index
 from ucdr_ref.machine.files import load_state
-from ucdr_ref.sre_clip import SRECLIP
-from ucdr_ref.sre_clip import Batch as SREBatch
-from ucdr_ref.ucdr_adapter import Batch, UCDRAdapter
+from ucdr_ref.sre import graph as graphs
+from ucdr_ref.sre.adapter import SRECLIP
+from ucdr_ref.sre.adapter import Batch as SREBatch
+from ucdr_ref.sre.graph import Graph, load_graph, normalised_adjacency
+from ucdr_ref.sre.wordnet import save_graph
+from ucdr_ref.ucdr.adapter import Batch, UCDRAdapter
 
 NAMES = [f"shape {k}" for k in range(4)]
 VALUES = (None, True, -1, 0, 1 << 40, 1 << 70, -0.5, float("nan"), float("inf"), "", "x\ny\x1b[31m", "a" * 5000, [], {}, (),

@@ -10,11 +10,12 @@ from helpers import tiny_state_dict
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ucdr_ref import bench, bench_plain, metrics
+from ucdr_ref import bench, metrics
 from ucdr_ref.clip import linear as linear_module
 from ucdr_ref.clip.model import CLIP
 from ucdr_ref.config import Config
-from ucdr_ref.ucdr_adapter import Batch, UCDRAdapter
+from ucdr_ref.ucdr import plain as bench_plain
+from ucdr_ref.ucdr.adapter import Batch, UCDRAdapter
 
 CLASSES, DOMAINS = ["cat", "alarm_clock", "The_Eiffel_Tower", "dog"], ["clipart", "real", "sketch"]
 

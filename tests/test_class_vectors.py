@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from helpers import tiny_state_dict
 from torch.testing import assert_close
 
-from ucdr_ref.class_vectors import check_vectors, node_vectors, read_vectors
 from ucdr_ref.clip.model import CLIP
 from ucdr_ref.clip.zero_shot import class_text_features
-from ucdr_ref.graph import Graph
+from ucdr_ref.sre.class_vectors import check_vectors, node_vectors, read_vectors
+from ucdr_ref.sre.graph import Graph
 
 
 def small_graph() -> Graph:

@@ -16,14 +16,14 @@ import torch
 import train
 from ucdr_ref.machine import processes as distributed
 from ucdr_ref.machine.files import load_state
-from ucdr_ref.ucdr_adapter import UCDRAdapter
+from ucdr_ref.ucdr.adapter import UCDRAdapter
 
 ROOT = Path(__file__).resolve().parent.parent
 # train.py, but process 1 sends itself the signal `number` in its `at`-th step.
 DRIVER = """
 import os, sys
 import train
-from ucdr_ref.ucdr_adapter import UCDRAdapter
+from ucdr_ref.ucdr.adapter import UCDRAdapter
 number, at = map(int, sys.argv[1:3])
 step, calls = UCDRAdapter.step, []
 def interrupted(self, batch, phase):

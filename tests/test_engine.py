@@ -12,7 +12,7 @@ import torch
 import train as entry
 from ucdr_ref import engine
 from ucdr_ref.machine.files import load_state
-from ucdr_ref.ucdr_adapter import UCDRAdapter
+from ucdr_ref.ucdr.adapter import UCDRAdapter
 
 
 def flags(world: Path, run: Path, *more: str) -> list[str]:

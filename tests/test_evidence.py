@@ -13,9 +13,9 @@ from PIL import Image
 
 import train
 from tests import evidence
-from ucdr_ref.class_vectors import read_vectors
 from ucdr_ref.config import Config, resolve
-from ucdr_ref.graph import load_graph
+from ucdr_ref.sre.class_vectors import read_vectors
+from ucdr_ref.sre.graph import load_graph
 
 CLASSES = {"seen": ["cat", "dog", "cow"], "val_unseen": ["pig"], "unseen": ["bat", "bee", "fox", "owl"]}
 
@@ -110,7 +110,7 @@ def test_sources_of_seen_classes_alone(images, tmp_path):
 
 
 def test_attribute_vectors_of_classes_and_ancestors(tmp_path):
-    graph = load_graph(evidence.SHIPPED / "graphs" / "awa2.json")
+    graph = load_graph(evidence.SHIPPED / "awa2.json")
     names = list(reversed(graph.names[:graph.classes]))
     matrix = np.random.default_rng(0).uniform(0, 100, (len(names), 7)).round(2)
     matrix[3, 2] = -1  # not known

@@ -27,7 +27,7 @@ from ucdr_ref import evaluation, resume, sre_evaluation
 from ucdr_ref.clip.tensorfile import file_digest
 from ucdr_ref.config import from_dict
 from ucdr_ref.machine.files import load_state
-from ucdr_ref.ucdr_adapter import UCDRAdapter
+from ucdr_ref.ucdr.adapter import UCDRAdapter
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits and capabilities are Linux's")
 

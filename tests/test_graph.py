@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ucdr_ref import graph
-from ucdr_ref.graph import WordNet, build_graph, load_graph, main, normalised_adjacency, read_classes, require_classes, save_graph
+from ucdr_ref.sre import graph
+from ucdr_ref.sre.graph import load_graph, normalised_adjacency, require_classes
+from ucdr_ref.sre.wordnet import WordNet, build_graph, main, read_classes, save_graph
 
 PACKAGE = Path(graph.__file__).parent
 INSTALLED = Path("/usr/share/wordnet")
@@ -146,12 +147,10 @@ def test_command_writes_a_graph_that_loads(tmp_path: Path, capsys: pytest.Captur
     assert out.read_text() == before
 
 
-def test_file_runs_as_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["graph", "--wordnet", "nowhere", "--classes", "x", "--out", "y"])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(graph.__file__), run_name="__main__")
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.startswith("error: nowhere/data.noun does not exist")
+def test_module_runs_as_a_command() -> None:
+    arguments = ["--wordnet", "nowhere", "--classes", "x", "--out", "y"]
+    done = subprocess.run([sys.executable, "-m", "ucdr_ref.sre.wordnet", *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: nowhere/data.noun does not exist")
 
 
 def test_graphs_of_other_classes_are_refused(tmp_path: Path) -> None:
@@ -215,7 +214,7 @@ def test_adjacency_equals_a_slow_loop() -> None:
 
 
 def test_shipped_awa2_graph() -> None:
-    lines = read_classes(PACKAGE / "splits" / "awa2.txt")
+    lines = read_classes(PACKAGE / "graphs" / "awa2.txt")
     shipped = load_graph(PACKAGE / "graphs" / "awa2.json", [line.name for line in lines])
     assert (shipped.classes, len(shipped.ids), len(shipped.edges)) == (50, 106, 108)
     assert shipped.ids[:50] == [line.id for line in lines]
@@ -227,7 +226,7 @@ def test_shipped_awa2_graph() -> None:
 @pytest.mark.skipif(not (INSTALLED / "data.noun").is_file(), reason="WordNet 3.0 (Debian: wordnet-base) is not installed")
 def test_awa2_closure_from_wordnet_is_the_shipped_graph() -> None:
     wordnet = WordNet(INSTALLED)
-    built = build_graph(wordnet, read_classes(PACKAGE / "splits" / "awa2.txt"))
+    built = build_graph(wordnet, read_classes(PACKAGE / "graphs" / "awa2.txt"))
     assert built == load_graph(PACKAGE / "graphs" / "awa2.json")
     assert wordnet.first_sense("giant panda") == "n02510455"
     assert wordnet.synset_name(2084071) == "dog.n.01"

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ucdr_ref import losses
+from ucdr_ref.ucdr import losses
 
 
 def unit(*shape: int) -> torch.Tensor:

@@ -7,10 +7,10 @@ from torch import nn
 
 import train
 from tests.helpers import tiny_state_dict
-from ucdr_ref import losses
 from ucdr_ref.clip.model import CLIP, LayerNorm, Transformer
 from ucdr_ref.machine.processes import autocast
-from ucdr_ref.prompts import TextTemplate
+from ucdr_ref.ucdr import losses
+from ucdr_ref.ucdr.prompts import TextTemplate
 
 CPU = torch.device("cpu")
 

@@ -22,9 +22,10 @@ from ucdr_ref import sre_data, sre_evaluation
 from ucdr_ref.clip.load import load_clip
 from ucdr_ref.clip.zero_shot import preprocess
 from ucdr_ref.data import open_image
-from ucdr_ref.graph import Graph, save_graph
 from ucdr_ref.machine.files import load_state
-from ucdr_ref.sre_clip import SRECLIP
+from ucdr_ref.sre.adapter import SRECLIP
+from ucdr_ref.sre.graph import Graph
+from ucdr_ref.sre.wordnet import save_graph
 from ucdr_ref.sre_data import Features
 
 NAMES = [f"shape {k}" for k in range(3, 11)]
@@ -236,7 +237,7 @@ def test_mistakes_are_one_sentence(scene, tmp_path, capsys):
     fails(capsys, run_with("--unseen", written("b.txt", "# none\n")), "lists no class")
     fails(capsys, run_with("--unseen", written("c.txt", "shape 3\nshape_5")), "--source", "unseen classes: shape 3, shape 5")
     fails(capsys, run_with("--unseen", str(tmp_path / "absent")), "absent")
-    fails(capsys, run_with("--graph", str(tmp_path / "absent.json")), "absent.json", "ucdr_ref.graph")
+    fails(capsys, run_with("--graph", str(tmp_path / "absent.json")), "absent.json", "ucdr_ref.sre.wordnet")
     fails(capsys, run_with("--graph", written("g.json", json.dumps({**graph, "classes": 4}))), "shape 9")
     fails(capsys, run_with("--graph", "awa2", "--unseen", ""), "folders that are none of the graph's 50 classes: shape_10,")
     fails(capsys, run_with("--target", str(tmp_path / "absent")), "--target", "no such folder")

@@ -10,11 +10,13 @@ from helpers import tiny_state_dict
 from torch import nn
 from torch.testing import assert_close
 
-from ucdr_ref import losses, sre_clip
 from ucdr_ref.clip.model import CLIP
 from ucdr_ref.config import Config
-from ucdr_ref.graph import normalised_adjacency
-from ucdr_ref.sre_clip import SRECLIP, Batch, TargetBank
+from ucdr_ref.metrics import zero_shot_accuracy
+from ucdr_ref.sre import adapter as sre_clip
+from ucdr_ref.sre import losses
+from ucdr_ref.sre.adapter import SRECLIP, Batch, TargetBank
+from ucdr_ref.sre.graph import normalised_adjacency
 
 
 class Features(nn.Module):
@@ -171,7 +173,7 @@ def test_accuracies_equal_a_slow_loop() -> None:
         hits["unseen" if y in unseen else "seen"].setdefault(y, []).append(right)
         if y in unseen:
             hits["zsl"].setdefault(y, []).append(max(unseen, key=row.__getitem__) == y)
-    result = sre_clip.zero_shot_accuracy(logits, labels, unseen)
+    result = zero_shot_accuracy(logits, labels, unseen)
     for name, classes in hits.items():
         assert result["instance"][name] == pytest.approx(np.mean([hit for one in classes.values() for hit in one]))
         assert result["class"][name] == pytest.approx(np.mean([np.mean(one) for one in classes.values()]))
@@ -181,9 +183,9 @@ def test_accuracies_equal_a_slow_loop() -> None:
 
 
 def test_accuracies_without_hits_or_images() -> None:
-    wrong = sre_clip.zero_shot_accuracy(torch.eye(3)[[1, 0]], torch.tensor([0, 2]), [2])
+    wrong = zero_shot_accuracy(torch.eye(3)[[1, 0]], torch.tensor([0, 2]), [2])
     assert wrong["class"] == {"zsl": 1.0, "unseen": 0.0, "seen": 0.0, "h": 0.0}
-    none = sre_clip.zero_shot_accuracy(torch.eye(3), torch.tensor([0, 1, 0]), [2])
+    none = zero_shot_accuracy(torch.eye(3), torch.tensor([0, 1, 0]), [2])
     assert np.isnan(none["instance"]["unseen"]) and np.isnan(none["class"]["h"]) and none["class"]["seen"] == 0.75
 
 

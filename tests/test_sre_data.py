@@ -16,7 +16,8 @@ from ucdr_ref.clip.model import CLIP
 from ucdr_ref.clip.zero_shot import preprocess
 from ucdr_ref.config import Config, resolve
 from ucdr_ref.data import open_image
-from ucdr_ref.graph import Graph, WordNet, build_graph, load_graph, read_classes, save_graph
+from ucdr_ref.sre.graph import Graph, load_graph
+from ucdr_ref.sre.wordnet import WordNet, build_graph, read_classes, save_graph
 from ucdr_ref.sre_data import Features
 from ucdr_ref.toy import CLASSES, SPLIT
 
@@ -85,8 +86,8 @@ def test_shipped_toy_graph_is_what_wordnet_gives() -> None:
     folder = Path("/usr/share/wordnet")
     if not (folder / "data.noun").is_file():
         pytest.skip("WordNet 3.0 (Debian: wordnet-base) is not installed")
-    shipped = sre_data.SHIPPED / "graphs" / "toy.json"
-    assert load_graph(shipped) == build_graph(WordNet(folder), read_classes(sre_data.SHIPPED / "splits" / "toy.txt"))
+    shipped = sre_data.SHIPPED / "toy.json"
+    assert load_graph(shipped) == build_graph(WordNet(folder), read_classes(sre_data.SHIPPED / "toy.txt"))
 
 
 def test_unseen_file_of_names_or_of_a_whole_class_list(graph_file: str, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ucdr_ref import losses
+from ucdr_ref.sre import losses
 
 
 def slow_structure(x: Tensor, e: Tensor, permutation: list[int]) -> float:

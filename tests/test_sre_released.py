@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from ucdr_ref import sre_clip
 from ucdr_ref.config import Config
-from ucdr_ref.graph import normalised_adjacency
-from ucdr_ref.sre_clip import SRECLIP, Batch
+from ucdr_ref.sre import adapter as sre_clip
+from ucdr_ref.sre.adapter import SRECLIP, Batch
+from ucdr_ref.sre.graph import normalised_adjacency
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = {"adapter.fcq.weight": "adapter.query.weight", "adapter.fcq.bias": "adapter.query.bias",

@@ -120,7 +120,7 @@ def whole_words() -> list[str]:
 
 
 def class_names() -> list[str]:
-    lines = [line for path in sorted((ROOT / "ucdr_ref" / "splits").glob("*.txt"))
+    lines = [line for path in sorted([*(ROOT / "ucdr_ref").rglob("splits/*.txt"), *(ROOT / "ucdr_ref").rglob("graphs/*.txt")])
              for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]  # fmt: skip
     return sorted({line.split()[-1] for line in lines if line})
 

@@ -15,8 +15,8 @@ from ucdr_ref.clip.tokenizer import encode, tokenize
 from ucdr_ref.clip.zero_shot import readable
 from ucdr_ref.config import Config, resolve
 from ucdr_ref.features import cut
-from ucdr_ref.prompts import TextTemplate
-from ucdr_ref.ucdr_adapter import Batch, ClassQueues, UCDRAdapter
+from ucdr_ref.ucdr.adapter import Batch, ClassQueues, UCDRAdapter
+from ucdr_ref.ucdr.prompts import TextTemplate
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "ucdr_released.json").read_text())
 RELEASED_NAMES = {"specific_domain_prompts": "domain_prompts", "specific_class_prompts": "class_prompts", "ctx": "template.ctx",

@@ -29,7 +29,7 @@ from theirs.clip import load_clip, preprocess
 from theirs.data import open_image
 from theirs.index import build_index
 from theirs.runs import describe, restore
-from theirs.ucdr_adapter import UCDRAdapter
+from theirs.ucdr.adapter import UCDRAdapter
 
 world, device = Path(sys.argv[1]), torch.device("cpu")
 clip = load_clip(world / "clip.pt")

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import bench_plain, metrics
+from . import metrics
 from .clip.model import CLIP
 from .config import Config
 from .features import cut
@@ -36,7 +36,8 @@ from .machine.files import write_text_atomic
 from .machine.processes import autocast, memory_gib, pick_device
 from .protocols import class_list
 from .runs import versions
-from .ucdr_adapter import Batch, UCDRAdapter
+from .ucdr import plain as bench_plain
+from .ucdr.adapter import Batch, UCDRAdapter
 
 TEXT = dict(context_length=77, vocab_size=49408)
 BASE = dict(image_size=224, vision_width=768, vision_layers=12, vision_heads=12, embed_dim=512, text_width=512, text_layers=12,

@@ -82,7 +82,7 @@ class Config:
     # SRE-CLIP
     source: tuple[str, ...] = option((), "labelled source folders <folder>/<class>/*")
     target: str = option("", "unlabelled target folder <folder>/<class>/* (class folders are read by evaluation alone)")
-    graph: str = option("", "class graph, JSON of `python -m ucdr_ref.graph`; awa2 and toy name the shipped ones")
+    graph: str = option("", "class graph, JSON of `python -m ucdr_ref.sre.wordnet`; awa2 and toy name the shipped ones")
     unseen: str = option("", "file with the unseen class names, one a line; empty: as marked in the class list")
     class_vectors: str = option("clip", "S4: node vectors: clip (text features), clip-classes (of the classes; "
                                       "ancestors: means), or a file `word v1 v2 ...`")

@@ -14,7 +14,7 @@ from .engine import Feed
 from .index import EncodePaths
 from .machine.processes import autocast, fold, gather, share
 from .protocols import Protocol
-from .ucdr_adapter import Batch
+from .ucdr.adapter import Batch
 
 CPU_PART = 10  # images of phase 2 at once: on a CPU no slower than a batch of 50, in a third of the memory
 

@@ -25,12 +25,12 @@ from .clip.zero_shot import ZeroShot
 from .config import Config, differences, from_dict, to_json
 from .engine import Encoder, Misfit, load_own_state
 from .features import extract
-from .graph import normalised_adjacency, parse_graph
 from .machine.files import load_state, write_text_atomic
 from .machine.processes import is_main
 from .protocols import Protocol
-from .sre_clip import SRECLIP
-from .ucdr_adapter import UCDRAdapter
+from .sre.adapter import SRECLIP
+from .sre.graph import normalised_adjacency, parse_graph
+from .ucdr.adapter import UCDRAdapter
 
 
 def versions() -> dict[str, str]:

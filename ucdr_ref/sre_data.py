@@ -21,12 +21,13 @@ from .config import Config
 from .data import Files
 from .engine import Feed
 from .features import path_encoder
-from .graph import Graph, canonical, duplicates, load_graph, read_classes
 from .index import build_index, list_images
 from .machine.processes import fold
-from .sre_clip import EPOCH, Batch, unseen_indices
+from .sre.adapter import EPOCH, Batch, unseen_indices
+from .sre.graph import Graph, canonical, duplicates, load_graph
+from .sre.wordnet import read_classes
 
-SHIPPED = Path(__file__).parent
+SHIPPED = Path(__file__).parent / "sre" / "graphs"
 
 
 @dataclass(frozen=True)
@@ -66,18 +67,18 @@ def graph_and_unseen(config: Config) -> tuple[Graph, list[int]]:
     nXXXXXXXX name`, whose classes must then be the graph's first nodes; a shipped graph brings its list.
     Raises FileNotFoundError or ValueError in one sentence, also when no class is unseen.
     """
-    shipped = sorted(path.stem for path in (SHIPPED / "graphs").glob("*.json"))
+    shipped = sorted(path.stem for path in SHIPPED.glob("*.json"))
     if not config.graph:
-        raise ValueError("no class graph; give --graph FILE (python -m ucdr_ref.graph builds one) or one of "
+        raise ValueError("no class graph; give --graph FILE (python -m ucdr_ref.sre.wordnet builds one) or one of "
                          f"{', '.join(shipped)}")
     known = config.graph in shipped
-    unseen_file = config.unseen or (SHIPPED / "splits" / f"{config.graph}.txt" if known else None)
+    unseen_file = config.unseen or (SHIPPED / f"{config.graph}.txt" if known else None)
     if unseen_file is None:
         raise ValueError("no class is unseen: give --unseen FILE, one class name a line")
     lines = read_classes(unseen_file)
     whole = any(line.split == "seen" for line in lines)
     names = [line.name for line in lines if line.split == "unseen" or not whole]
-    path = SHIPPED / "graphs" / f"{config.graph}.json" if known else config.graph
+    path = SHIPPED / f"{config.graph}.json" if known else config.graph
     graph = load_graph(path, [line.name for line in lines] if whole else None)
     return graph, unseen_indices(graph.names[: graph.classes], names)
 

@@ -17,9 +17,10 @@ from .clip.model import CLIP
 from .clip.tensorfile import file_digest
 from .clip.zero_shot import class_text_features
 from .config import Config
-from .graph import Graph, parse_graph
 from .machine.files import write_atomic, write_text_atomic
-from .sre_clip import SRECLIP, zero_shot_accuracy
+from .metrics import zero_shot_accuracy
+from .sre.adapter import SRECLIP
+from .sre.graph import Graph, parse_graph
 from .sre_data import Features, features, scan_folder
 
 COLUMNS = {"zsl": "ZSL", "unseen": "unseen", "seen": "seen", "h": "H"}

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..clip.model import CLIP
+from ..config import Config
 from . import losses
-from .clip.model import CLIP
-from .config import Config
 from .graph import canonical
 
 EPOCH = 100  # iterations that the loop calls an epoch: after each it saves, and evaluates where S6 asks for it
@@ -264,35 +264,3 @@ def check_unseen(unseen: Tensor, class_names: Sequence[str]) -> None:
         raise ValueError(f"unseen class indices {unseen.tolist()} are not different numbers from 0 to {c - 1}")
     if len(unseen) == c:
         raise ValueError(f"all {c} classes are unseen; at least one needs labelled images")
-
-
-def zero_shot_accuracy(logits: Tensor, labels: Tensor,
-                       unseen_ids: Sequence[int] | Tensor) -> dict[str, dict[str, float]]:
-    """ZSL and generalised ZSL accuracy, in 0..1, of logits [b, c] and labels [b].
-
-    `zsl`: unseen-class images among unseen classes; `unseen`, `seen`: images of these classes among all classes;
-    `h` = 2US / (U + S). Under `instance` averaged over images, under `class` over the classes that have images.
-    NaN where there is no image.
-    """
-    logits, labels = logits.cpu(), labels.cpu()
-    c = logits.shape[1]
-    is_unseen = torch.zeros(c, dtype=torch.bool)
-    is_unseen[torch.as_tensor(unseen_ids, dtype=torch.long)] = True
-    of_unseen = is_unseen[labels]
-    everywhere = logits.argmax(dim=1) == labels
-    among_unseen = logits.masked_fill(~is_unseen, -torch.inf).argmax(dim=1) == labels
-
-    def accuracy(hits: Tensor, images: Tensor, by_class: bool) -> float:
-        hits, classes = hits[images].double(), labels[images]
-        if not by_class:
-            return float(hits.mean())
-        counts = torch.bincount(classes, minlength=c)
-        right = torch.bincount(classes, weights=hits, minlength=c)
-        return float((right[counts > 0] / counts[counts > 0]).mean())
-
-    result = {}
-    for name, by_class in (("instance", False), ("class", True)):
-        u, s = accuracy(everywhere, of_unseen, by_class), accuracy(everywhere, ~of_unseen, by_class)
-        result[name] = {"zsl": accuracy(among_unseen, of_unseen, by_class), "unseen": u, "seen": s,
-                        "h": 2 * u * s / (u + s) if u + s else 0.0}
-    return result

@@ -1,4 +1,4 @@
-"""Every loss of both papers, one pure function per equation. Imports nothing from the package."""
+"""The losses of SRE-CLIP (arXiv 2510.21808), one pure function per equation. Imports nothing from the package."""
 from __future__ import annotations
 
 import math
@@ -6,34 +6,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-# UCDR-Adapter (WACV 2025)
-
-
-def image_text_contrast(f: Tensor, t: Tensor, labels: Tensor, tau: float) -> Tensor:
-    """L-align: cross-entropy of f . t_c / tau against the image's class, mean over the batch.
-
-    f [b, e] and t [c, e] are L2-normalised, labels [b] are class indices.
-    """
-    with torch.autocast(f.device.type, enabled=False):  # float32 whatever the towers' arithmetic
-        return F.cross_entropy(f @ t.T / tau, labels)
-
-
-def triplet(f: Tensor, positives: Tensor, negatives: Tensor, valid: Tensor, margin: float, squared: bool = True) -> Tensor:
-    """L-triplet: (1/r) sum over r pairs of max(0, D(f, I_p) - D(f, I_n) + margin), mean over the batch.
-
-    f [b, e]; positives and negatives [b, r, e], drawn from the momentum queues; valid [b] is False where an image has no
-    positive or no negative yet: it adds zero. D is the squared Euclidean distance, or the plain one when not `squared` (D8).
-    """
-    def distance(other: Tensor) -> Tensor:
-        difference = f.unsqueeze(1) - other
-        return difference.square().sum(-1) if squared else torch.linalg.vector_norm(difference, dim=-1)  # D8
-
-    hinge = F.relu(distance(positives) - distance(negatives) + margin).mean(dim=1)
-    return torch.where(valid, hinge, 0.0).mean()
-
-
-# SRE-CLIP adapter (arXiv 2510.21808)
 
 
 def relation_structure(class_vectors: Tensor, embeddings: Tensor, permutation: Tensor, limit: int = 2**23) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .clip.model import CLIP
-from .clip.zero_shot import class_text_features
+from ..clip.model import CLIP
+from ..clip.zero_shot import class_text_features
 from .graph import Graph, canonical
 
 

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .clip.model import CLIP, Block
-from .clip.tokenizer import encode, tokenize
-from .clip.zero_shot import readable
-from .config import Config
+from ..clip.model import CLIP, Block
+from ..clip.tokenizer import encode, tokenize
+from ..clip.zero_shot import readable
+from ..config import Config
+from .adapter import Batch
 from .prompts import TargetPromptGenerator, prompt_bank
-from .ucdr_adapter import Batch
 
 
 def attention(block: Block, x: Tensor, mask: Tensor | float) -> Tensor:

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .clip.model import CLIP
-from .clip.tokenizer import encode
-from .clip.zero_shot import readable
+from ..clip.model import CLIP
+from ..clip.tokenizer import encode
+from ..clip.zero_shot import readable
 
 
 class TextTemplate(nn.Module):

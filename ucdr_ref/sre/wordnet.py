@@ -1,9 +1,8 @@
-"""Class graph of SRE-CLIP: WordNet 3.0's noun files -> hypernym closure -> JSON -> normalised adjacency.
+"""WordNet 3.0's noun files -> hypernym closure of a class list -> class graph, as JSON.
 
-    python -m ucdr_ref.graph --wordnet DIR --classes FILE --out graph.json
+    python -m ucdr_ref.sre.wordnet --wordnet DIR --classes FILE --out graph.json
 
 DIR holds `data.noun` and `index.noun` (Debian package `wordnet-base`: /usr/share/wordnet).
-Imports nothing from the package.
 """
 from __future__ import annotations
 
@@ -12,28 +11,14 @@ import json
 import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
+from .graph import Graph, canonical, duplicates
 
 SYNSET_ID = re.compile(r"n\d{8}")
-
-
-@dataclass(frozen=True)
-class Graph:
-    """N nodes, the c classes first; an edge is (child, parent), as node numbers."""
-
-    ids: list[str]  # WordNet synset ids, `n` and eight digits
-    names: list[str]  # of a class as its list gives it, of an ancestor its first lemma
-    lemmas: list[list[str]]
-    edges: list[tuple[int, int]]
-    classes: int
-    notice: str  # WordNet's licence asks that it stay with every copy
 
 
 class ClassLine(NamedTuple):
@@ -105,11 +90,6 @@ class WordNet:
         return f"n{senses[0]:08d}" if senses else None
 
 
-def canonical(name: str) -> str:
-    """A class name for comparison: lower case, single spaces for underscores and plus signs."""
-    return " ".join(re.split(r"[\s_+]+", name.strip().lower()))
-
-
 def read_classes(path: str | Path) -> list[ClassLine]:
     """Lines `seen|unseen nXXXXXXXX name`, `nXXXXXXXX name` or `name`; empty lines and `#` comments are skipped.
 
@@ -137,10 +117,6 @@ def read_classes(path: str | Path) -> list[ClassLine]:
     if twice := duplicates([canonical(line.name) for line in lines]):
         raise ValueError(f"{path} lists classes twice: {', '.join(twice)}")
     return lines
-
-
-def duplicates(items: Sequence[str]) -> list[str]:
-    return [item for item, count in Counter(items).items() if count > 1]
 
 
 def build_graph(wordnet: WordNet, classes: Sequence[ClassLine]) -> Graph:
@@ -184,64 +160,8 @@ def save_graph(graph: Graph, path: str | Path) -> None:
     os.replace(temporary, path)
 
 
-def load_graph(path: str | Path, class_names: Sequence[str] | None = None) -> Graph:
-    """Reads `save_graph`'s file; with `class_names` [c], the graph's first nodes must be these, in this order.
-
-    Raises FileNotFoundError, or ValueError for malformed JSON, an edge to no node, and other classes.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"graph {path} does not exist; build it with python -m ucdr_ref.graph --wordnet DIR "
-                                "--classes FILE --out graph.json")
-    try:
-        graph = parse_graph(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a class graph as ucdr_ref.graph writes it ({type(error).__name__}: {error}); "
-                         "build it again") from None
-    if class_names is not None:
-        require_classes(graph, class_names, str(path))
-    return graph
-
-
-def parse_graph(fields: dict[str, Any]) -> Graph:
-    """Checks types and lengths; raises KeyError, TypeError or ValueError with the reason."""
-    ids, names, lemmas = ([*fields[key]] for key in ("ids", "names", "lemmas"))
-    edges = [(child, parent) for child, parent in fields["edges"]]
-    classes = fields["classes"]
-    if not len(ids) == len(names) == len(lemmas):
-        raise ValueError(f"{len(ids)} ids, {len(names)} names, {len(lemmas)} lemma lists")
-    if not all(isinstance(number, int) for number in [classes, *(node for edge in edges for node in edge)]):
-        raise TypeError("class count and edges must be whole numbers")
-    if not all(isinstance(text, str) for text in [*ids, *names, *(word for words in lemmas for word in words)]):
-        raise TypeError("ids, names and lemmas must be text")
-    if wrong := [edge for edge in edges if not all(0 <= node < len(ids) for node in edge)]:
-        raise ValueError(f"edge {list(wrong[0])} leaves the graph's {len(ids)} nodes")
-    if not 0 < classes <= len(ids):
-        raise ValueError(f"{classes} classes among {len(ids)} nodes")
-    return Graph(ids, names, lemmas, edges, classes, str(fields.get("notice", "")))
-
-
-def require_classes(graph: Graph, class_names: Sequence[str], origin: str = "the graph") -> None:
-    """ValueError unless the first nodes are `class_names`, in order (case, spaces, `_` and `+` do not matter)."""
-    if graph.classes != len(class_names):
-        raise ValueError(f"{origin} holds {graph.classes} classes, expected {len(class_names)}; build one for these")
-    for k, (node, name) in enumerate(zip(graph.names, class_names)):
-        if canonical(node) != canonical(name):
-            raise ValueError(f"{origin}: node {k} is {node!r} where class {name!r} is expected; the first nodes must "
-                             "be the classes, in their order")
-
-
-def normalised_adjacency(edges: Sequence[tuple[int, int]], nodes: int) -> Tensor:
-    """D^-1 (A + A^T + I) [N, N], rows sum to one, sparse (COO: its product has a gradient on every device)."""
-    children, parents = (torch.tensor([edge[k] for edge in edges], dtype=torch.long) for k in (0, 1))
-    own = torch.arange(nodes)
-    rows, columns = torch.cat([children, parents, own]), torch.cat([parents, children, own])
-    degree = torch.bincount(rows, minlength=nodes)
-    index, size = torch.stack([rows, columns]), (nodes, nodes)
-    return torch.sparse_coo_tensor(index, 1 / degree[rows], size, check_invariants=True).coalesce()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ucdr_ref.graph", description="hypernym closure of a class list")
+    parser = argparse.ArgumentParser(prog="python -m ucdr_ref.sre.wordnet", description="hypernym closure of a class list")
     parser.add_argument("--wordnet", required=True, metavar="DIR", help="folder of data.noun and index.noun")
     parser.add_argument("--classes", required=True, metavar="FILE", help="per line: [seen|unseen] [nXXXXXXXX] name")
     parser.add_argument("--out", required=True, metavar="FILE", help="the graph, as JSON")

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..clip.model import CLIP
+from ..clip.zero_shot import class_text_features
+from ..config import Config
+from ..machine.processes import gather_rows, place
 from . import losses
-from .clip.model import CLIP
-from .clip.zero_shot import class_text_features
-from .config import Config
-from .machine.processes import gather_rows, place
 from .prompts import TargetPromptGenerator, TextTemplate, prompt_bank
 
 

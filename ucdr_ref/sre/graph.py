@@ -1,0 +1,91 @@
+"""Class graph of SRE-CLIP: nodes, their names and hypernym edges, from JSON; normalised adjacency."""
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Graph:
+    """N nodes, the c classes first; an edge is (child, parent), as node numbers."""
+
+    ids: list[str]  # WordNet synset ids, `n` and eight digits
+    names: list[str]  # of a class as its list gives it, of an ancestor its first lemma
+    lemmas: list[list[str]]
+    edges: list[tuple[int, int]]
+    classes: int
+    notice: str  # WordNet's licence asks that it stay with every copy
+
+
+def canonical(name: str) -> str:
+    """A class name for comparison: lower case, single spaces for underscores and plus signs."""
+    return " ".join(re.split(r"[\s_+]+", name.strip().lower()))
+
+
+def duplicates(items: Sequence[str]) -> list[str]:
+    return [item for item, count in Counter(items).items() if count > 1]
+
+
+def load_graph(path: str | Path, class_names: Sequence[str] | None = None) -> Graph:
+    """Reads `save_graph`'s file; with `class_names` [c], the graph's first nodes must be these, in this order.
+
+    Raises FileNotFoundError, or ValueError for malformed JSON, an edge to no node, and other classes.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"graph {path} does not exist; build it with python -m ucdr_ref.sre.wordnet --wordnet DIR "
+                                "--classes FILE --out graph.json")
+    try:
+        graph = parse_graph(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a class graph as ucdr_ref.sre.wordnet writes it ({type(error).__name__}: {error}); "
+                         "build it again") from None
+    if class_names is not None:
+        require_classes(graph, class_names, str(path))
+    return graph
+
+
+def parse_graph(fields: dict[str, Any]) -> Graph:
+    """Checks types and lengths; raises KeyError, TypeError or ValueError with the reason."""
+    ids, names, lemmas = ([*fields[key]] for key in ("ids", "names", "lemmas"))
+    edges = [(child, parent) for child, parent in fields["edges"]]
+    classes = fields["classes"]
+    if not len(ids) == len(names) == len(lemmas):
+        raise ValueError(f"{len(ids)} ids, {len(names)} names, {len(lemmas)} lemma lists")
+    if not all(isinstance(number, int) for number in [classes, *(node for edge in edges for node in edge)]):
+        raise TypeError("class count and edges must be whole numbers")
+    if not all(isinstance(text, str) for text in [*ids, *names, *(word for words in lemmas for word in words)]):
+        raise TypeError("ids, names and lemmas must be text")
+    if wrong := [edge for edge in edges if not all(0 <= node < len(ids) for node in edge)]:
+        raise ValueError(f"edge {list(wrong[0])} leaves the graph's {len(ids)} nodes")
+    if not 0 < classes <= len(ids):
+        raise ValueError(f"{classes} classes among {len(ids)} nodes")
+    return Graph(ids, names, lemmas, edges, classes, str(fields.get("notice", "")))
+
+
+def require_classes(graph: Graph, class_names: Sequence[str], origin: str = "the graph") -> None:
+    """ValueError unless the first nodes are `class_names`, in order (case, spaces, `_` and `+` do not matter)."""
+    if graph.classes != len(class_names):
+        raise ValueError(f"{origin} holds {graph.classes} classes, expected {len(class_names)}; build one for these")
+    for k, (node, name) in enumerate(zip(graph.names, class_names)):
+        if canonical(node) != canonical(name):
+            raise ValueError(f"{origin}: node {k} is {node!r} where class {name!r} is expected; the first nodes must "
+                             "be the classes, in their order")
+
+
+def normalised_adjacency(edges: Sequence[tuple[int, int]], nodes: int) -> Tensor:
+    """D^-1 (A + A^T + I) [N, N], rows sum to one, sparse (COO: its product has a gradient on every device)."""
+    children, parents = (torch.tensor([edge[k] for edge in edges], dtype=torch.long) for k in (0, 1))
+    own = torch.arange(nodes)
+    rows, columns = torch.cat([children, parents, own]), torch.cat([parents, children, own])
+    degree = torch.bincount(rows, minlength=nodes)
+    index, size = torch.stack([rows, columns]), (nodes, nodes)
+    return torch.sparse_coo_tensor(index, 1 / degree[rows], size, check_invariants=True).coalesce()
+
