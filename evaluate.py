@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ucdr_ref import evaluation, protocols, sre_evaluation
 from ucdr_ref.clip.tensorfile import tidy
 from ucdr_ref.clip.zero_shot import ZeroShot
 from ucdr_ref.config import MACHINE
+from ucdr_ref.experiments import classification as sre_evaluation
+from ucdr_ref.experiments import protocols
+from ucdr_ref.experiments import retrieval as evaluation
+from ucdr_ref.experiments.run_folder import restore, versions
 from ucdr_ref.machine.processes import pick_device, processes, wait, world
-from ucdr_ref.runs import restore, versions
 from ucdr_ref.sre.adapter import SRECLIP
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from ucdr_ref.clip.tensorfile import file_digest, tidy
-from ucdr_ref.features import path_encoder
-from ucdr_ref.index import build_index
+from ucdr_ref.experiments.report import sheet
+from ucdr_ref.experiments.run_folder import restore
+from ucdr_ref.images.cache import build_index
+from ucdr_ref.images.features import path_encoder
 from ucdr_ref.machine.processes import pick_device
-from ucdr_ref.pictures import sheet
-from ucdr_ref.runs import restore
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

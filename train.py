@@ -11,19 +11,22 @@ from pathlib import Path
 import torch
 
 import evaluate
-from ucdr_ref import evaluation, protocols, sre_data, sre_evaluation
 from ucdr_ref.clip.load import load_clip
 from ucdr_ref.clip.tensorfile import file_digest, tidy
 from ucdr_ref.clip.zero_shot import ZeroShot
 from ucdr_ref.config import Config, add_arguments, resolve, to_json
-from ucdr_ref.engine import Run, Stopped, train
-from ucdr_ref.features import feed
+from ucdr_ref.experiments import class_folders as sre_data
+from ucdr_ref.experiments import classification as sre_evaluation
+from ucdr_ref.experiments import protocols
+from ucdr_ref.experiments import retrieval as evaluation
+from ucdr_ref.experiments.retrieval import class_anchors, feed
+from ucdr_ref.experiments.run_folder import describe, open_run
 from ucdr_ref.machine.files import save_atomic
 from ucdr_ref.machine.processes import fold, main_first, pick_device, processes, world
-from ucdr_ref.runs import class_anchors, describe, open_run
 from ucdr_ref.sre.adapter import SRECLIP
 from ucdr_ref.sre.class_vectors import node_vectors
 from ucdr_ref.sre.graph import normalised_adjacency
+from ucdr_ref.training.loop import Run, Stopped, train
 from ucdr_ref.ucdr.adapter import UCDRAdapter
 
 

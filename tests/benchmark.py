@@ -19,7 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ucdr_ref.runs import versions
+from ucdr_ref.experiments.run_folder import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 DOMAINS = ("sketch", "quickdraw", "painting", "infograph", "clipart")

@@ -39,10 +39,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from ucdr_ref.clip.load import load_clip
-from ucdr_ref.runs import versions
+from ucdr_ref.experiments.class_folders import SHIPPED, folder_key
+from ucdr_ref.experiments.run_folder import versions
 from ucdr_ref.sre.class_vectors import means_of_classes
 from ucdr_ref.sre.graph import load_graph
-from ucdr_ref.sre_data import SHIPPED, folder_key
 
 ROOT = Path(__file__).resolve().parent.parent
 DOMAINS = ("sketch", "quickdraw", "clipart", "icon")

@@ -21,18 +21,18 @@ from torch import Tensor
 from tests.fuzzing import Harness, Trap, mutated, png, tidied
 from tests.helpers import tiny_state_dict
 from tests.weight_files import WRITERS, hostile_archives, hostile_safetensors
-from ucdr_ref import protocols, runs
 from ucdr_ref.clip.load import load_clip
 from ucdr_ref.clip.tensorfile import file_digest
 from ucdr_ref.config import Config, to_json
-from ucdr_ref.engine import Feed, Run, train
-from ucdr_ref.index import build_index
+from ucdr_ref.experiments import protocols
+from ucdr_ref.experiments import run_folder as runs
+from ucdr_ref.images.cache import build_index
 from ucdr_ref.machine.files import load_state
-from ucdr_ref.sre import graph as graphs
 from ucdr_ref.sre.adapter import SRECLIP
 from ucdr_ref.sre.adapter import Batch as SREBatch
 from ucdr_ref.sre.graph import Graph, load_graph, normalised_adjacency
-from ucdr_ref.sre.wordnet import save_graph
+from ucdr_ref.sre.wordnet import read_classes, save_graph
+from ucdr_ref.training.loop import Feed, Run, train
 from ucdr_ref.ucdr.adapter import Batch, UCDRAdapter
 
 NAMES = [f"shape {k}" for k in range(4)]
@@ -191,7 +191,7 @@ def fuzz_files(harness: Harness, folder: Path, count: int, seed: int) -> None:
         "load_clip": lambda: load_clip(fifo), "load_state": lambda: load_state(fifo),
         "read_config": lambda: runs.read_config(fifo), "load_graph": lambda: load_graph(fifo),
         "file_digest": lambda: file_digest(fifo),
-        "read_classes": lambda: graphs.read_classes(fifo),
+        "read_classes": lambda: read_classes(fifo),
         "folder_split": lambda: protocols.folder_split(Config(class_split=str(fifo)), {})}
     for name, reader in readers.items():
         harness.run("FIFOs", name, reader, "fifo")
@@ -230,7 +230,7 @@ def case_text(harness: Harness, scene: Scene, i: int, r: random.Random) -> None:
     tree = {"photo": {name: ["x"] for name in NAMES}, "sketch": {name: ["y"] for name in NAMES}}
     config = replace(scene.configs["ucdr"], class_split=str(path), data_root="data")
     readers: dict[str, Callable[[], object]] = {
-        "graph": lambda: load_graph(path), "config": lambda: runs.read_config(path), "classes": lambda: graphs.read_classes(path),
+        "graph": lambda: load_graph(path), "config": lambda: runs.read_config(path), "classes": lambda: read_classes(path),
         "split": lambda: protocols.folder_split(config, tree)}
     harness.run(kind, f"{i} {what}", lambda: tidied(readers[kind]), path.name)
     path.unlink()

@@ -17,9 +17,9 @@ import evaluate
 import retrieve
 import train
 from ucdr_ref.config import FIELDS, PRESETS, resolve
+from ucdr_ref.experiments.class_folders import graph_and_unseen
+from ucdr_ref.experiments.protocols import DOMAINNET_DOMAINS, class_list
 from ucdr_ref.metrics import retrieval
-from ucdr_ref.protocols import DOMAINNET_DOMAINS, class_list
-from ucdr_ref.sre_data import graph_and_unseen
 
 
 def flags(world: Path, run: Path, *more: str) -> list[str]:
@@ -66,7 +66,7 @@ def test_evaluate_repeats_the_table_of_training(run, tmp_path, capsys):
 def test_zero_shot_rows_equal_a_separate_computation(run, world):
     from ucdr_ref.clip.load import load_clip
     from ucdr_ref.clip.zero_shot import preprocess
-    from ucdr_ref.data import open_image
+    from ucdr_ref.images.batches import open_image
     clip = load_clip(world / "clip.pt")
     names = json.loads((world / "split.json").read_text())["test"]
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ucdr_ref.clip.zero_shot import preprocess
-from ucdr_ref.data import Files, ImageDataset, augment, balanced_batches, chunks, load, open_image
+from ucdr_ref.images.batches import Files, ImageDataset, augment, balanced_batches, chunks, load, open_image
 from ucdr_ref.machine.processes import fold
 
 CPU = torch.device("cpu")
@@ -85,7 +85,7 @@ def test_truncated_image_is_an_error_and_a_bomb_too(tmp_path, monkeypatch):
         file.write(content[: len(content) // 2])
     with pytest.raises(ValueError, match="cut.png"):
         open_image(path)
-    monkeypatch.setattr("ucdr_ref.data.MAX_PIXELS", 10)
+    monkeypatch.setattr("ucdr_ref.images.batches.MAX_PIXELS", 10)
     with pytest.raises(ValueError, match="8 x 8 pixels"):
         open_image(saved(tmp_path, Image.new("RGB", (8, 8)), "big.png"))
 

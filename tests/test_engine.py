@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import train as entry
-from ucdr_ref import engine
 from ucdr_ref.machine.files import load_state
+from ucdr_ref.training import loop as engine
 from ucdr_ref.ucdr.adapter import UCDRAdapter
 
 

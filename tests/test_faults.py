@@ -23,10 +23,12 @@ import retrieve
 import train
 from tests.test_engine import flags as engine_flags
 from tests.test_engine import same
-from ucdr_ref import evaluation, resume, sre_evaluation
 from ucdr_ref.clip.tensorfile import file_digest
 from ucdr_ref.config import from_dict
+from ucdr_ref.experiments import classification as sre_evaluation
+from ucdr_ref.experiments import retrieval as evaluation
 from ucdr_ref.machine.files import load_state
+from ucdr_ref.training import journal as resume
 from ucdr_ref.ucdr.adapter import UCDRAdapter
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits and capabilities are Linux's")
@@ -351,7 +353,7 @@ def test_another_class_list_is_refused_unless_told_otherwise(world, tmp_path, ca
 def test_two_trainings_never_share_a_run_folder(world, tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
-    code = "import sys, pathlib, ucdr_ref.runs as r; held = r.lock(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
+    code = "import sys, pathlib, ucdr_ref.experiments.run_folder as r; held = r.lock(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code, str(run)], cwd=Path(train.__file__).parent, stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == b"1\n"

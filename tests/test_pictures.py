@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageFont
 
-from ucdr_ref import pictures
+from ucdr_ref.experiments import report as pictures
+from ucdr_ref.experiments.report import FRAME, FRAMES, GAP, LINE, fit, sheet
 from ucdr_ref.machine.files import WriteError
-from ucdr_ref.pictures import FRAME, FRAMES, GAP, LINE, fit, sheet
 
 SIZE = 40
 

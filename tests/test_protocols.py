@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ucdr_ref.config import resolve
-from ucdr_ref.protocols import DOMAINNET_DOMAINS, build, class_list, scan
+from ucdr_ref.experiments.protocols import DOMAINNET_DOMAINS, build, class_list, scan
 
 
 def make(root: Path, domains, classes, count) -> Path:

@@ -18,15 +18,16 @@ from torch.testing import assert_close
 import evaluate
 import retrieve
 import train
-from ucdr_ref import sre_data, sre_evaluation
 from ucdr_ref.clip.load import load_clip
 from ucdr_ref.clip.zero_shot import preprocess
-from ucdr_ref.data import open_image
+from ucdr_ref.experiments import class_folders as sre_data
+from ucdr_ref.experiments import classification as sre_evaluation
+from ucdr_ref.experiments.class_folders import Features
+from ucdr_ref.images.batches import open_image
 from ucdr_ref.machine.files import load_state
 from ucdr_ref.sre.adapter import SRECLIP
 from ucdr_ref.sre.graph import Graph
 from ucdr_ref.sre.wordnet import save_graph
-from ucdr_ref.sre_data import Features
 
 NAMES = [f"shape {k}" for k in range(3, 11)]
 UNSEEN = [1, 6]

@@ -14,7 +14,7 @@ from ucdr_ref.clip.model import CLIP
 from ucdr_ref.clip.tokenizer import encode, tokenize
 from ucdr_ref.clip.zero_shot import readable
 from ucdr_ref.config import Config, resolve
-from ucdr_ref.features import cut
+from ucdr_ref.experiments.retrieval import cut
 from ucdr_ref.ucdr.adapter import Batch, ClassQueues, UCDRAdapter
 from ucdr_ref.ucdr.prompts import TextTemplate
 

@@ -22,13 +22,16 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 before = set(sys.modules)
-from theirs import config, engine, features, protocols
+from theirs import config
+from theirs.experiments import protocols, retrieval
+from theirs.images import features
+from theirs.training import loop as engine
 from theirs.clip import tokenizer
 from theirs.machine.files import load_state
 from theirs.clip import load_clip, preprocess
-from theirs.data import open_image
-from theirs.index import build_index
-from theirs.runs import describe, restore
+from theirs.images.batches import open_image
+from theirs.images.cache import build_index
+from theirs.experiments.run_folder import describe, restore
 from theirs.ucdr.adapter import UCDRAdapter
 
 world, device = Path(sys.argv[1]), torch.device("cpu")
@@ -43,7 +46,7 @@ chosen = config.resolve({"dataset": "folder", "data_root": str(world / "data"), 
 protocol = protocols.build(chosen)
 method = UCDRAdapter(clip, protocol.class_names, protocol.domain_names, chosen)
 start = {name: value.clone() for name, value in engine.own_state(method).items()}
-feeds = {phase: features.feed(phase, protocol, chosen, clip.image_size, device) for phase in method.PHASES}
+feeds = {phase: retrieval.feed(phase, protocol, chosen, clip.image_size, device) for phase in method.PHASES}
 for phase in feeds:
     whole = feeds[phase].order
     feeds[phase].order = lambda epoch, whole=whole: whole(epoch)[:2]

@@ -31,11 +31,11 @@ from torch import Tensor, nn
 from . import metrics
 from .clip.model import CLIP
 from .config import Config
-from .features import cut
+from .experiments.protocols import class_list
+from .experiments.retrieval import cut
+from .experiments.run_folder import versions
 from .machine.files import write_text_atomic
 from .machine.processes import autocast, memory_gib, pick_device
-from .protocols import class_list
-from .runs import versions
 from .ucdr import plain as bench_plain
 from .ucdr.adapter import Batch, UCDRAdapter
 

@@ -88,4 +88,3 @@ def normalised_adjacency(edges: Sequence[tuple[int, int]], nodes: int) -> Tensor
     degree = torch.bincount(rows, minlength=nodes)
     index, size = torch.stack([rows, columns]), (nodes, nodes)
     return torch.sparse_coo_tensor(index, 1 / degree[rows], size, check_invariants=True).coalesce()
-

@@ -26,10 +26,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from torch import Tensor
 
-from .clip.tensorfile import regular_file, show, tidy
-from .data import ENDINGS
-from .machine.files import STALE_SECONDS, WriteError, write_atomic
-from .metrics import search
+from ..clip.tensorfile import regular_file, show, tidy
+from ..machine.files import STALE_SECONDS, WriteError, write_atomic
+from ..metrics import search
+from .batches import ENDINGS
 
 HEADER_BYTES = 128  # of a .npy file that holds a float32 matrix of any size
 BLOCK = 1 << 24  # bytes read at once

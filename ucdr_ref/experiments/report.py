@@ -8,8 +8,8 @@ from typing import BinaryIO
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from .data import open_image
-from .machine.files import write_atomic
+from ..images.batches import open_image
+from ..machine.files import write_atomic
 
 FRAMES = {True: (30, 160, 60), False: (205, 40, 40), None: (150, 150, 150)}  # hit, miss, unknown
 FRAME, GAP, LINE = 4, 6, 16  # pixels: frame width, space between thumbnails, height of a caption

@@ -4,20 +4,26 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .config import Config
-from .data import Files
-from .features import extract
-from .machine.files import write_text_atomic
-from .metrics import retrieval, search
-from .pictures import sheet
+from ..clip.model import CLIP
+from ..clip.zero_shot import ZeroShot
+from ..config import Config
+from ..images.batches import Files, ImageDataset, augment, balanced_batches, load
+from ..images.features import extract
+from ..machine.files import write_text_atomic
+from ..machine.processes import fold, share
+from ..metrics import retrieval, search
+from ..training.loop import Feed
+from ..ucdr.adapter import Batch
 from .protocols import Protocol, Test
+from .report import sheet
 
 COLUMNS = ("mAP@200", "Prec@200", "mAP@all", "Prec@100")
 # As published (ViT-B/32), by dataset, protocol and gallery.
@@ -127,3 +133,68 @@ def write_results(rows: list[dict[str, Any]], folder: Path, about: dict[str, Any
                 picture.append((queries.paths[index], f"{row['method']}: {queries.classes[index]}",
                                 [(gallery.paths[j], gallery.classes[j] == queries.classes[index]) for j in nearest]))
     sheet(picture, folder / "queries.png")
+
+CPU_PART = 10  # images of phase 2 at once: on a CPU no slower than a batch of 50, in a third of the memory
+
+
+def feed(phase: str, protocol: Protocol, config: Config, image_size: int, device: torch.device) -> Feed:
+    """Domain-balanced, augmented batches of the training files for one phase of UCDR-Adapter."""
+    class_ids = torch.tensor([protocol.class_names.index(name) for name in protocol.train.classes])
+    domain_ids = torch.tensor([protocol.domain_names.index(name) for name in protocol.train.domains])
+    size = config.source_batch if phase == "source" else config.target_batch
+
+    def order(epoch: int) -> list[list[int]]:
+        return balanced_batches(domain_ids.tolist(), size, fold(config.seed, phase), epoch, config.balance == "exact")
+
+    def batches(epoch: int, left: Sequence[list[int]]) -> Iterator[tuple[Batch, list[str]]]:
+        shares = [share(batch) for batch in left]
+        dataset = ImageDataset(protocol.train, augment(image_size, config.train_normalization), config.stroke_domains,
+                               fold(config.seed, phase, epoch))
+        for indices, images in load(dataset, shares, config.workers, config.bad_images == "skip", device):
+            images = images.view(-1, 3, image_size, image_size)  # a share may be empty
+            batch = (images, class_ids[indices], domain_ids[indices])
+            yield Batch(*(part.to(device, non_blocking=True) for part in batch)), [protocol.train.paths[i] for i in indices]
+
+    epochs = config.source_epochs if phase == "source" else config.target_epochs
+    return Feed(epochs, order, batches, lambda batch: cut(batch, phase, config))
+
+
+def cut(batch: Batch, phase: str, config: Config) -> list[tuple[Batch, float]]:
+    """What passes at once of a batch, each part with its share of the images: the losses' weighted sum is the batch's.
+
+    Only phase 2 is a mean over images alone; in phase 1 queues and momentum move once a batch, so it stays whole.
+    """
+    b = len(batch.images)
+    size = config.micro_batch or (CPU_PART if batch.images.device.type == "cpu" else b)
+    if phase == "source" or b <= size:
+        return [(batch, 1.0)]
+    return [(Batch(*part), len(part[0]) / b) for part in zip(*(rows.split(size) for rows in batch))]
+
+
+def class_anchors(config: Config, clip: CLIP, protocol: Protocol, device: torch.device) -> Tensor | None:
+    """Class features [c, e] that replace the text template (D13): the file's rows, or prototypes; None for text.
+
+    A prototype is the mean of the frozen tower's normalised features of a class's gallery-domain training images.
+    Raises ValueError for a file of another shape, or a class without such images.
+    """
+    names = protocol.class_names
+    if config.class_features in ("template", "plain"):
+        return None
+    if config.class_features == "prototypes":
+        files = protocol.train.keep([i for i, name in enumerate(protocol.train.domains) if name == protocol.gallery_domain])
+        missing = sorted(set(names) - set(files.classes))
+        if missing:
+            raise ValueError(f"--class-features prototypes: no training image in {protocol.gallery_domain} for "
+                             f"{', '.join(missing[:5])}")
+        features, kept = extract(ZeroShot(clip).encode, files, config, clip.image_size, device)
+        labels = torch.tensor([names.index(name) for name in files.keep(kept).classes])
+        return torch.zeros(len(names), clip.embed_dim).index_add_(0, labels, features).to(device)  # its length does not matter
+    try:
+        rows = torch.from_numpy(np.load(config.class_features, allow_pickle=False))
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise ValueError(f"--class-features {config.class_features}: expected template, plain, prototypes or a .npy file of "
+                         f"numbers ({str(error).splitlines()[0]})") from None
+    if rows.shape != (len(names), clip.embed_dim) or not torch.isfinite(rows.float()).all():
+        raise ValueError(f"--class-features {config.class_features}: holds {list(rows.shape)}, expected "
+                         f"{[len(names), clip.embed_dim]} finite numbers, rows in class order")
+    return rows.to(device)

@@ -6,6 +6,8 @@ import io
 import json
 import math
 import os
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -15,9 +17,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from .clip.tensorfile import regular_file, show
-from .machine.files import WriteError, load_state
-from .machine.processes import is_main
+from ..clip.tensorfile import regular_file, show
+from ..machine import processes as distributed
+from ..machine.files import WriteError, load_state
+from ..machine.processes import is_main, memory_gib
 
 ADVICE = "delete it to start again, or name another --run"
 
@@ -121,3 +124,37 @@ def sync(log: BinaryIO) -> None:
 def unwritten(path: Path, error: OSError) -> WriteError:
     return WriteError(f"could not write {show(path)} ({error.strerror or error}); the last checkpoint is intact: free space, "
                       "then run the same command to go on")
+
+
+class ProgressLine:
+    """`target 2/10 | 120/480 | loss 1.234 align 0.98 | 812 img/s | 9.1 GiB | eta 3m12s` on stderr, at most twice a second."""
+
+    def __init__(self, phase: str, epochs: int) -> None:
+        self.phase, self.epochs = phase, epochs
+        self.start, self.images, self.steps, self.shown = 0.0, 0, 0, 0.0
+        self.live = sys.stderr.isatty()
+        self.out = sys.stderr if distributed.is_main() else io.StringIO()
+
+    def show(self, progress: Progress, steps: int, images: int, values: dict[str, float]) -> None:
+        now = time.monotonic()
+        if not self.start:  # the first step pays for start-up: it counts for nothing
+            self.start = now
+            return
+        self.images, self.steps = self.images + images, self.steps + 1
+        if now - self.shown < (0.5 if self.live else 15) and progress.step < steps:
+            return
+        self.shown, seconds = now, now - self.start
+        left = int((steps * (self.epochs - progress.epoch) - progress.step) * seconds / self.steps)
+        self.write(f"{self.phase} {progress.epoch + 1}/{self.epochs} | {progress.step}/{steps} | "
+                   + " ".join(f"{name} {value:.3f}" for name, value in values.items())
+                   + f" | {self.images / seconds:.0f} img/s | {memory_gib():.1f} GiB | eta {left // 60}m{left % 60:02d}s")
+
+    def write(self, text: str) -> None:
+        self.out.write(f"\r{text:<110}" if self.live else text + "\n")
+        self.out.flush()
+
+    def end(self, text: str = "") -> None:
+        if self.live:
+            self.out.write("\n")
+        if text:
+            print(text, file=self.out, flush=True)

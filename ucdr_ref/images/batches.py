@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from .clip.zero_shot import CLIP_MEAN, CLIP_STD, Transform
-from .machine.processes import fold
+from ..clip.zero_shot import CLIP_MEAN, CLIP_STD, Transform
+from ..machine.processes import fold
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MAX_PIXELS = 120_000_000  # more is taken for a decompression bomb

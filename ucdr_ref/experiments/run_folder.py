@@ -11,26 +11,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL
 import torch
 import torchvision
 from torch import Tensor
 
-from . import __version__
-from .clip.load import load_clip
-from .clip.model import CLIP
-from .clip.tensorfile import file_digest, regular_file, show, tidy
-from .clip.zero_shot import ZeroShot
-from .config import Config, differences, from_dict, to_json
-from .engine import Encoder, Misfit, load_own_state
-from .features import extract
-from .machine.files import load_state, write_text_atomic
-from .machine.processes import is_main
-from .protocols import Protocol
-from .sre.adapter import SRECLIP
-from .sre.graph import normalised_adjacency, parse_graph
-from .ucdr.adapter import UCDRAdapter
+from .. import __version__
+from ..clip.load import load_clip
+from ..clip.model import CLIP
+from ..clip.tensorfile import file_digest, regular_file, show, tidy
+from ..clip.zero_shot import ZeroShot
+from ..config import Config, differences, from_dict, to_json
+from ..machine.files import load_state, write_text_atomic
+from ..machine.processes import is_main
+from ..sre.adapter import SRECLIP
+from ..sre.graph import normalised_adjacency, parse_graph
+from ..training.loop import Encoder, Misfit, load_own_state
+from ..ucdr.adapter import UCDRAdapter
 
 
 def versions() -> dict[str, str]:
@@ -110,35 +107,6 @@ def describe(config: Config, class_names: list[str], domain_names: list[str], we
     """What goes with a method's weights into every checkpoint."""
     return {"config": asdict(config), "class_names": class_names, "domain_names": domain_names, "weights_sha256": weights_sha256,
             "version": __version__}
-
-
-def class_anchors(config: Config, clip: CLIP, protocol: Protocol, device: torch.device) -> Tensor | None:
-    """Class features [c, e] that replace the text template (D13): the file's rows, or prototypes; None for text.
-
-    A prototype is the mean of the frozen tower's normalised features of a class's gallery-domain training images.
-    Raises ValueError for a file of another shape, or a class without such images.
-    """
-    names = protocol.class_names
-    if config.class_features in ("template", "plain"):
-        return None
-    if config.class_features == "prototypes":
-        files = protocol.train.keep([i for i, name in enumerate(protocol.train.domains) if name == protocol.gallery_domain])
-        missing = sorted(set(names) - set(files.classes))
-        if missing:
-            raise ValueError(f"--class-features prototypes: no training image in {protocol.gallery_domain} for "
-                             f"{', '.join(missing[:5])}")
-        features, kept = extract(ZeroShot(clip).encode, files, config, clip.image_size, device)
-        labels = torch.tensor([names.index(name) for name in files.keep(kept).classes])
-        return torch.zeros(len(names), clip.embed_dim).index_add_(0, labels, features).to(device)  # its length does not matter
-    try:
-        rows = torch.from_numpy(np.load(config.class_features, allow_pickle=False))
-    except (OSError, ValueError, TypeError, EOFError) as error:
-        raise ValueError(f"--class-features {config.class_features}: expected template, plain, prototypes or a .npy file of "
-                         f"numbers ({str(error).splitlines()[0]})") from None
-    if rows.shape != (len(names), clip.embed_dim) or not torch.isfinite(rows.float()).all():
-        raise ValueError(f"--class-features {config.class_features}: holds {list(rows.shape)}, expected "
-                         f"{[len(names), clip.embed_dim]} finite numbers, rows in class order")
-    return rows.to(device)
 
 
 def restore(folder: Path, overrides: dict[str, Any], device: torch.device) -> tuple[Config, Encoder, dict[str, Any]]:

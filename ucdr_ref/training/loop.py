@@ -5,13 +5,10 @@ run that is started again by the same command equals one that was never interrup
 """
 from __future__ import annotations
 
-import io
 import json
 import math
 import signal
-import sys
 import threading
-import time
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,12 +19,12 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from .clip.model import CLIP
-from .config import Config
-from .machine import processes as distributed
-from .machine.files import save_atomic, write_text_atomic
-from .machine.processes import Stopped, autocast, fold, memory_gib
-from .resume import Progress, load_optimizer, open_log, read_last, record, sync
+from ..clip.model import CLIP
+from ..config import Config
+from ..machine import processes as distributed
+from ..machine.files import save_atomic, write_text_atomic
+from ..machine.processes import Stopped, autocast, fold
+from .journal import Progress, ProgressLine, load_optimizer, open_log, read_last, record, sync
 
 
 @dataclass
@@ -231,37 +228,3 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class ProgressLine:
-    """`target 2/10 | 120/480 | loss 1.234 align 0.98 | 812 img/s | 9.1 GiB | eta 3m12s` on stderr, at most twice a second."""
-
-    def __init__(self, phase: str, epochs: int) -> None:
-        self.phase, self.epochs = phase, epochs
-        self.start, self.images, self.steps, self.shown = 0.0, 0, 0, 0.0
-        self.live = sys.stderr.isatty()
-        self.out = sys.stderr if distributed.is_main() else io.StringIO()
-
-    def show(self, progress: Progress, steps: int, images: int, values: dict[str, float]) -> None:
-        now = time.monotonic()
-        if not self.start:  # the first step pays for start-up: it counts for nothing
-            self.start = now
-            return
-        self.images, self.steps = self.images + images, self.steps + 1
-        if now - self.shown < (0.5 if self.live else 15) and progress.step < steps:
-            return
-        self.shown, seconds = now, now - self.start
-        left = int((steps * (self.epochs - progress.epoch) - progress.step) * seconds / self.steps)
-        self.write(f"{self.phase} {progress.epoch + 1}/{self.epochs} | {progress.step}/{steps} | "
-                   + " ".join(f"{name} {value:.3f}" for name, value in values.items())
-                   + f" | {self.images / seconds:.0f} img/s | {memory_gib():.1f} GiB | eta {left // 60}m{left % 60:02d}s")
-
-    def write(self, text: str) -> None:
-        self.out.write(f"\r{text:<110}" if self.live else text + "\n")
-        self.out.flush()
-
-    def end(self, text: str = "") -> None:
-        if self.live:
-            self.out.write("\n")
-        if text:
-            print(text, file=self.out, flush=True)

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .clip.tensorfile import regular_file
-from .config import Config
-from .data import ENDINGS, Files
+from ..clip.tensorfile import regular_file
+from ..config import Config
+from ..images.batches import ENDINGS, Files
 
 DOMAINNET_DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
 Tree = dict[str, dict[str, list[str]]]  # domain -> class -> sorted paths
@@ -246,7 +246,7 @@ def build(config: Config) -> Protocol:
     else:
         tree = scan(root, config.domains)
         if config.dataset == "toy":
-            from .toy import SPLIT
+            from ..toy import SPLIT
             splits = {part: list(SPLIT[part]) for part in ("train", "val", "test")}
             tree = match(tree, sum(splits.values(), []), "the drawn data")
         else:

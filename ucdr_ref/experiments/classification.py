@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .clip.model import CLIP
-from .clip.tensorfile import file_digest
-from .clip.zero_shot import class_text_features
-from .config import Config
-from .machine.files import write_atomic, write_text_atomic
-from .metrics import zero_shot_accuracy
-from .sre.adapter import SRECLIP
-from .sre.graph import Graph, parse_graph
-from .sre_data import Features, features, scan_folder
+from ..clip.model import CLIP
+from ..clip.tensorfile import file_digest
+from ..clip.zero_shot import class_text_features
+from ..config import Config
+from ..machine.files import write_atomic, write_text_atomic
+from ..metrics import zero_shot_accuracy
+from ..sre.adapter import SRECLIP
+from ..sre.graph import Graph, parse_graph
+from .class_folders import Features, features, scan_folder
 
 COLUMNS = {"zsl": "ZSL", "unseen": "unseen", "seen": "seen", "h": "H"}
 TEXT, PROTOTYPES = "zero-shot", "prototypes"  # baselines

@@ -16,18 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .clip.model import CLIP
-from .config import Config
-from .data import Files
-from .engine import Feed
-from .features import path_encoder
-from .index import build_index, list_images
-from .machine.processes import fold
-from .sre.adapter import EPOCH, Batch, unseen_indices
-from .sre.graph import Graph, canonical, duplicates, load_graph
-from .sre.wordnet import read_classes
+from ..clip.model import CLIP
+from ..config import Config
+from ..images.batches import Files
+from ..images.cache import build_index, list_images
+from ..images.features import path_encoder
+from ..machine.processes import fold
+from ..sre.adapter import EPOCH, Batch, unseen_indices
+from ..sre.graph import Graph, canonical, duplicates, load_graph
+from ..sre.wordnet import read_classes
+from ..training.loop import Feed
 
-SHIPPED = Path(__file__).parent / "sre" / "graphs"
+SHIPPED = Path(__file__).parent.parent / "sre" / "graphs"
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def drawn(config: Config) -> Config:
 
     Raises ValueError when other folders are given as well.
     """
-    from .toy import CLASSES, SPLIT, write_dataset
+    from ..toy import CLASSES, SPLIT, write_dataset
 
     if config.source or config.target:
         raise ValueError("--dataset toy draws its own images; leave --source and --target out, or give --dataset folder")
