@@ -67,7 +67,7 @@ def run_ucdr(args: argparse.Namespace, config: Config) -> None:
     print(to_json(config), end="")
     device = pick_device(config.device)
     if config.dataset == "toy":
-        from ucdr_ref.toy import write_dataset
+        from ucdr_ref.demo.drawing import write_dataset
         with main_first():
             write_dataset(config.data_root, per_class=config.toy_images)
     protocol = protocols.build(config)

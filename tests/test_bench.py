@@ -10,7 +10,8 @@ from helpers import tiny_state_dict
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ucdr_ref import bench, metrics
+from ucdr_ref import metrics
+from ucdr_ref.bench import speed as bench
 from ucdr_ref.clip import linear as linear_module
 from ucdr_ref.clip.model import CLIP
 from ucdr_ref.config import Config

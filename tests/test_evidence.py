@@ -12,7 +12,7 @@ from helpers import tiny_state_dict
 from PIL import Image
 
 import train
-from tests import evidence
+from ucdr_ref.bench import real as evidence
 from ucdr_ref.config import Config, resolve
 from ucdr_ref.sre.class_vectors import read_vectors
 from ucdr_ref.sre.graph import load_graph

@@ -14,12 +14,12 @@ from torch.testing import assert_close
 from ucdr_ref.clip.model import CLIP
 from ucdr_ref.clip.zero_shot import preprocess
 from ucdr_ref.config import Config, resolve
+from ucdr_ref.demo.drawing import CLASSES, SPLIT
 from ucdr_ref.experiments import class_folders as sre_data
 from ucdr_ref.experiments.class_folders import Features
 from ucdr_ref.images.batches import open_image
 from ucdr_ref.sre.graph import Graph, load_graph
 from ucdr_ref.sre.wordnet import WordNet, build_graph, read_classes, save_graph
-from ucdr_ref.toy import CLASSES, SPLIT
 
 GRAPH = Graph(["n00000001", "n00000002", "n00000003", "n00000004"], ["killer whale", "t-shirt", "cow", "animal"],
               [["orca"], ["tee"], ["cow"], ["animal"]], [(0, 3), (2, 3)], 3, "")

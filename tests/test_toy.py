@@ -6,8 +6,9 @@ import PIL
 import pytest
 from PIL import Image, ImageChops
 
-from ucdr_ref import toy
-from ucdr_ref.toy import CLASSES, DOMAINS, SPLIT, draw, main, write_dataset
+from ucdr_ref.demo import drawing as toy
+from ucdr_ref.demo.__main__ import main
+from ucdr_ref.demo.drawing import CLASSES, DOMAINS, SPLIT, draw, write_dataset
 
 DIGESTS = {
     "real": "e07e08c3650f9f1e",

@@ -9,9 +9,9 @@ import torch
 
 from ucdr_ref.clip.load import load_clip
 from ucdr_ref.config import resolve
+from ucdr_ref.demo.drawing import CLASSES, DOMAINS, SPLIT, draw, write_dataset
+from ucdr_ref.demo.pretrain import CAPTIONS, colour, random_clip, sample_pair
 from ucdr_ref.experiments.protocols import build
-from ucdr_ref.toy import CLASSES, DOMAINS, SPLIT, draw, write_dataset
-from ucdr_ref.toy_clip import CAPTIONS, colour, random_clip, sample_pair
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights" / "demo-clip.pt"
 

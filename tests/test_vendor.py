@@ -85,11 +85,12 @@ def test_a_copy_under_another_name_encodes_trains_and_retrieves(world, tmp_path)
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
 def test_imports(path):
+    allowed = ALLOWED | ({"open_clip", "faiss"} if path.parent.name == "bench" else set())  # peers that are measured beside
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            assert all(alias.name.split(".")[0] in ALLOWED for alias in node.names), ast.unparse(node)
+            assert all(alias.name.split(".")[0] in allowed for alias in node.names), ast.unparse(node)
         elif isinstance(node, ast.ImportFrom):
             inside = node.level == 1 if path.parent == PACKAGE else 1 <= node.level <= 2
-            assert inside or (node.level == 0 and str(node.module).split(".")[0] in ALLOWED), ast.unparse(node)
+            assert inside or (node.level == 0 and str(node.module).split(".")[0] in allowed), ast.unparse(node)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("__import__", "importlib.import_module", "exec", "eval"):
             raise AssertionError(ast.unparse(node))

@@ -206,7 +206,7 @@ def drawn(config: Config) -> Config:
 
     Raises ValueError when other folders are given as well.
     """
-    from ..toy import CLASSES, SPLIT, write_dataset
+    from ..demo.drawing import CLASSES, SPLIT, write_dataset
 
     if config.source or config.target:
         raise ValueError("--dataset toy draws its own images; leave --source and --target out, or give --dataset folder")

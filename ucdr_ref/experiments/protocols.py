@@ -246,7 +246,7 @@ def build(config: Config) -> Protocol:
     else:
         tree = scan(root, config.domains)
         if config.dataset == "toy":
-            from ..toy import SPLIT
+            from ..demo.drawing import SPLIT
             splits = {part: list(SPLIT[part]) for part in ("train", "val", "test")}
             tree = match(tree, sum(splits.values(), []), "the drawn data")
         else:

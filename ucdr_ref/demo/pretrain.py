@@ -1,4 +1,4 @@
-"""Trains the small CLIP of the demonstration on drawn image-caption pairs: `python -m ucdr_ref.toy --pretrain FILE`.
+"""Trains the small CLIP of the demonstration on drawn image-caption pairs: `python -m ucdr_ref.demo --pretrain FILE`.
 
 The pairs are a web-like mix: photographs abound, doodles are rare, some classes are seldom drawn in some domains; captions
 always tell colours, mostly the domain and sometimes not the object. So the features hold much besides the class, and zero-shot
@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .clip.model import CLIP
-from .clip.tokenizer import tokenize
-from .clip.zero_shot import CLIP_MEAN, CLIP_STD
-from .machine.files import save_atomic
-from .toy import CLASSES, DOMAINS, draw
+from ..clip.model import CLIP
+from ..clip.tokenizer import tokenize
+from ..clip.zero_shot import CLIP_MEAN, CLIP_STD
+from ..machine.files import save_atomic
+from .drawing import CLASSES, DOMAINS, draw
 
 SIZE = 96
 SHAPE = dict(image_size=SIZE, patch=16, vision_width=128, vision_layers=4, vision_heads=2, embed_dim=64, context_length=77,

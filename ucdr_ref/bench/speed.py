@@ -1,4 +1,4 @@
-"""Time and peak memory of every part beside a plain transcription of the published computation: `python -m ucdr_ref.bench`.
+"""Time and peak memory of every part beside a plain transcription of the published computation: `python -m ucdr_ref.bench.speed`.
 
 Weights, images and labels are random, so no file is needed. Each part and side runs alone in a fresh process of the same
 interpreter, one after the other, so that its peak memory is its own; both see the same machine, threads and sizes. The first
@@ -28,16 +28,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import metrics
-from .clip.model import CLIP
-from .config import Config
-from .experiments.protocols import class_list
-from .experiments.retrieval import cut
-from .experiments.run_folder import versions
-from .machine.files import write_text_atomic
-from .machine.processes import autocast, memory_gib, pick_device
-from .ucdr import plain as bench_plain
-from .ucdr.adapter import Batch, UCDRAdapter
+from .. import metrics
+from ..clip.model import CLIP
+from ..config import Config
+from ..experiments.protocols import class_list
+from ..experiments.retrieval import cut
+from ..experiments.run_folder import versions
+from ..machine.files import write_text_atomic
+from ..machine.processes import autocast, memory_gib, pick_device
+from ..ucdr import plain as bench_plain
+from ..ucdr.adapter import Batch, UCDRAdapter
 
 TEXT = dict(context_length=77, vocab_size=49408)
 BASE = dict(image_size=224, vision_width=768, vision_layers=12, vision_heads=12, embed_dim=512, text_width=512, text_layers=12,
@@ -250,7 +250,7 @@ def compare(part: str, sizes: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m ucdr_ref.bench", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m ucdr_ref.bench.speed", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", choices=SHAPES, default="ViT-B/32")
     parser.add_argument("--part", choices=(*PARTS, "all"), default="all")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from .toy_objects import BLUE, BROWN, CREAM, GREEN, GREY, INK, LEAF, OLIVE, ORANGE, PINK, PURPLE, RED, SKY, TAN, TEAL, WHITE, WOOD, YELLOW, Part, blob, both, cloud, curve, dark, dome, ell, eye, flipped, hue, legs, limb, line, mix, poly, rect, ring, spiral, turned, vase
+from .objects import BLUE, BROWN, CREAM, GREEN, GREY, INK, LEAF, OLIVE, ORANGE, PINK, PURPLE, RED, SKY, TAN, TEAL, WHITE, WOOD, YELLOW, Part, blob, both, cloud, curve, dark, dome, ell, eye, flipped, hue, legs, limb, line, mix, poly, rect, ring, spiral, turned, vase
 
 
 def cat(r: Random) -> list[Part]:

@@ -4,12 +4,11 @@
 randomness comes from `random.Random(text)`, so the pictures are the same on every machine with Pillow 11.2.1 or newer
 (older ones fill polygons a little differently: a few pixels in some of the pictures).
 
-    python -m ucdr_ref.toy --out data/toy --per-class 20
-    python -m ucdr_ref.toy --sheet sheet.png
+    python -m ucdr_ref.demo --out data/toy --per-class 20
+    python -m ucdr_ref.demo --sheet sheet.png
 """
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -25,10 +24,10 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image, ImageDraw
 
-from .toy_goods import GOODS
-from .toy_nature import NATURE
-from .toy_places import PLACES
-from .toy_styles import clipart, infograph, painting, quickdraw, real, sketch
+from .goods import GOODS
+from .nature import NATURE
+from .places import PLACES
+from .styles import clipart, infograph, painting, quickdraw, real, sketch
 
 VERSION = 1  # of the drawings: a folder drawn by another version is not taken for a complete one
 SHAPES = {**NATURE, **GOODS, **PLACES}
@@ -148,34 +147,3 @@ def contact_sheet(classes: Sequence[str] = CLASSES, seed: int = 0, size: int = 6
         for j, domain in enumerate(DOMAINS):
             sheet.paste(draw(name, domain, seed, size), (x + j * (size + 1), y + 12))
     return sheet
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: draw a dataset, a contact sheet, or train the CLIP; 0, or 2 after one line about a mistake."""
-    parser = argparse.ArgumentParser(prog="python -m ucdr_ref.toy", description="Draw the demonstration data, or train its CLIP.")
-    parser.add_argument("--out", metavar="DIR", help="folder to draw the dataset into")
-    parser.add_argument("--per-class", type=int, default=20, help="images per class and domain (default 20)")
-    parser.add_argument("--size", type=int, default=96, help="side of an image in pixels (default 96)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other pictures (default 0)")
-    parser.add_argument("--sheet", metavar="FILE.png", help="write a contact sheet, classes by domains")
-    parser.add_argument("--pretrain", metavar="FILE.pt", help="train the small CLIP of the demonstration and write it")
-    args = parser.parse_args(argv)
-    if not args.out and not args.sheet and not args.pretrain:
-        parser.error("nothing to do; give --out DIR, --sheet FILE.png or --pretrain FILE.pt")
-    try:
-        if args.pretrain:
-            from .toy_clip import pretrain
-            pretrain(args.pretrain, seed=args.seed)
-        if args.out:
-            print(write_dataset(args.out, per_class=args.per_class, size=args.size, seed=args.seed))
-        if args.sheet:
-            contact_sheet(seed=args.seed).quantize(128, dither=Image.Dither.NONE).save(args.sheet, optimize=True)
-            print(args.sheet)
-    except (ValueError, OSError) as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from .toy_objects import BLUE, BROWN, CREAM, GREEN, GREY, INK, LEAF, OLIVE, ORANGE, PINK, PURPLE, RED, SKY, STEEL, TAN, TEAL, WHITE, WOOD, YELLOW, Part, Points, blob, both, curve, dark, dome, ell, flipped, hue, limb, line, mix, poly, rect, ring, turned, vase
+from .objects import BLUE, BROWN, CREAM, GREEN, GREY, INK, LEAF, OLIVE, ORANGE, PINK, PURPLE, RED, SKY, STEEL, TAN, TEAL, WHITE, WOOD, YELLOW, Part, Points, blob, both, curve, dark, dome, ell, flipped, hue, limb, line, mix, poly, rect, ring, turned, vase
 
 
 def apple(r: Random) -> list[Part]:

@@ -1,6 +1,6 @@
 """Trains the demonstration over seeds, query domains and switches, and prints the tables of the README.
 
-    python -m tests.benchmark --part main --seeds 0 1 2 3 4 --json docs/benchmark.json
+    python -m ucdr_ref.bench.drawn --part main --seeds 0 1 2 3 4 --json docs/drawn.json
 
 Every run is an ordinary `python train.py ...` in its own folder below --runs, named after its flags; finished ones are not run
 again, so it can be stopped and started at will, and parts share runs. Means and standard deviations are
@@ -19,9 +19,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ucdr_ref.experiments.run_folder import versions
+from ..experiments.run_folder import versions
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOMAINS = ("sketch", "quickdraw", "painting", "infograph", "clipart")
 SRE = ["--method", "sre-clip"]
 LEDGER_D = {"D1": ["--mask", "none"], "D2": ["--feature-token", "1"], "D3": ["--evaluation-features", "raw"],

@@ -1,6 +1,6 @@
 """Measures both methods on real images in several domains, with real CLIP weights, and prints the README's tables.
 
-    python -m tests.evidence --data DIR --weights FILE --out results/
+    python -m ucdr_ref.bench.real --data DIR --weights FILE --out results/
 
 DIR holds `<domain>/<class>/<image>` for photo, sketch, quickdraw, clipart and icon, and `splits.json` (lists of class names
 under seen, val_unseen and unseen). The weights may be an image tower alone: class anchors are image prototypes (D13). Each row
@@ -38,17 +38,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from ucdr_ref.clip.load import load_clip
-from ucdr_ref.experiments.class_folders import SHIPPED, folder_key
-from ucdr_ref.experiments.run_folder import versions
-from ucdr_ref.sre.class_vectors import means_of_classes
-from ucdr_ref.sre.graph import load_graph
+from ..clip.load import load_clip
+from ..experiments.class_folders import SHIPPED, folder_key
+from ..experiments.run_folder import versions
+from ..sre.class_vectors import means_of_classes
+from ..sre.graph import load_graph
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOMAINS = ("sketch", "quickdraw", "clipart", "icon")
 STROKES = ("sketch", "quickdraw")
 ZERO_SHOT, RAW_STROKES = "zero-shot", "zero-shot, no inversion"
-VARIANTS = {ZERO_SHOT: ["--method", "zero-shot"], RAW_STROKES: ["--method", "zero-shot", "--stroke-domains", "none"],
+VARIANTS: dict[str, list[str]] = {ZERO_SHOT: ["--method", "zero-shot"], RAW_STROKES: ["--method", "zero-shot", "--stroke-domains", "none"],
             "phase 1 only": ["--target-epochs", "0"], "paper": [], "released": ["--variant", "released", "--selection", "test"],
             "no mask": ["--mask", "none"], "feature token 1": ["--feature-token", "1"]}  # the paper's token is 0
 SETTINGS = {

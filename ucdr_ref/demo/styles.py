@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageChops, ImageDraw
 
-from .toy_objects import BRIGHT, INK, WHITE, Colour, Part, clip, dark, hue, mix
+from .objects import BRIGHT, INK, WHITE, Colour, Part, clip, dark, hue, mix
 
 
 class Shape(NamedTuple):

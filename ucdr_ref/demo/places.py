@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from .toy_objects import BLUE, BROWN, CREAM, GLASS, GREEN, GREY, INK, ORANGE, PINK, PURPLE, RED, SKY, STEEL, TAN, TEAL, WHITE, WOOD, YELLOW, Colour, Part, blob, both, curve, dark, dome, ell, flipped, hue, limb, line, mix, poly, rect, ring, turned, vase, wheels
+from .objects import BLUE, BROWN, CREAM, GLASS, GREEN, GREY, INK, ORANGE, PINK, PURPLE, RED, SKY, STEEL, TAN, TEAL, WHITE, WOOD, YELLOW, Colour, Part, blob, both, curve, dark, dome, ell, flipped, hue, limb, line, mix, poly, rect, ring, turned, vase, wheels
 
 
 def car(r: Random) -> list[Part]:
