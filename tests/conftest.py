@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import write_world
+
+from tests.helpers import write_world
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the suite in the background ignores it
 torch.set_num_threads(1)  # the tests' models are small: more threads only fight for the cores

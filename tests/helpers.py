@@ -1,16 +1,21 @@
-"""Small CLIPs for the tests: a random one, and the one behind the golden numbers."""
+"""What several tests need: small CLIPs, a small world of images, flags of a short run, comparisons of runs and refusals."""
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from random import Random
+from typing import Any
 from zlib import crc32
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor
+from torch import Tensor, nn
+
+from ucdr_ref.machine.files import load_state
 
 BLOCK = ("attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj.weight", "attn.out_proj.bias", "ln_1.weight", "ln_1.bias",
          "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias", "ln_2.weight", "ln_2.bias")
@@ -138,3 +143,66 @@ def write_world(root: Path) -> Path:
     (root / "split.json").write_text(json.dumps({"train": names[::2], "val": names[1::4], "test": names[3::4]}))
     torch.save(tiny_state_dict(), root / "clip.pt")
     return root
+
+
+def flags(world: Path, run: Path, *more: str) -> list[str]:
+    """A short training on `write_world`'s folders; later flags win."""
+    return ["--dataset", "folder", "--data-root", str(world / "data"), "--weights", str(world / "clip.pt"), "--run", str(run),
+            "--class-split", str(world / "split.json"), "--source-batch", "6", "--target-batch", "8", "--target-epochs", "1",
+            "--context-vectors", "4", "--workers", "0", *more]
+
+
+LONGER = ("--target-epochs", "3", "--patience", "9", "--source-lr", "0.01", "--target-lr", "0.01", "--save-every", "2")
+
+
+def touch_images(root: Path, domains: Iterable[str], classes: Iterable[str], count: int) -> Path:
+    """`count` empty image files in each class folder of each domain."""
+    for domain in domains:
+        for name in classes:
+            folder = root / domain / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                (folder / f"{i:03d}.png").touch()
+    return root
+
+
+def refused(capsys: pytest.CaptureFixture, code: int, *parts: str) -> None:
+    """Exit code 2, and the last line of stderr, the only error, says all of this."""
+    error = capsys.readouterr().err
+    assert code == 2 and "Traceback" not in error, error
+    lines = error.splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:], error
+    for part in parts:
+        assert part in lines[-1], (part, lines[-1])
+
+
+def equal(a: Any, b: Any) -> bool:
+    """To the last bit, tensors and all that holds them."""
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def same_runs(a: Path, b: Path, ignored: Iterable[str] = ()) -> None:
+    """Weights, optimizer, progress, log and metrics of two run folders are equal; config fields in `ignored` may differ."""
+    for name in ("last.pt", "best.pt"):
+        states = [load_state(run / name) for run in (a, b)]
+        for state in states:
+            for field in ignored:
+                state["config"].pop(field)
+        assert equal(*states), name
+    assert (a / "log.jsonl").read_bytes() == (b / "log.jsonl").read_bytes()
+    rows = [json.loads((folder / "results.json").read_text())["rows"] for folder in (a, b)]
+    assert rows[0] == rows[1]
+
+
+class Width(nn.Module):
+    """Stands for CLIP where only its embedding width matters."""
+
+    def __init__(self, e: int) -> None:
+        super().__init__()
+        self.embed_dim = e

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import fill
 from torch import Tensor
 
+from tests.helpers import fill
 from ucdr_ref import metrics
 from ucdr_ref.metrics import average_precision, class_means, retrieval, search, squared_distances
 

@@ -77,7 +77,7 @@ def plan(subset: str) -> list[Job]:
     jobs = []
     for seed in (0, 1, 2) if subset == "all" else (0,):
         for variant in VARIANTS:
-            domains = STROKES if variant == RAW_STROKES else DOMAINS
+            domains: tuple[str, ...] = STROKES if variant == RAW_STROKES else DOMAINS
             if subset == "cpu" and not variant.startswith(ZERO_SHOT):
                 domains = STROKES if variant == "paper" else ("sketch",)
             jobs += [Job(domain, variant, seed) for domain in domains]

@@ -21,8 +21,7 @@ import torch
 import evaluate
 import retrieve
 import train
-from tests.test_engine import flags as engine_flags
-from tests.test_engine import same
+from tests.helpers import LONGER, flags, refused, same_runs
 from ucdr_ref.clip.tensorfile import file_digest
 from ucdr_ref.config import from_dict
 from ucdr_ref.experiments import classification as sre_evaluation
@@ -34,25 +33,16 @@ from ucdr_ref.ucdr.adapter import UCDRAdapter
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits and capabilities are Linux's")
 
 
-def flags(world: Path, run: Path, *more: str) -> list[str]:
-    return engine_flags(world, run, "--target-epochs", "1", *more)
+def saving(world: Path, run: Path, *more: str) -> list[str]:
+    """A short run that saves often."""
+    return flags(world, run, *LONGER, "--target-epochs", "1", *more)
 
 
 @pytest.fixture(scope="module")
 def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "whole"
-    assert train.main(flags(world, run)) == 0
+    assert train.main(saving(world, run)) == 0
     return run
-
-
-def refused(capsys: pytest.CaptureFixture, code: int, *parts: str) -> None:
-    """Exit code 2, and the last line of stderr, the only error, says all of this."""
-    error = capsys.readouterr().err
-    assert code == 2 and "Traceback" not in error, error
-    lines = error.splitlines()
-    assert [line for line in lines if line.startswith("error: ")] == lines[-1:], error
-    for part in parts:
-        assert part in lines[-1], (part, lines[-1])
 
 
 @contextmanager
@@ -111,7 +101,7 @@ def die() -> None:
 
 def cut_after(world: Path, run: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with step_does(monkeypatch, step, die), pytest.raises(SystemError):
-        train.main(flags(world, run))
+        train.main(saving(world, run))
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_old_one(world, tmp_path, finished, monkeypatch, capsys):
@@ -120,10 +110,10 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_old_one(world, tmp_path, fini
     before = (run / "last.pt").read_bytes()
     capsys.readouterr()
     with files_of_at_most(len(before) // 2):
-        refused(capsys, train.main(flags(world, run)), f"could not write {run / 'last.pt'}", "File too large", "untouched")
+        refused(capsys, train.main(saving(world, run)), f"could not write {run / 'last.pt'}", "File too large", "untouched")
     assert (run / "last.pt").read_bytes() == before and not list(run.glob(".*.tmp"))
-    assert train.main(flags(world, run)) == 0
-    same(run, finished)
+    assert train.main(saving(world, run)) == 0
+    same_runs(run, finished)
 
 
 def test_a_log_line_that_does_not_fit_is_written_again(world, tmp_path, finished, monkeypatch, capsys):
@@ -135,11 +125,11 @@ def test_a_log_line_that_does_not_fit_is_written_again(world, tmp_path, finished
         context.__enter__()
 
     with step_does(monkeypatch, 6, fill):
-        code = train.main(flags(world, run))
+        code = train.main(saving(world, run))
     limits[0].__exit__(None, None, None)
     refused(capsys, code, f"could not write {run / 'log.jsonl'}", "run the same command")
-    assert train.main(flags(world, run)) == 0
-    same(run, finished)
+    assert train.main(saving(world, run)) == 0
+    same_runs(run, finished)
 
 
 def test_a_full_file_system(world, tmp_path, finished, monkeypatch, capsys):
@@ -155,11 +145,11 @@ def test_a_full_file_system(world, tmp_path, finished, monkeypatch, capsys):
         free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
         (disk / "filler").write_bytes(bytes(free - len(before) // 2))
         capsys.readouterr()
-        refused(capsys, train.main(flags(world, run)), "could not write", "No space left on device")
+        refused(capsys, train.main(saving(world, run)), "could not write", "No space left on device")
         assert (run / "last.pt").read_bytes() == before
         (disk / "filler").unlink()
-        assert train.main(flags(world, run)) == 0
-        same(run, finished)
+        assert train.main(saving(world, run)) == 0
+        same_runs(run, finished)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
@@ -171,8 +161,8 @@ def test_a_folder_that_cannot_be_written(world, tmp_path, finished, capsys):
     photos, query = str(world / "data" / "photo"), str(world / "data" / "photo" / "shape_3" / "0.png")
     look = ["--run", str(run), "--gallery", photos, "--query", query, "--workers", "0"]
     with read_only(run):
-        refused(capsys, train.main(flags(world, run)), f"could not write {run / 'config.json'}", "Permission denied")
-        refused(capsys, train.main(flags(world, run / "new")), str(run / "new"), "Permission denied")
+        refused(capsys, train.main(saving(world, run)), f"could not write {run / 'config.json'}", "Permission denied")
+        refused(capsys, train.main(saving(world, run / "new")), str(run / "new"), "Permission denied")
         refused(capsys, evaluate.main(["--run", str(run), "--workers", "0"]), f"could not write {run / 'results.json'}")
         refused(capsys, retrieve.main(look), f"could not write the index in {run / 'index'}", "choose another folder")
         cache = ["--cache", str(tmp_path / "cache")]
@@ -227,12 +217,12 @@ def test_kills_between_the_first_files(world, tmp_path, finished):
     run = tmp_path / "run"
     run.mkdir()
     (run / ".config.json.4711.tmp").write_text('{"meth')
-    assert train.main(flags(world, run)) == 0
+    assert train.main(saving(world, run)) == 0
     for path in run.iterdir():
         if path.name != "config.json":
             path.unlink()
-    assert train.main(flags(world, run)) == 0
-    same(run, finished)
+    assert train.main(saving(world, run)) == 0
+    same_runs(run, finished)
 
 
 def test_a_log_or_record_that_was_tampered_with(world, tmp_path, finished, capsys):
@@ -240,11 +230,11 @@ def test_a_log_or_record_that_was_tampered_with(world, tmp_path, finished, capsy
     shutil.copytree(finished, run)
     size = (run / "log.jsonl").stat().st_size
     (run / "log.jsonl").write_bytes((run / "log.jsonl").read_bytes()[:-30])
-    refused(capsys, train.main(flags(world, run)), f"holds {size - 30} bytes", str(size), "log.jsonl")
+    refused(capsys, train.main(saving(world, run)), f"holds {size - 30} bytes", str(size), "log.jsonl")
     for name in ("run.json", "config.json"):
         for content in ("{", "[1]", "7", "[" * 100_000, "\udcff"):
             (run / name).write_bytes(content.encode(errors="surrogateescape"))
-            refused(capsys, train.main(flags(world, run)), str(run / name), "delete that folder")
+            refused(capsys, train.main(saving(world, run)), str(run / name), "delete that folder")
         shutil.copy(finished / name, run / name)
 
 
@@ -277,10 +267,10 @@ def test_a_signal_in_the_validation_stops_after_it(world, tmp_path, finished, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "validation_score", interrupted)
-        assert train.main(flags(world, tmp_path / "run")) == 130
+        assert train.main(saving(world, tmp_path / "run")) == 130
     assert "stopped by SIGTERM in phase target" in capsys.readouterr().err.splitlines()[-1]
-    assert train.main(flags(world, tmp_path / "run")) == 0
-    same(tmp_path / "run", finished)
+    assert train.main(saving(world, tmp_path / "run")) == 0
+    same_runs(tmp_path / "run", finished)
 
 
 def test_ctrl_c_in_the_evaluation_is_one_line(world, tmp_path, finished, monkeypatch, capsys):
@@ -290,7 +280,7 @@ def test_ctrl_c_in_the_evaluation_is_one_line(world, tmp_path, finished, monkeyp
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(evaluate, "report", interrupted)
-    assert train.main(flags(world, tmp_path / "run")) == 130
+    assert train.main(saving(world, tmp_path / "run")) == 130
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
@@ -337,7 +327,7 @@ def test_the_audit_trail(world, finished):
 def test_another_class_list_is_refused_unless_told_otherwise(world, tmp_path, capsys):
     moved = tmp_path / "world"
     shutil.copytree(world, moved)
-    assert train.main(flags(moved, tmp_path / "run", "--target-epochs", "0")) == 0
+    assert train.main(saving(moved, tmp_path / "run", "--target-epochs", "0")) == 0
     split = json.loads((moved / "split.json").read_text())
     gone = split["train"].pop()
     (moved / "split.json").write_text(json.dumps(split))
@@ -357,7 +347,7 @@ def test_two_trainings_never_share_a_run_folder(world, tmp_path, capsys):
     with subprocess.Popen([sys.executable, "-c", code, str(run)], cwd=Path(train.__file__).parent, stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == b"1\n"
-        refused(capsys, train.main(flags(world, run)), f"another process is training in {run}")
+        refused(capsys, train.main(saving(world, run)), f"another process is training in {run}")
         assert [path.name for path in run.iterdir()] == [".lock"]
         holder.kill()
-    assert train.main(flags(world, run)) == 0
+    assert train.main(saving(world, run)) == 0

@@ -4,48 +4,25 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import train as entry
+from tests.helpers import LONGER, equal, flags, same_runs
 from ucdr_ref.machine.files import load_state
 from ucdr_ref.training import loop as engine
 from ucdr_ref.ucdr.adapter import UCDRAdapter
 
 
-def flags(world: Path, run: Path, *more: str) -> list[str]:
-    return ["--dataset", "folder", "--data-root", str(world / "data"), "--weights", str(world / "clip.pt"), "--run", str(run),
-            "--held-out", "sketch", "--source-batch", "6", "--target-batch", "8", "--target-epochs", "3", "--patience", "9",
-            "--source-lr", "0.01", "--target-lr", "0.01", "--context-vectors", "4", "--workers", "0", "--save-every", "2",
-            "--class-split", str(world / "split.json"), *more]
-
-
-def equal(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
-
-
-def same(a: Path, b: Path) -> None:
-    """Weights, optimizer, progress, log and metrics are equal to the last bit."""
-    for name in ("last.pt", "best.pt"):
-        first, second = load_state(a / name), load_state(b / name)
-        assert equal(first, second), name
-    assert (a / "log.jsonl").read_bytes() == (b / "log.jsonl").read_bytes()
-    rows = [json.loads((folder / "results.json").read_text())["rows"] for folder in (a, b)]
-    assert rows[0] == rows[1]
+def long_flags(world: Path, run: Path, *more: str) -> list[str]:
+    return flags(world, run, *LONGER, *more)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "whole"
-    assert entry.main(flags(world, run)) == 0
+    assert entry.main(long_flags(world, run)) == 0
     return run
 
 
@@ -76,9 +53,9 @@ def test_resumed_equals_uninterrupted(world, tmp_path, uninterrupted, monkeypatc
 
     monkeypatch.setattr(UCDRAdapter, "step", dying)
     with pytest.raises(SystemError):
-        entry.main(flags(world, tmp_path / "cut"))
-    assert entry.main(flags(world, tmp_path / "cut")) == 0
-    same(tmp_path / "cut", uninterrupted)
+        entry.main(long_flags(world, tmp_path / "cut"))
+    assert entry.main(long_flags(world, tmp_path / "cut")) == 0
+    same_runs(tmp_path / "cut", uninterrupted)
 
 
 def test_a_batch_in_parts_is_the_same_batch(world, tmp_path, uninterrupted, monkeypatch):
@@ -93,7 +70,7 @@ def test_a_batch_in_parts_is_the_same_batch(world, tmp_path, uninterrupted, monk
 
     monkeypatch.setattr(UCDRAdapter, "step", counted)
     dies_at = 0
-    assert entry.main(flags(world, tmp_path / "parts", "--micro-batch", "3")) == 0
+    assert entry.main(long_flags(world, tmp_path / "parts", "--micro-batch", "3")) == 0
     assert {size for phase, size in taken if phase == "target"} == {3, 2}
     assert {size for phase, size in taken if phase == "source"} == {6}
     logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -101,10 +78,10 @@ def test_a_batch_in_parts_is_the_same_batch(world, tmp_path, uninterrupted, monk
     assert logs[0] == [pytest.approx(line, abs=1e-4) for line in logs[1]]
     taken, dies_at = [], len(taken) - 1  # between two parts
     with pytest.raises(SystemError):
-        entry.main(flags(world, tmp_path / "cut", "--micro-batch", "3"))
+        entry.main(long_flags(world, tmp_path / "cut", "--micro-batch", "3"))
     dies_at = 0
-    assert entry.main(flags(world, tmp_path / "cut", "--micro-batch", "3")) == 0
-    same(tmp_path / "cut", tmp_path / "parts")
+    assert entry.main(long_flags(world, tmp_path / "cut", "--micro-batch", "3")) == 0
+    same_runs(tmp_path / "cut", tmp_path / "parts")
 
 
 def test_dying_inside_a_checkpoint_leaves_the_last_one(world, tmp_path, uninterrupted, monkeypatch):
@@ -120,16 +97,16 @@ def test_dying_inside_a_checkpoint_leaves_the_last_one(world, tmp_path, uninterr
 
     monkeypatch.setattr(engine, "save_atomic", dying)
     with pytest.raises(SystemError):
-        entry.main(flags(world, tmp_path / "cut"))
-    assert entry.main(flags(world, tmp_path / "cut")) == 0
+        entry.main(long_flags(world, tmp_path / "cut"))
+    assert entry.main(long_flags(world, tmp_path / "cut")) == 0
     (tmp_path / "cut" / "last.pt.tmp").unlink(missing_ok=True)
-    same(tmp_path / "cut", uninterrupted)
+    same_runs(tmp_path / "cut", uninterrupted)
 
 
 def test_a_finished_run_is_not_trained_again(world, tmp_path, uninterrupted, monkeypatch):
     before = (uninterrupted / "last.pt").read_bytes()
     monkeypatch.setattr(UCDRAdapter, "step", None)
-    assert entry.main(flags(world, uninterrupted)) == 0
+    assert entry.main(long_flags(world, uninterrupted)) == 0
     assert (uninterrupted / "last.pt").read_bytes() == before
 
 
@@ -145,11 +122,11 @@ def test_signals_finish_the_step_and_save(world, tmp_path, uninterrupted, monkey
         return step(self, batch, phase)
 
     monkeypatch.setattr(UCDRAdapter, "step", interrupted)
-    assert entry.main(flags(world, tmp_path / "cut")) == 130
+    assert entry.main(long_flags(world, tmp_path / "cut")) == 130
     assert f"stopped by {number.name} in phase" in capsys.readouterr().err.splitlines()[-1]
     assert len((tmp_path / "cut" / "log.jsonl").read_text().splitlines()) == 5
-    assert entry.main(flags(world, tmp_path / "cut")) == 0
-    same(tmp_path / "cut", uninterrupted)
+    assert entry.main(long_flags(world, tmp_path / "cut")) == 0
+    same_runs(tmp_path / "cut", uninterrupted)
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(world, tmp_path, monkeypatch, capsys):
@@ -163,7 +140,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(world, tm
 
     monkeypatch.setattr(UCDRAdapter, "step", broken)
     run = tmp_path / "bad"
-    assert entry.main(flags(world, run)) == 2
+    assert entry.main(long_flags(world, run)) == 2
     assert "loss, align not finite in phase" in capsys.readouterr().err
     report = json.loads((run / "nonfinite.json").read_text())
     assert report["terms"] == ["loss", "align"] and all(Path(path).exists() for path in report["files"])
@@ -177,21 +154,21 @@ def test_a_gradient_that_is_not_finite_stops_too(world, tmp_path, monkeypatch, c
         return terms
 
     monkeypatch.setattr(UCDRAdapter, "step", broken)
-    assert entry.main(flags(world, tmp_path / "bad")) == 2
+    assert entry.main(long_flags(world, tmp_path / "bad")) == 2
     assert "gradient not finite" in capsys.readouterr().err
 
 
 def test_early_stop_and_selection(world, tmp_path):
     run = tmp_path / "short"
-    assert entry.main(flags(world, run, "--target-lr", "0", "--patience", "1", "--target-epochs", "9")) == 0
+    assert entry.main(long_flags(world, run, "--target-lr", "0", "--patience", "1", "--target-epochs", "9")) == 0
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert len([line for line in lines if "validation_mAP" in line]) == 2  # the second is no better
     run = tmp_path / "last"
-    assert entry.main(flags(world, run, "--selection", "last")) == 0
+    assert entry.main(long_flags(world, run, "--selection", "last")) == 0
     last, best = load_state(run / "last.pt"), load_state(run / "best.pt")
     assert equal(last["method"], best["method"])
 
 
 def test_phase_one_alone(world, tmp_path):
-    assert entry.main(flags(world, tmp_path / "one", "--target-epochs", "0")) == 0
+    assert entry.main(long_flags(world, tmp_path / "one", "--target-epochs", "0")) == 0
     assert (tmp_path / "one" / "best.pt").exists()

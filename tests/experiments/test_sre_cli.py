@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import tiny_state_dict
 from PIL import Image
 from torch.testing import assert_close
 
 import evaluate
 import retrieve
 import train
+from tests.helpers import equal, refused, tiny_state_dict
 from ucdr_ref.clip.load import load_clip
 from ucdr_ref.clip.zero_shot import preprocess
 from ucdr_ref.experiments import class_folders as sre_data
@@ -69,19 +69,6 @@ def log(folder: Path) -> list[dict[str, Any]]:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_state(folder / "best.pt")["method"]
-
-
-def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def fails(capsys: pytest.CaptureFixture, code: int, *parts: str) -> None:
-    """Exit code 2, and one line on stderr that says all of this."""
-    error = capsys.readouterr().err.splitlines()
-    assert code == 2 and error[-1].startswith("error: "), error
-    assert sum(line.startswith("error: ") for line in error) == 1
-    for part in parts:
-        assert part in error[-1], (part, error[-1])
 
 
 def test_a_run_trains_and_leaves_a_small_complete_checkpoint(run):
@@ -160,7 +147,7 @@ def test_an_interrupted_run_ends_in_the_same_weights(scene, tmp_path, monkeypatc
     assert train.main(call) == 0
     whole = flags(scene, tmp_path / "whole", "--sre-report", report)
     assert train.main(whole) == 0
-    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    assert equal(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
     assert log(tmp_path / "cut") == log(tmp_path / "whole")
     rows = [json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("cut", "whole")]
     assert rows[0] == rows[1]
@@ -181,7 +168,7 @@ def test_target_labels_do_not_reach_the_weights(run, scene, tmp_path, monkeypatc
     monkeypatch.setattr(sre_data, "features", shuffled)
     monkeypatch.setattr(sre_evaluation, "features", shuffled)
     assert train.main(flags(scene, tmp_path / "run")) == 0
-    assert same(weights(tmp_path / "run"), weights(run))
+    assert equal(weights(tmp_path / "run"), weights(run))
     ours, theirs = (json.loads((folder / "results.json").read_text())["rows"][1] for folder in (tmp_path / "run", run))
     assert ours != theirs
 
@@ -201,7 +188,7 @@ def test_image_tower_alone_with_a_file_of_class_vectors(scene, tmp_path, capsys)
     tower = {key: value for key, value in tiny_state_dict().items() if key.startswith("visual.")}
     torch.save(tower, tmp_path / "tower.pt")
     call = flags(scene, tmp_path / "run", "--weights", str(tmp_path / "tower.pt"), "--sre-iterations", "5")
-    fails(capsys, train.main(call), "image tower alone")
+    refused(capsys, train.main(call), "image tower alone")
     torch.manual_seed(0)
     rows = torch.randn(10, 6).tolist()
     vectors = tmp_path / "vectors.txt"
@@ -234,28 +221,28 @@ def test_mistakes_are_one_sentence(scene, tmp_path, capsys):
     graph = json.loads((scene / "graph.json").read_text())
     equal = written("equal.txt", "".join(f"n{k:08d} {k // 2 + 1} 1\n" for k in range(10)))
     short = written("short.txt", "".join(f"n{k:08d} {k + 1} 1\n" for k in range(8)))
-    fails(capsys, run_with("--unseen", written("a.txt", "lion\n")), "lion")
-    fails(capsys, run_with("--unseen", written("b.txt", "# none\n")), "lists no class")
-    fails(capsys, run_with("--unseen", written("c.txt", "shape 3\nshape_5")), "--source", "unseen classes: shape 3, shape 5")
-    fails(capsys, run_with("--unseen", str(tmp_path / "absent")), "absent")
-    fails(capsys, run_with("--graph", str(tmp_path / "absent.json")), "absent.json", "ucdr_ref.sre.wordnet")
-    fails(capsys, run_with("--graph", written("g.json", json.dumps({**graph, "classes": 4}))), "shape 9")
-    fails(capsys, run_with("--graph", "awa2", "--unseen", ""), "folders that are none of the graph's 50 classes: shape_10,")
-    fails(capsys, run_with("--target", str(tmp_path / "absent")), "--target", "no such folder")
-    fails(capsys, run_with("--target", ""), "give --source DIR")
-    fails(capsys, run_with("--class-vectors", equal), "'shape 3' and 'shape 4' have identical vectors")
-    fails(capsys, run_with("--class-vectors", short), "no vector for 2 of 10", "even, odd")
-    fails(capsys, run_with("--weights", str(tmp_path / "absent.pt")), "absent.pt")
-    fails(capsys, run_with("--sre-bank", "0"), "bank")
+    refused(capsys, run_with("--unseen", written("a.txt", "lion\n")), "lion")
+    refused(capsys, run_with("--unseen", written("b.txt", "# none\n")), "lists no class")
+    refused(capsys, run_with("--unseen", written("c.txt", "shape 3\nshape_5")), "--source", "unseen classes: shape 3, shape 5")
+    refused(capsys, run_with("--unseen", str(tmp_path / "absent")), "absent")
+    refused(capsys, run_with("--graph", str(tmp_path / "absent.json")), "absent.json", "ucdr_ref.sre.wordnet")
+    refused(capsys, run_with("--graph", written("g.json", json.dumps({**graph, "classes": 4}))), "shape 9")
+    refused(capsys, run_with("--graph", "awa2", "--unseen", ""), "folders that are none of the graph's 50 classes: shape_10,")
+    refused(capsys, run_with("--target", str(tmp_path / "absent")), "--target", "no such folder")
+    refused(capsys, run_with("--target", ""), "give --source DIR")
+    refused(capsys, run_with("--class-vectors", equal), "'shape 3' and 'shape 4' have identical vectors")
+    refused(capsys, run_with("--class-vectors", short), "no vector for 2 of 10", "even, odd")
+    refused(capsys, run_with("--weights", str(tmp_path / "absent.pt")), "absent.pt")
+    refused(capsys, run_with("--sre-bank", "0"), "bank")
     assert not (tmp_path / "none").exists()
 
 
 def test_another_config_or_graph_does_not_resume_a_run(run, scene, tmp_path, capsys):
-    fails(capsys, train.main(flags(scene, run, "--sre-kappa", "0.5")), "sre_kappa: 0.3 -> 0.5")
+    refused(capsys, train.main(flags(scene, run, "--sre-kappa", "0.5")), "sre_kappa: 0.3 -> 0.5")
     moved = tmp_path / "scene"
     shutil.copytree(scene, moved)
     call = flags(moved, tmp_path / "run", "--sre-iterations", "3")
     assert train.main(call) == 0
     graph = json.loads((moved / "graph.json").read_text())
     (moved / "graph.json").write_text(json.dumps({**graph, "edges": graph["edges"][:-1]}))
-    fails(capsys, train.main(call), "class graph")
+    refused(capsys, train.main(call), "class graph")

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_state_dict
 from PIL import Image
 
 import train
+from tests.helpers import tiny_state_dict
 from ucdr_ref.bench import real as evidence
 from ucdr_ref.config import Config, resolve
 from ucdr_ref.sre.class_vectors import read_vectors

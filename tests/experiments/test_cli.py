@@ -9,23 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_state_dict
 from PIL import Image
-from test_protocols import make
 
 import evaluate
 import retrieve
 import train
+from tests.helpers import flags, refused, tiny_state_dict, touch_images
 from ucdr_ref.config import FIELDS, PRESETS, resolve
 from ucdr_ref.experiments.class_folders import graph_and_unseen
 from ucdr_ref.experiments.protocols import DOMAINNET_DOMAINS, class_list
 from ucdr_ref.metrics import retrieval
-
-
-def flags(world: Path, run: Path, *more: str) -> list[str]:
-    return ["--dataset", "folder", "--data-root", str(world / "data"), "--weights", str(world / "clip.pt"), "--run", str(run),
-            "--class-split", str(world / "split.json"), "--source-batch", "6", "--target-batch", "8", "--target-epochs", "1",
-            "--context-vectors", "4", "--workers", "0", *more]
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +26,6 @@ def run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
     assert train.main(flags(world, folder)) == 0
     return folder
-
-
-def fails(capsys: pytest.CaptureFixture, code: int, *parts: str) -> None:
-    """Exit code 2, and one line on stderr that says all of this."""
-    error = capsys.readouterr().err
-    assert code == 2, error
-    lines = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and error.splitlines()[-1] == lines[0] and "Traceback" not in error
-    for part in parts:
-        assert part in lines[0], (part, lines[0])
 
 
 def test_evaluate_repeats_the_table_of_training(run, tmp_path, capsys):
@@ -119,7 +102,7 @@ def test_class_features_take_the_place_of_text(world, tmp_path, capsys):
     tower = {key: value for key, value in tiny_state_dict().items() if key.startswith("visual.")}
     torch.save(tower, tmp_path / "tower.pt")
     image_only = ["--weights", str(tmp_path / "tower.pt")]
-    fails(capsys, train.main(flags(world, tmp_path / "text", *image_only)), "image tower alone", "--class-features prototypes")
+    refused(capsys, train.main(flags(world, tmp_path / "text", *image_only)), "image tower alone", "--class-features prototypes")
     assert train.main(flags(world, tmp_path / "prototypes", *image_only, "--class-features", "prototypes")) == 0
     assert "phase source: 384 trainable parameters" in capsys.readouterr().out  # U and V, no context (D13)
     assert evaluate.main(["--run", str(tmp_path / "prototypes"), "--workers", "0"]) == 0
@@ -127,8 +110,8 @@ def test_class_features_take_the_place_of_text(world, tmp_path, capsys):
     given = [*image_only, "--class-features", str(tmp_path / "anchors.npy")]
     assert train.main(flags(world, tmp_path / "given", *given)) == 0
     np.save(tmp_path / "anchors.npy", np.zeros((4, 31)))
-    fails(capsys, train.main(flags(world, tmp_path / "wrong", *given)), "holds [4, 31], expected [4, 32]")
-    fails(capsys, train.main(flags(world, tmp_path / "wrong", "--class-features", "text")), "--class-features text")
+    refused(capsys, train.main(flags(world, tmp_path / "wrong", *given)), "holds [4, 31], expected [4, 32]")
+    refused(capsys, train.main(flags(world, tmp_path / "wrong", "--class-features", "text")), "--class-features text")
 
 
 def test_dry_run_writes_nothing(world, tmp_path, capsys):
@@ -146,11 +129,11 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     graph, unseen_ids = graph_and_unseen(resolve({"graph": "awa2"}, "i2awa"))
     awa2, unseen = set(graph.names[:graph.classes]), {graph.names[i] for i in unseen_ids}
     tuberlin = [*class_list("tuberlin-test"), *class_list("tuberlin-val"), *(f"class {i}" for i in range(200))]
-    return {"domainnet": make(root / "domainnet", DOMAINNET_DOMAINS, domainnet, 2),
-            "sketchy": make(root / "sketchy", ("sketch", "extended_photo"), class_list("sketchy-all"), 4),
-            "tuberlin": make(root / "tuberlin", ("sketches", "images"), tuberlin, 2),
-            "folder": make(root / "folder", ("photo", "sketch", "icon"), [f"class {i}" for i in range(60)], 4),
-            "web": make(root, ("web",), awa2 - unseen, 1) / "web", "AwA2": make(root, ("AwA2",), awa2, 1) / "AwA2"}
+    return {"domainnet": touch_images(root / "domainnet", DOMAINNET_DOMAINS, domainnet, 2),
+            "sketchy": touch_images(root / "sketchy", ("sketch", "extended_photo"), class_list("sketchy-all"), 4),
+            "tuberlin": touch_images(root / "tuberlin", ("sketches", "images"), tuberlin, 2),
+            "folder": touch_images(root / "folder", ("photo", "sketch", "icon"), [f"class {i}" for i in range(60)], 4),
+            "web": touch_images(root, ("web",), awa2 - unseen, 1) / "web", "AwA2": touch_images(root, ("AwA2",), awa2, 1) / "AwA2"}
 
 
 @pytest.mark.parametrize("preset, domains, classes", [
@@ -196,16 +179,16 @@ def test_mistakes_in_flags(world, tmp_path, capsys):
     def run_with(*more: str) -> int:
         return train.main(flags(world, tmp_path / "none", *more))
 
-    fails(capsys, run_with("--data-root", str(tmp_path / "absent")), "absent", "no such folder")
-    fails(capsys, run_with("--held-out", "paintings"), "--held-out paintings", "icon, photo, sketch")
-    fails(capsys, run_with("--source-batch", "1"), "batch of 1 cannot hold the 2 source domains")
-    fails(capsys, run_with("--context-vectors", "90"), "'shape_3'", "--context-vectors")
-    fails(capsys, run_with("--weights", str(tmp_path / "absent.pt")), "absent.pt")
-    fails(capsys, run_with("--preset", "domainnet/cat"), "no such preset", "domainnet/sketch")
-    fails(capsys, run_with("--preset", "tuberlin"), "give one of the two")
-    fails(capsys, run_with("--device", "tpu9"), "--device tpu9")
-    fails(capsys, run_with("--tau", "-1"), "tau is -1.0")
-    fails(capsys, run_with("--class-split", str(tmp_path / "x.json")), "expected a JSON file")
+    refused(capsys, run_with("--data-root", str(tmp_path / "absent")), "absent", "no such folder")
+    refused(capsys, run_with("--held-out", "paintings"), "--held-out paintings", "icon, photo, sketch")
+    refused(capsys, run_with("--source-batch", "1"), "batch of 1 cannot hold the 2 source domains")
+    refused(capsys, run_with("--context-vectors", "90"), "'shape_3'", "--context-vectors")
+    refused(capsys, run_with("--weights", str(tmp_path / "absent.pt")), "absent.pt")
+    refused(capsys, run_with("--preset", "domainnet/cat"), "no such preset", "domainnet/sketch")
+    refused(capsys, run_with("--preset", "tuberlin"), "give one of the two")
+    refused(capsys, run_with("--device", "tpu9"), "--device tpu9")
+    refused(capsys, run_with("--tau", "-1"), "tau is -1.0")
+    refused(capsys, run_with("--class-split", str(tmp_path / "x.json")), "expected a JSON file")
     assert not (tmp_path / "none").exists()
     with pytest.raises(SystemExit) as stop:
         train.main(["--mask", "theirs"])
@@ -214,10 +197,10 @@ def test_mistakes_in_flags(world, tmp_path, capsys):
 
 def test_a_run_folder_of_another_config_is_kept(run, world, capsys):
     before = (run / "best.pt").read_bytes()
-    fails(capsys, train.main(flags(world, run, "--mask", "none", "--tau", "0.1")), "mask: 'own' -> 'none'", "tau: 0.07 -> 0.1")
+    refused(capsys, train.main(flags(world, run, "--mask", "none", "--tau", "0.1")), "mask: 'own' -> 'none'", "tau: 0.07 -> 0.1")
     assert (run / "best.pt").read_bytes() == before
     elsewhere = world / "data"
-    fails(capsys, train.main(flags(world, elsewhere)), "is no run folder")
+    refused(capsys, train.main(flags(world, elsewhere)), "is no run folder")
 
 
 def test_changed_images_or_weights_are_noticed(world, tmp_path, capsys):
@@ -226,30 +209,30 @@ def test_changed_images_or_weights_are_noticed(world, tmp_path, capsys):
     call = flags(world, tmp_path / "run", "--data-root", str(data), "--method", "zero-shot")
     assert train.main(call) == 0
     (data / "photo" / "shape_4" / "9.png").write_bytes((data / "photo" / "shape_4" / "0.png").read_bytes())
-    fails(capsys, train.main(call), "other image files")
+    refused(capsys, train.main(call), "other image files")
     torch.save(tiny_state_dict(1), tmp_path / "other.pt")
-    fails(capsys, retrieve.main(["--run", str(tmp_path / "run"), "--gallery", str(data), "--query", "x.png", "--workers", "0",
+    refused(capsys, retrieve.main(["--run", str(tmp_path / "run"), "--gallery", str(data), "--query", "x.png", "--workers", "0",
                                  "--weights", str(tmp_path / "absent.pt")]), "absent.pt")
 
 
 def test_evaluate_and_retrieve_explain_mistakes(run, world, tmp_path, capsys):
-    fails(capsys, evaluate.main(["--run", str(tmp_path / "nothing")]), "best.pt", "train first")
+    refused(capsys, evaluate.main(["--run", str(tmp_path / "nothing")]), "best.pt", "train first")
     wide = tiny_state_dict(embed_dim=48)
     torch.save(wide, tmp_path / "wide.pt")
     other = ["--run", str(run), "--weights", str(tmp_path / "wide.pt")]
-    fails(capsys, evaluate.main(other), "was trained with other weights", "32", "48")
+    refused(capsys, evaluate.main(other), "was trained with other weights", "32", "48")
     fewer = tmp_path / "fewer"
     shutil.copytree(world / "data", fewer)
     for domain in ("photo", "sketch", "icon"):
         shutil.rmtree(fewer / domain / "shape_3")
-    fails(capsys, evaluate.main(["--run", str(run), "--data-root", str(fewer)]), "no folder", "shape_3")
+    refused(capsys, evaluate.main(["--run", str(run), "--data-root", str(fewer)]), "no folder", "shape_3")
     gallery = ["--gallery", str(world / "data" / "photo")]
-    fails(capsys, retrieve.main(["--run", str(run), *gallery]), "nothing to do")
-    fails(capsys, retrieve.main(["--run", str(run), *gallery, "--query", str(tmp_path / "no.png")]), "no.png")
-    fails(capsys, retrieve.main(["--run", str(run), "--gallery", str(tmp_path / "no"), "--query", "a.png"]), "no such folder")
+    refused(capsys, retrieve.main(["--run", str(run), *gallery]), "nothing to do")
+    refused(capsys, retrieve.main(["--run", str(run), *gallery, "--query", str(tmp_path / "no.png")]), "no.png")
+    refused(capsys, retrieve.main(["--run", str(run), "--gallery", str(tmp_path / "no"), "--query", "a.png"]), "no such folder")
     (run.parent / "broken").mkdir()
     (run.parent / "broken" / "best.pt").write_bytes(b"PK\x03\x04 half a file")
-    fails(capsys, evaluate.main(["--run", str(run.parent / "broken")]), "best.pt")
+    refused(capsys, evaluate.main(["--run", str(run.parent / "broken")]), "best.pt")
 
 
 def test_unreadable_images_stop_or_are_counted(world, tmp_path, capsys):
@@ -257,9 +240,9 @@ def test_unreadable_images_stop_or_are_counted(world, tmp_path, capsys):
     shutil.copytree(world / "data", data)
     (data / "photo" / "shape_3" / "0.png").write_bytes(b"broken")
     (data / "sketch" / "shape_6" / "0.png").write_bytes(b"")
-    fails(capsys, train.main(flags(world, tmp_path / "a", "--data-root", str(data))), "not a readable image", "--bad-images skip")
+    refused(capsys, train.main(flags(world, tmp_path / "a", "--data-root", str(data))), "not a readable image", "--bad-images skip")
     assert train.main(flags(world, tmp_path / "b", "--data-root", str(data), "--bad-images", "skip")) == 0
     captured = capsys.readouterr()
     assert "skipped" in captured.err and "11 x 12" in captured.out
     (data / "photo" / "empty").mkdir()
-    fails(capsys, train.main(flags(world, tmp_path / "c", "--data-root", str(data))), "a class folder without images")
+    refused(capsys, train.main(flags(world, tmp_path / "c", "--data-root", str(data))), "a class folder without images")

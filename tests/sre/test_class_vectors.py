@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import tiny_state_dict
 from torch.testing import assert_close
 
+from tests.helpers import tiny_state_dict
 from ucdr_ref.clip.model import CLIP
 from ucdr_ref.clip.zero_shot import class_text_features
 from ucdr_ref.sre.class_vectors import check_vectors, node_vectors, read_vectors

@@ -13,7 +13,7 @@ from ucdr_ref.demo.drawing import CLASSES, DOMAINS, SPLIT, draw, write_dataset
 from ucdr_ref.demo.pretrain import CAPTIONS, colour, random_clip, sample_pair
 from ucdr_ref.experiments.protocols import build
 
-WEIGHTS = Path(__file__).resolve().parent.parent / "weights" / "demo-clip.pt"
+WEIGHTS = Path(__file__).resolve().parents[2] / "weights" / "demo-clip.pt"
 
 
 def test_pairs_are_reproducible_and_uneven():

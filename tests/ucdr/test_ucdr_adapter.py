@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import fill, golden_clip_state_dict, tiny_state_dict
 
+from tests.helpers import fill, golden_clip_state_dict, tiny_state_dict
 from ucdr_ref.clip.model import CLIP
 from ucdr_ref.clip.tokenizer import encode, tokenize
 from ucdr_ref.clip.zero_shot import readable
@@ -18,7 +18,7 @@ from ucdr_ref.experiments.retrieval import cut
 from ucdr_ref.ucdr.adapter import Batch, ClassQueues, UCDRAdapter
 from ucdr_ref.ucdr.prompts import TextTemplate
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "ucdr_released.json").read_text())
+GOLDEN = json.loads((Path(__file__).resolve().parents[1] / "golden" / "ucdr_released.json").read_text())
 RELEASED_NAMES = {"specific_domain_prompts": "domain_prompts", "specific_class_prompts": "class_prompts", "ctx": "template.ctx",
                   "feature_template": "class_token", "feature_proj": "proj", "W_image.weight": "generator.W_i.weight",
                   "W_image.bias": "generator.W_i.bias", "W_prompt.weight": "generator.W_p.weight",

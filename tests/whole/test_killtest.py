@@ -12,7 +12,7 @@ import pytest
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_three_rounds():
     done = subprocess.run([sys.executable, "-m", "tests.killtest", "--rounds", "3", "--seed", "1"], capture_output=True,
-                          text=True, timeout=900, cwd=Path(__file__).resolve().parent.parent,
+                          text=True, timeout=900, cwd=Path(__file__).resolve().parents[2],
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 rounds, all bit-identical" in done.stdout

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_state_dict
 from torch import Tensor
-from weight_files import (
+
+from tests.helpers import tiny_state_dict
+from tests.weight_files import (
     SMALL,
     WRITERS,
     equal,
@@ -27,11 +28,10 @@ from weight_files import (
     save_legacy,
     with_pickle,
 )
-
 from ucdr_ref.clip.load import load_clip
 from ucdr_ref.machine.files import load_state
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

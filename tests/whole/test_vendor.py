@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parent.parent / "ucdr_ref"
+PACKAGE = Path(__file__).resolve().parents[2] / "ucdr_ref"
 ALLOWED = {"torch", "torchvision", "PIL", "numpy"} | set(sys.stdlib_module_names)
 
 USE = """

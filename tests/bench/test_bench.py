@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import tiny_state_dict
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.helpers import tiny_state_dict
 from ucdr_ref import metrics
 from ucdr_ref.bench import speed as bench
 from ucdr_ref.clip import linear as linear_module

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_state_dict
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.testing import assert_close
 
+from tests.helpers import tiny_state_dict
 from ucdr_ref.clip.model import CLIP
 from ucdr_ref.clip.zero_shot import preprocess
 from ucdr_ref.config import Config, resolve

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import tiny_state_dict
-from torch import nn
 from torch.testing import assert_close
 
+from tests.helpers import Width, tiny_state_dict
 from ucdr_ref.clip.model import CLIP
 from ucdr_ref.config import Config
 from ucdr_ref.metrics import zero_shot_accuracy
@@ -19,20 +18,12 @@ from ucdr_ref.sre.adapter import SRECLIP, Batch, TargetBank
 from ucdr_ref.sre.graph import normalised_adjacency
 
 
-class Features(nn.Module):
-    """Stands for CLIP where only its embedding width matters."""
-
-    def __init__(self, e: int) -> None:
-        super().__init__()
-        self.embed_dim = e
-
-
 def small_method(seed: int = 0, e: int = 6, c: int = 7, nodes: int = 9, w: int = 5, **options: object) -> SRECLIP:
     torch.manual_seed(seed)
     vectors = F.normalize(torch.randn(nodes, w), dim=1)
     edges = [(k, c + k % (nodes - c)) for k in range(c)]
     config = Config(**{**dict(sre_hidden=8, sre_bank=10), **options})
-    return SRECLIP(Features(e), [f"class {k}" for k in range(c)], vectors, normalised_adjacency(edges, nodes), [1, 5], config)
+    return SRECLIP(Width(e), [f"class {k}" for k in range(c)], vectors, normalised_adjacency(edges, nodes), [1, 5], config)
 
 
 # the careful reading
@@ -154,10 +145,10 @@ def test_unseen_classes_are_checked() -> None:
     vectors, adjacency = torch.eye(3), normalised_adjacency([], 3)
     for unseen in ([], [3], [-1], [0, 0], [0, 1, 2]):
         with pytest.raises(ValueError, match="unseen"):
-            SRECLIP(Features(4), names, vectors, adjacency, unseen, Config(sre_hidden=4))
+            SRECLIP(Width(4), names, vectors, adjacency, unseen, Config(sre_hidden=4))
     for vectors, nodes in ((torch.eye(3), 4), (torch.eye(2), 2)):
         with pytest.raises(ValueError, match="one vector per node"):
-            SRECLIP(Features(4), names, vectors, normalised_adjacency([], nodes), [0], Config(sre_hidden=4))
+            SRECLIP(Width(4), names, vectors, normalised_adjacency([], nodes), [0], Config(sre_hidden=4))
 
 
 # metrics and CLIP

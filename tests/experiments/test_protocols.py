@@ -6,29 +6,20 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import touch_images
 from ucdr_ref.config import resolve
 from ucdr_ref.experiments.protocols import DOMAINNET_DOMAINS, build, class_list, scan
-
-
-def make(root: Path, domains, classes, count) -> Path:
-    for domain in domains:
-        for name in classes:
-            folder = root / domain / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                (folder / f"{i:03d}.png").touch()
-    return root
 
 
 @pytest.fixture(scope="module")
 def domainnet(tmp_path_factory) -> Path:
     names = [name for part in ("train", "val", "test") for name in class_list(f"domainnet-{part}")]
-    return make(tmp_path_factory.mktemp("domainnet"), DOMAINNET_DOMAINS, names, 8)
+    return touch_images(tmp_path_factory.mktemp("domainnet"), DOMAINNET_DOMAINS, names, 8)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return make(tmp_path_factory.mktemp("folder"), ("photo", "sketch", "icon"), [f"class_{i}" for i in range(20)], 12)
+    return touch_images(tmp_path_factory.mktemp("folder"), ("photo", "sketch", "icon"), [f"class_{i}" for i in range(20)], 12)
 
 
 def config(dataset, root, **flags):
@@ -76,7 +67,7 @@ def test_splits_do_not_depend_on_the_order_of_the_folder(domainnet, monkeypatch)
 
 @pytest.mark.parametrize("split,test,train", [("eccv", 21, 93), ("random", 25, 89)])
 def test_sketchy(tmp_path, split, test, train):
-    root = make(tmp_path, ("sketch", "extended_photo"), class_list("sketchy-all"), 2)
+    root = touch_images(tmp_path, ("sketch", "extended_photo"), class_list("sketchy-all"), 2)
     protocol = build(config("sketchy", root, sketchy_split=split))
     assert len(protocol.class_names) == train and len(set(protocol.validation.query.classes)) == 11
     (uc,) = protocol.tests
@@ -89,7 +80,7 @@ def test_sketchy(tmp_path, split, test, train):
 def test_tuberlin_accepts_other_spellings(tmp_path):
     names = class_list("tuberlin-test") + class_list("tuberlin-val") + [f"other {i}" for i in range(200)]
     names = [name.replace("t_shirt", "t-shirt").replace("_(", " (") for name in names]
-    protocol = build(config("tuberlin", make(tmp_path, ("sketches", "images"), names, 1)))
+    protocol = build(config("tuberlin", touch_images(tmp_path, ("sketches", "images"), names, 1)))
     assert len(protocol.class_names) == 200 and len(set(protocol.tests[0].query.classes)) == 30
     assert "t_shirt" in protocol.tests[0].query.classes
 
@@ -136,7 +127,7 @@ def test_domains_are_for_folder_datasets(domainnet):
 
 
 def test_wrong_number_of_classes_is_counted(tmp_path):
-    make(tmp_path, DOMAINNET_DOMAINS, ["dog", "cat"], 1)
+    touch_images(tmp_path, DOMAINNET_DOMAINS, ["dog", "cat"], 1)
     with pytest.raises(ValueError, match="found 2 classes, expected 345.*one level too deep"):
         build(config("domainnet", tmp_path))
     (tmp_path / "real" / "empty").mkdir()
@@ -145,8 +136,8 @@ def test_wrong_number_of_classes_is_counted(tmp_path):
 
 
 def test_no_query_left(tmp_path):
-    make(tmp_path, ("photo", "icon"), ["a", "b", "c", "d"], 2)
-    make(tmp_path, ("sketch",), ["a", "b"], 2)
+    touch_images(tmp_path, ("photo", "icon"), ["a", "b", "c", "d"], 2)
+    touch_images(tmp_path, ("sketch",), ["a", "b"], 2)
     split = tmp_path / "split.json"
     split.write_text(json.dumps({"train": ["a", "b"], "val": ["c"], "test": ["d"]}))
     with pytest.raises(ValueError, match="UCDR with queries of sketch: no query left"):

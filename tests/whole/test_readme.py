@@ -14,7 +14,7 @@ import train
 from ucdr_ref.bench import drawn as benchmark
 from ucdr_ref.config import FIELDS, PRESETS, VARIANTS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = sorted(set(re.findall(r"python (train|evaluate|retrieve)\.py([^`\n&]*)", README)))
 LEDGER = re.findall(r"^\| ([DS]\d+) \| `--([a-z-]+)` \| ([\w/]+\.py) \|", README, re.MULTILINE)

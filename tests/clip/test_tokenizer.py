@@ -18,7 +18,7 @@ import torch
 from ucdr_ref.clip import tokenizer
 from ucdr_ref.clip.tokenizer import encode, tokenize
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # Computed with open_clip_torch 3.3.0.
 GOLDEN = {

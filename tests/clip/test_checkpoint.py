@@ -7,14 +7,14 @@ import resource
 import warnings
 from pathlib import Path
 
-import helpers
 import pytest
 import torch
-from helpers import tiny_state_dict, to_hugging_face
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from weight_files import SMALL, WRITERS, Tree, equal, refusal, rewrite, save_legacy
 
+from tests import helpers
+from tests.helpers import tiny_state_dict, to_hugging_face
+from tests.weight_files import SMALL, WRITERS, Tree, equal, refusal, rewrite, save_legacy
 from ucdr_ref.clip.load import load_clip
 from ucdr_ref.clip.tensorfile import file_digest
 from ucdr_ref.machine import files as checkpoint

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 import train
+from tests.helpers import flags
 from ucdr_ref.machine import processes as distributed
 from ucdr_ref.machine.files import load_state
 from ucdr_ref.ucdr.adapter import UCDRAdapter
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # train.py, but process 1 sends itself the signal `number` in its `at`-th step.
 DRIVER = """
 import os, sys
@@ -38,12 +39,10 @@ sys.exit(code)
 """
 
 
-def flags(world: Path, run: Path, *more: str) -> list[str]:
-    # The released grouping makes batches of 7 and 9, and smaller last ones, which two processes cannot halve.
-    return ["--dataset", "folder", "--data-root", str(world / "data"), "--weights", str(world / "clip.pt"), "--run", str(run),
-            "--class-split", str(world / "split.json"), "--source-batch", "7", "--target-batch", "9", "--target-epochs", "2",
-            "--balance", "released", "--context-vectors", "4", "--workers", "0", "--save-every", "2", "--eval-batch", "5",
-            "--device", "cpu", *more]
+def uneven(world: Path, run: Path, *more: str) -> list[str]:
+    """The released grouping makes batches of 7 and 9, and smaller last ones, which two processes cannot halve."""
+    return flags(world, run, "--source-batch", "7", "--target-batch", "9", "--target-epochs", "2", "--balance", "released",
+                 "--save-every", "2", "--eval-batch", "5", "--device", "cpu", *more)
 
 
 def launch(driver: Path, number: int, at: int, arguments: list[str]) -> subprocess.CompletedProcess:
@@ -63,15 +62,15 @@ def log(run: Path) -> list[dict]:
 
 
 def test_two_processes_equal_one_through_kill_and_stop(world, tmp_path, monkeypatch):
-    assert train.main(flags(world, tmp_path / "one")) == 0
+    assert train.main(uneven(world, tmp_path / "one")) == 0
     driver, two = tmp_path / "driver.py", tmp_path / "two"
     driver.write_text(DRIVER)
 
-    killed = launch(driver, 9, 4, flags(world, two))  # SIGKILL
+    killed = launch(driver, 9, 4, uneven(world, two))  # SIGKILL
     assert killed.returncode != 0 and "error: process 0 lost another one" in killed.stderr, killed.stderr  # it noticed by itself
     assert load_state(two / "last.pt")["progress"]["step"] == 2
 
-    stopped = launch(driver, 15, 6, flags(world, two))  # SIGTERM
+    stopped = launch(driver, 15, 6, uneven(world, two))  # SIGTERM
     assert stopped.returncode != 0 and "stopped by another process in phase" in stopped.stderr, stopped.stderr
     assert "stopped by SIGTERM in phase" in stopped.stderr and len(log(two)) == 8
     # A batch of 7, one of 1 and one of 9 as shares: even one that is empty changes nothing.
@@ -88,10 +87,10 @@ def test_two_processes_equal_one_through_kill_and_stop(world, tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(UCDRAdapter, "step", interrupted)
-        assert train.main(flags(world, two)) == 130  # one process takes two steps
+        assert train.main(uneven(world, two)) == 130  # one process takes two steps
     assert len(log(two)) == 10
 
-    finished = launch(driver, 0, 0, flags(world, two, "--micro-batch", "2"))
+    finished = launch(driver, 0, 0, uneven(world, two, "--micro-batch", "2"))
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("zero-shot ") == 3  # one of them speaks
 

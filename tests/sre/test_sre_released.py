@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
 
+from tests.helpers import Width
 from ucdr_ref.config import Config
 from ucdr_ref.sre import adapter as sre_clip
 from ucdr_ref.sre.adapter import SRECLIP, Batch
 from ucdr_ref.sre.graph import normalised_adjacency
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 NAMES = {"adapter.fcq.weight": "adapter.query.weight", "adapter.fcq.bias": "adapter.query.bias",
          "adapter.fck.weight": "adapter.key.weight", "adapter.fck.bias": "adapter.key.bias",
          "adapter.fcv.weight": "adapter.value.weight", "adapter.fcv.bias": "adapter.value.bias",
@@ -35,18 +36,10 @@ def golden() -> Golden:
     return Golden("sre_released_tiny.npz")
 
 
-class Features(nn.Module):
-    """Stands for CLIP where only its embedding width matters."""
-
-    def __init__(self, e: int) -> None:
-        super().__init__()
-        self.embed_dim = e
-
-
 def golden_method(golden: Golden, **options: object) -> SRECLIP:
     config = Config(sre_hidden=32, sre_bank=24, **{"sre_dropout": 0.0, **RELEASED, **options})
     adjacency = normalised_adjacency([tuple(edge) for edge in golden["edges"].tolist()], 14)
-    method = SRECLIP(Features(16), [f"class {k}" for k in range(10)], golden["word_vectors"], adjacency, golden["unseen_ids"],
+    method = SRECLIP(Width(16), [f"class {k}" for k in range(10)], golden["word_vectors"], adjacency, golden["unseen_ids"],
                      config)
     method.load_state_dict({ours: golden[f"param.{theirs}"] for theirs, ours in NAMES.items()}, strict=False)
     return method

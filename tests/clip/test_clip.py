@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import fill, golden_clip_state_dict, tiny_state_dict
 from torch import Tensor, nn
 
+from tests.helpers import fill, golden_clip_state_dict, tiny_state_dict
 from ucdr_ref.clip import linear as linear_module
 from ucdr_ref.clip.model import CLIP, infer_architecture
 from ucdr_ref.clip.tokenizer import tokenize
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 600
 
 
