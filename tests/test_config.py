@@ -7,7 +7,9 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from ucdr_ref.config import FIELDS, MACHINE, PRESETS, VARIANTS, Config, add_arguments, differences, from_dict, resolve, to_json
+import train
+from tests.helpers import refused
+from ucdr_ref.config import FIELDS, MACHINE, PRESETS, VARIANTS, Config, add_arguments, differences, from_dict, inside, resolve, to_json
 
 
 def parsed(*flags: str) -> dict:
@@ -66,10 +68,10 @@ def test_json_there_and_back():
 
 @pytest.mark.parametrize(("values", "sentence"), [
     ({"tao": 1.0}, r"unknown config fields \['tao'\]"), ({None: 1, "x": 2}, "unknown config fields"),
-    ({"mask": "theirs"}, r"mask is 'theirs', expected one of \('own', 'none'\)"),
+    ({"mask": "theirs"}, "mask is 'theirs', expected one of own, none"),
     ({"feature_token": 2}, "feature_token is 2"), ({"feature_token": True}, "feature_token is True"),
     ({"seed": 1.0}, "seed is 1.0, expected int"), ({"seed": "1"}, "seed is '1'"), ({"seed": True}, "seed is True"),
-    ({"seed": None}, "seed is None"), ({"seed": -1}, "seed is -1, expected a finite number, not negative"),
+    ({"seed": None}, "seed is None"), ({"seed": -1}, "seed is -1, expected a finite number x with 0 <= x"),
     ({"tau": float("nan")}, "tau is nan"), ({"tau": float("inf")}, "tau is inf"), ({"tau": True}, "tau is True"),
     ({"tau": "1"}, "tau is '1', expected float"), ({"source": "folder"}, "source is 'folder', expected tuple"),
     ({"source": [1]}, r"source is \[1\]"), ({"weights": 3}, "weights is 3, expected str"),
@@ -78,6 +80,34 @@ def test_values_that_cannot_be(values, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
         from_dict(values)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(("flag", "value"), [
+    ("momentum", 5), ("momentum", -0.1), ("tau", 0), ("eval_batch", 0), ("save_every", 0), ("queue_size", 0), ("sre_batch", 0),
+    ("sre_hidden", 0), ("sre_dropout", 1), ("sre_kappa", 1.5), ("holdback", 1), ("patience", 0), ("workers", 10**6),
+    ("temperature", 0), ("sre_temperature", 0), ("prompt_length", 0), ("toy_images", 0), ("micro_batch", -1)])
+def test_a_number_outside_its_range_is_refused_before_anything_is_drawn_read_or_written(flag, value, tmp_path, capsys):
+    asked = ["--" + flag.replace("_", "-"), str(value), "--run", str(tmp_path / "run"), "--data-root", str(tmp_path / "data")]
+    refused(capsys, train.main(asked), flag, FIELDS[flag].rule)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("rule", "inner", "outer"), [
+    ("0 <= x", (0, 1e300), (-1e-9, float("inf"))), ("0 < x", (1e-300,), (0, -1)), ("0 <= x < 1", (0, 0.999), (1, -1)),
+    ("0 <= x <= 1", (0, 1), (1.0001, -1e-9, float("nan")))])
+def test_rules_are_read_as_written(rule, inner, outer):
+    assert all(inside(x, rule) for x in inner) and not any(inside(x, rule) for x in outer)
+
+
+def test_every_number_has_a_rule_that_its_default_obeys_and_every_flag_says_its_default():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    for action in parser._actions[2:]:
+        assert "(default: " in action.whole_help, action.dest
+    for name, field in FIELDS.items():
+        assert field.choices or field.metavar, name
+        if field.kind in (int, float) and not field.choices:
+            assert inside(field.default, field.rule), name
 
 
 def test_differences_are_those_that_change_results():

@@ -164,7 +164,7 @@ def test_dry_run_of_every_classification_preset(preset, trees, world, tmp_path, 
 
 def test_every_field_is_a_flag_and_every_preset_resolves(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        train.main(["--help"])
+        train.main(["--help-all"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert all("--" + name.replace("_", "-") in text for name in FIELDS)

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..clip.model import CLIP
-from ..config import Config
 from . import losses
 from .graph import canonical
+from .options import Options
 
 EPOCH = 100  # iterations that the loop calls an epoch: after each it saves, and evaluates where S6 asks for it
 GRAPH_RATE = 5.0  # the graph head learns this many times faster than the adapter
@@ -135,7 +135,7 @@ class SRECLIP(nn.Module):
     unseen_ids: Tensor
 
     def __init__(self, clip: CLIP, class_names: Sequence[str], class_vectors: Tensor, adjacency: Tensor,
-                 unseen_ids: Sequence[int] | Tensor, config: Config) -> None:
+                 unseen_ids: Sequence[int] | Tensor, config: Options) -> None:
         super().__init__()
         unseen = torch.as_tensor(unseen_ids, dtype=torch.long)
         check_unseen(unseen, class_names)

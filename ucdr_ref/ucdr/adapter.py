@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..clip.model import CLIP
 from ..clip.zero_shot import class_text_features
-from ..config import Config
 from ..machine.processes import gather_rows, place
 from . import losses
+from .options import Options
 from .prompts import TargetPromptGenerator, TextTemplate, prompt_bank
 
 
@@ -90,7 +90,7 @@ class UCDRAdapter(nn.Module):
     momentum_domain_prompts: Tensor  # [s, p, d]
     momentum_class_prompts: Tensor  # [c, p, d]
 
-    def __init__(self, clip: CLIP, class_names: Sequence[str], domain_names: Sequence[str], config: Config,
+    def __init__(self, clip: CLIP, class_names: Sequence[str], domain_names: Sequence[str], config: Options,
                  class_features: Tensor | None = None) -> None:
         super().__init__()
         self.clip, self.config = clip.requires_grad_(False), config

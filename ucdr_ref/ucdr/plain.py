@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ..clip.model import CLIP, Block
 from ..clip.tokenizer import encode, tokenize
 from ..clip.zero_shot import readable
-from ..config import Config
 from .adapter import Batch
+from .options import Options
 from .prompts import TargetPromptGenerator, prompt_bank
 
 
@@ -46,7 +46,7 @@ def transformer(blocks: Sequence[Block], x: Tensor, mask: Tensor | float = 0.0) 
 class ImageBranch(nn.Module):
     """Everything that turns an image into a feature: tower, source prompts U and V, target prompt generator."""
 
-    def __init__(self, clip: CLIP, c: int, s: int, config: Config) -> None:
+    def __init__(self, clip: CLIP, c: int, s: int, config: Options) -> None:
         super().__init__()
         d, p = clip.vision_width, config.prompt_length
         self.temperature = config.temperature
@@ -93,7 +93,7 @@ class ImageBranch(nn.Module):
 class PlainAdapter(nn.Module):
     """Both phases with the text template, the momentum encoder and one list of features per class."""
 
-    def __init__(self, clip: CLIP, class_names: Sequence[str], domain_names: Sequence[str], config: Config) -> None:
+    def __init__(self, clip: CLIP, class_names: Sequence[str], domain_names: Sequence[str], config: Options) -> None:
         super().__init__()
         self.clip, self.config, m = clip.requires_grad_(False), config, config.context_vectors
         self.image = ImageBranch(clip, len(class_names), len(domain_names), config)

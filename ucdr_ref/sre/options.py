@@ -1,0 +1,50 @@
+"""Options of SRE-CLIP: the ledger S (paper or a careful reading first, released code second) and its numbers."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+
+@dataclass(frozen=True)
+class Options:
+    """SRE-CLIP."""
+
+    source: Annotated[tuple[str, ...], "DIR", "labelled source folders <folder>/<class>/*"] = ()
+    target: Annotated[
+        str, "DIR", "unlabelled target folder <folder>/<class>/* (evaluation alone reads its class folders)"] = ""
+    graph: Annotated[str, "FILE", "class graph, JSON of `python -m ucdr_ref.sre.wordnet`; awa2 and toy name the shipped "
+                                  "ones"] = ""
+    unseen: Annotated[
+        str, "FILE", "file with the unseen class names, one a line; empty: as marked in the class list"] = ""
+
+    # ledger S
+    structure_pairs: Annotated[Literal["pairs", "diagonal"], "S1: structure loss over pairs, or the released diagonal (no "
+                                                             "gradient)"] = "pairs"
+    test_attention: Annotated[Literal["alone", "batch"], "S2: attention at test time"] = "alone"
+    retention_scale: Annotated[Literal["cosine", "scaled"], "S3: what retention compares with cosines"] = "cosine"
+    class_vectors: Annotated[str, "KIND", "S4: node vectors: clip (text features), clip-classes (of the classes; "
+                                          "ancestors: means), or a file `word v1 v2 ...`"] = "clip"
+    sre_kappa: Annotated[float, "0 <= x <= 1", "S5: kappa of L-bias"] = 0.3
+    sre_report: Annotated[Literal["last", "best-test"], "S6: the last iteration, or each metric's maximum over evaluations "
+                                                        "on the test images"] = "last"
+    bank_ring: Annotated[Literal["exact", "released"], "S7: target bank"] = "exact"
+    structure_classes: Annotated[
+        int, "0 <= x", "S8: classes in the structure loss; 0: all, the released code takes the first 100"] = 0
+
+    # numbers
+    sre_iterations: Annotated[int, "1 <= x <= 100000000", "iterations"] = 3000
+    sre_batch: Annotated[int, "1 <= x <= 1048576", "source and target batch"] = 256
+    sre_hidden: Annotated[int, "1 <= x <= 65536", "h, width of adapter and graph head"] = 1024
+    sre_temperature: Annotated[float, "0 < x", "temperature of the logits"] = 0.05
+    sre_structure: Annotated[float, "0 <= x", "weight of L-structure"] = 100.0
+    sre_retention: Annotated[float, "0 <= x", "weight of L-retain"] = 0.01
+    sre_entropy: Annotated[float, "0 <= x", "weight of L-ent"] = 3.0
+    sre_diversity: Annotated[float, "0 <= x", "weight of L-div"] = 5.0
+    sre_bias: Annotated[float, "0 <= x", "weight of L-bias"] = 5.0
+    sre_source: Annotated[float, "0 <= x", "weight of the source loss after the warm-up"] = 1.5
+    sre_target: Annotated[
+        float, "0 <= x", "weight of the target loss; 0 leaves L-ent, L-div and L-bias out"] = 1.0
+    sre_bank: Annotated[int, "1 <= x <= 1048576", "rows of the target bank"] = 768
+    sre_warmup: Annotated[int, "0 <= x", "iterations of the source loss alone"] = 600
+    sre_dropout: Annotated[float, "0 <= x < 1", "dropout in the graph head"] = 0.5
+    sre_lr: Annotated[float, "0 <= x", "learning rate of the adapter; the graph head's is five times it"] = 1e-3
