@@ -6,17 +6,21 @@ import hashlib
 import json
 import os
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from ucdr_ref.clip.tensorfile import file_digest, tidy
+from ucdr_ref.clip.tensorfile import file_digest
+from ucdr_ref.config import add_arguments
+from ucdr_ref.experiments.experiment import restore
 from ucdr_ref.experiments.report import sheet
-from ucdr_ref.experiments.run_folder import restore
 from ucdr_ref.images.cache import build_index
-from ucdr_ref.images.features import path_encoder
+from ucdr_ref.images.features import Extractor
+from ucdr_ref.machine.command import command
+from ucdr_ref.machine.options import MACHINE
 from ucdr_ref.machine.processes import pick_device
+
+MAY_DIFFER = (*MACHINE, "weights", "bad_images")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -32,24 +36,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="queries are dark strokes on white; auto: when they lie in a folder named like a stroke domain")
     parser.add_argument("--invert-gallery", default="auto", choices=("auto", "yes", "no"), help="the same for the gallery")
     parser.add_argument("--cache", type=Path, help="where feature indexes are kept (default: RUN/index)")
-    parser.add_argument("--bad-images", default=argparse.SUPPRESS, choices=("error", "skip"), help="unreadable gallery images")
-    parser.add_argument("--weights", default=argparse.SUPPRESS, help="the CLIP weights, when they have moved")
-    parser.add_argument("--device", default=argparse.SUPPRESS, help="cpu, cuda, ... (default: a GPU when there is one)")
-    parser.add_argument("--workers", type=int, default=argparse.SUPPRESS, help="processes that read images")
+    parser.add_argument("--other-weights", action="store_true", help="search although the CLIP weights are not the run's")
+    parser.add_argument("--no-verify", action="store_true", help="load weights whose sha256 is not the published one")
+    add_arguments(parser, MAY_DIFFER)
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(argv: list[str] | None) -> None:
+    args = parse(argv)
     if not args.query and not args.export:
         raise ValueError("nothing to do: give --query IMG ..., --export FILE.npy, or both")
     if args.k < 1:
         raise ValueError(f"--k {args.k}: expected at least 1")
     device = pick_device(getattr(args, "device", "auto"))
-    overrides = {name: getattr(args, name) for name in ("weights", "device", "workers", "bad_images") if hasattr(args, name)}
-    config, method, state = restore(args.run, overrides, device)
-    model = [file_digest(args.run / "best.pt"), state["weights_sha256"], config.precision, args.invert_gallery]
+    overrides = {name: getattr(args, name) for name in MAY_DIFFER if hasattr(args, name)}
+    config, method, _ = restore(args.run, overrides, device, not args.no_verify, args.other_weights)
+    model = [file_digest(args.run / "best.pt"), file_digest(config.weights), config.precision, args.invert_gallery]
     key = hashlib.sha256(json.dumps(model).encode()).hexdigest()
-    encoder = partial(path_encoder, method.encode, method.clip.image_size, config, device)
+    encoder = Extractor(method, config, device).of_paths
     index = build_index(args.gallery, encoder(args.invert_gallery), key, args.cache or args.run / "index", config.bad_images)
     results = []
     if args.query:
@@ -81,12 +85,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        run(parse(argv))
-    except (ValueError, OSError) as error:
-        print(f"error: {tidy(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return command(run, argv)
 
 
 if __name__ == "__main__":

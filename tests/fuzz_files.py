@@ -26,6 +26,7 @@ from ucdr_ref.clip.tensorfile import file_digest
 from ucdr_ref.config import Config, to_json
 from ucdr_ref.experiments import protocols
 from ucdr_ref.experiments import run_folder as runs
+from ucdr_ref.experiments.experiment import restore
 from ucdr_ref.images.cache import build_index
 from ucdr_ref.machine.files import load_state
 from ucdr_ref.sre.adapter import SRECLIP
@@ -144,7 +145,7 @@ class Scene:
 
         feed = Feed(1, lambda epoch: range(2 if name == "ucdr" else 3), load)
         with redirect_stderr(io.StringIO()):
-            train(method, dict.fromkeys(method.PHASES, feed), None, Run(run, config, self.device, extra))
+            train(method, dict.fromkeys(method.PHASES, feed), None, Run(run, config, self.device, extra, 2))
 
     def write(self, name: str, content: bytes | dict) -> Path:
         path = self.folder / name
@@ -202,7 +203,7 @@ def case_best(harness: Harness, scene: Scene, i: int, r: random.Random) -> None:
     name = r.choice(("ucdr", "sre"))
     what, content = scene.damaged(scene.states[f"{name}/best"], r)
     scene.write("case/best.pt", content)
-    harness.run("best.pt", f"{i} {name} {what}", lambda: runs.restore(scene.folder / "case", {}, scene.device), str(scene.folder))
+    harness.run("best.pt", f"{i} {name} {what}", lambda: restore(scene.folder / "case", {}, scene.device), str(scene.folder))
 
 
 def case_last(harness: Harness, scene: Scene, i: int, r: random.Random) -> None:

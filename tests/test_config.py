@@ -9,7 +9,19 @@ import pytest
 
 import train
 from tests.helpers import refused
-from ucdr_ref.config import FIELDS, MACHINE, PRESETS, VARIANTS, Config, add_arguments, differences, from_dict, inside, resolve, to_json
+from ucdr_ref.config import (
+    FIELDS,
+    MACHINE,
+    PRESETS,
+    VARIANTS,
+    Config,
+    add_arguments,
+    differences,
+    from_dict,
+    inside,
+    resolve,
+    to_json,
+)
 
 
 def parsed(*flags: str) -> dict:

@@ -1,8 +1,21 @@
 """ucdr_ref: reference implementations of UCDR-Adapter (WACV 2025) and the SRE-CLIP adapter (arXiv 2510.21808).
 
-Shapes in docstrings: `b` batch, `n` patches, `d` vision width, `e` embedding, `t` text width, `m` context vectors, `p` prompt
-length, `c` training classes, `s` source domains, `q` queries, `g` gallery, `r` triplet pairs; for SRE-CLIP also `h` adapter
+The wings, each with a door (`__init__`) that says what to read first; a wing imports only those before it:
+
+    clip         CLIP's towers, tokenizer, weight files; stands alone
+    metrics      retrieval metrics, accuracies, exact search; stands alone
+    ucdr         paper 1: losses, prompts, adapter; needs clip
+    sre          paper 2: losses, adapter, class graph; needs clip
+    machine      files, devices, processes, entry points
+    images       image files to batches, features and indexes
+    training     the loop, and what lets a stopped run go on
+    config       every option of a run, presets, flags
+    experiments  benchmarks, run folders, tables: where everything meets
+    demo, bench  drawn data and its CLIP; measurements; both may be deleted
+
+Shapes in docstrings: `b` batch, `n` patches (or images), `d` vision width, `e` embedding, `t` text width, `m` context vectors, `p`
+prompt length, `c` training classes, `s` source domains, `q` queries, `g` gallery, `r` triplet pairs; for SRE-CLIP also `h` adapter
 width, `N` graph nodes (classes first), `w` class-vector width. Tags such as `D1` and `S1` mark the lines where paper and released
-code differ; the ledger in the README lists them.
+code differ; docs/ledger.md lists them.
 """
 __version__ = "0.1.0"

@@ -185,7 +185,12 @@ def to_json(config: Config) -> str:
     return json.dumps(asdict(config), indent=2) + "\n"
 
 
-def differences(ours: Config, theirs: Config) -> list[str]:
-    """Fields in which two configs differ, as `name: theirs -> ours`; machine fields do not count."""
+def differences(ours: Config, theirs: Config, also: Sequence[str] = ()) -> list[str]:
+    """Fields in which two configs differ, as `name: theirs -> ours`; machine fields, and those in `also`, do not count."""
     return [f"{name}: {getattr(theirs, name)!r} -> {getattr(ours, name)!r}" for name in FIELDS
-            if name not in MACHINE and getattr(ours, name) != getattr(theirs, name)]
+            if name not in (*MACHINE, *also) and getattr(ours, name) != getattr(theirs, name)]
+
+
+def changes(config: Config) -> dict[str, Any]:
+    """The fields that are not at their defaults."""
+    return {name: getattr(config, name) for name, field in FIELDS.items() if getattr(config, name) != field.default}

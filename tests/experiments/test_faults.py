@@ -25,6 +25,7 @@ from tests.helpers import LONGER, flags, refused, same_runs
 from ucdr_ref.clip.tensorfile import file_digest
 from ucdr_ref.config import from_dict
 from ucdr_ref.experiments import classification as sre_evaluation
+from ucdr_ref.experiments import experiment
 from ucdr_ref.experiments import retrieval as evaluation
 from ucdr_ref.machine.files import load_state
 from ucdr_ref.training import journal as resume
@@ -261,7 +262,7 @@ def test_a_resumed_optimizer_must_fit(finished, tmp_path):
 def test_a_signal_in_the_validation_stops_after_it(world, tmp_path, finished, monkeypatch, capsys):
     score = evaluation.validation_score
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         signal.raise_signal(signal.SIGTERM)
         return score(*arguments)
 
@@ -276,10 +277,10 @@ def test_a_signal_in_the_validation_stops_after_it(world, tmp_path, finished, mo
 def test_ctrl_c_in_the_evaluation_is_one_line(world, tmp_path, finished, monkeypatch, capsys):
     shutil.copytree(finished, tmp_path / "run")
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(evaluate, "report", interrupted)
+    monkeypatch.setattr(experiment, "evaluate", interrupted)
     assert train.main(saving(world, tmp_path / "run")) == 130
     assert len(capsys.readouterr().err.splitlines()) == 1
 
@@ -332,12 +333,12 @@ def test_another_class_list_is_refused_unless_told_otherwise(world, tmp_path, ca
     gone = split["train"].pop()
     (moved / "split.json").write_text(json.dumps(split))
     call = ["--run", str(tmp_path / "run"), "--workers", "0", "--out", str(tmp_path / "out")]
-    refused(capsys, evaluate.main(call), "other training classes", gone, "--other-classes")
+    refused(capsys, evaluate.main(call), "not those that", "train", "--other-data")
     assert not (tmp_path / "out").exists()
-    assert evaluate.main([*call, "--other-classes"]) == 0 and (tmp_path / "out" / "results.json").exists()
+    assert evaluate.main([*call, "--other-data"]) == 0 and (tmp_path / "out" / "results.json").exists()
     split["train"] = split["train"][::-1] + [gone]
     (moved / "split.json").write_text(json.dumps(split))
-    refused(capsys, evaluate.main(call), "in another order")
+    refused(capsys, evaluate.main(call), "train")
 
 
 def test_two_trainings_never_share_a_run_folder(world, tmp_path, capsys):

@@ -204,7 +204,7 @@ def test_image_tower_alone_with_a_file_of_class_vectors(scene, tmp_path, capsys)
 def test_dry_run_counts_and_writes_nothing(scene, tmp_path, capsys):
     assert train.main(flags(scene, tmp_path / "dry", "--dry-run")) == 0
     text = capsys.readouterr().out
-    for part in ('"sre_kappa": 0.3', "8 classes (2 unseen), 10 nodes, 9 edges", "36 images, 6 classes", "48 images, 8 classes",
+    for part in ('"method": "sre-clip"', "8 classes (2 unseen), 10 nodes, 9 edges", "36 images, 6 classes", "48 images, 8 classes",
                  "phase sre: 2,384 trainable parameters"):  # 3 (32 16 + 16) + 32 16 + 16 + 16 16 + 16
         assert part in text, part
     assert not (tmp_path / "dry").exists()

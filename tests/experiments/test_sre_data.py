@@ -152,7 +152,9 @@ def test_drawn_folders(tmp_path: Path) -> None:
 def test_features_are_computed_once_and_strokes_inverted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = [image_folder(tmp_path / name, "cow/1.png", "cow/2.png", "t-shirt/3.png") for name in ("photo", "sketch")]
     scanned = [sre_data.scan_folder("--source", root, GRAPH) for root in folders]
-    clip, config = CLIP.from_state_dict(tiny_state_dict()), Config(workers=0, eval_batch=2)
+    clip = CLIP.from_state_dict(tiny_state_dict())
+    for name in "ab":
+        (tmp_path / f"{name}.pt").write_bytes(name.encode())
     calls: list[int] = []
     original = clip.encode_image
 
@@ -163,7 +165,8 @@ def test_features_are_computed_once_and_strokes_inverted(tmp_path: Path, monkeyp
     monkeypatch.setattr(clip, "encode_image", counting)
 
     def compute(weights: str = "a") -> Features:
-        return sre_data.features(scanned, GRAPH, clip, config, weights, tmp_path / "cache", torch.device("cpu"))
+        config = Config(workers=0, eval_batch=2, weights=str(tmp_path / f"{weights}.pt"))  # its digest is in the key
+        return sre_data.features(scanned, GRAPH, clip, config, tmp_path / "cache", torch.device("cpu"))
 
     found = compute()
     images = [open_image(path) for path in found.paths]
@@ -188,7 +191,7 @@ def test_unreadable_images_stop_or_are_left_out(tmp_path: Path) -> None:
 
     def compute(bad: str) -> Features:
         config = Config(workers=0, bad_images=bad)
-        return sre_data.features([sre_data.scan_folder("--target", root, GRAPH)], GRAPH, clip, config, "a", tmp_path / "cache",
+        return sre_data.features([sre_data.scan_folder("--target", root, GRAPH)], GRAPH, clip, config, tmp_path / "cache",
                                  torch.device("cpu"))
 
     with pytest.raises(ValueError, match="1 of 3 images could not be read.*--bad-images skip"):

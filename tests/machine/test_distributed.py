@@ -15,6 +15,7 @@ import torch
 
 import train
 from tests.helpers import flags
+from ucdr_ref.experiments import classification
 from ucdr_ref.machine import processes as distributed
 from ucdr_ref.machine.files import load_state
 from ucdr_ref.ucdr.adapter import UCDRAdapter
@@ -116,6 +117,6 @@ def test_shares_are_the_whole_in_order(monkeypatch, world):
 
 
 def test_sre_clip_wants_one_process(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(train, "world", lambda: 2)
+    monkeypatch.setattr(classification, "world", lambda: 2)
     assert train.main(["--method", "sre-clip", "--run", str(tmp_path / "sre")]) == 2
     assert "without torchrun" in capsys.readouterr().err and not (tmp_path / "sre").exists()

@@ -11,7 +11,7 @@ import torch
 import train as entry
 from tests.helpers import LONGER, equal, flags, same_runs
 from ucdr_ref.machine.files import load_state
-from ucdr_ref.training import loop as engine
+from ucdr_ref.training import journal
 from ucdr_ref.ucdr.adapter import UCDRAdapter
 
 
@@ -87,7 +87,7 @@ def test_a_batch_in_parts_is_the_same_batch(world, tmp_path, uninterrupted, monk
 def test_dying_inside_a_checkpoint_leaves_the_last_one(world, tmp_path, uninterrupted, monkeypatch):
     saves = 0
 
-    def dying(obj, path, save=engine.save_atomic):
+    def dying(obj, path, save=journal.save_atomic):
         nonlocal saves
         saves += 1
         if saves == 3:
@@ -95,7 +95,7 @@ def test_dying_inside_a_checkpoint_leaves_the_last_one(world, tmp_path, uninterr
             raise SystemError("killed")
         save(obj, path)
 
-    monkeypatch.setattr(engine, "save_atomic", dying)
+    monkeypatch.setattr(journal, "save_atomic", dying)
     with pytest.raises(SystemError):
         entry.main(long_flags(world, tmp_path / "cut"))
     assert entry.main(long_flags(world, tmp_path / "cut")) == 0

@@ -77,7 +77,7 @@ def assert_step(method: UCDRAdapter, phase: str, record: dict, optimizer: torch.
         assert value.double().norm().item() == pytest.approx(golden["norm"], abs=record["lr"]), name
 
 
-def replay(queues: ClassQueues, picks: torch.Tensor, labels: torch.Tensor, r: int) -> tuple[torch.Tensor, ...]:
+def replay(queues: ClassQueues, picks: torch.Tensor, labels: torch.Tensor, r: int, place: object) -> tuple[torch.Tensor, ...]:
     return *queues.pairs(labels, picks[:, 0::2], picks[:, 1::2]), torch.ones(len(labels), dtype=torch.bool)
 
 

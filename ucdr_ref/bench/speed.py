@@ -105,7 +105,7 @@ def timed(work: Callable[[], Any], steps: int, device: torch.device, warm_up: bo
         work()
     wait()
     return {"cpu_s": (time.process_time() - cpu) / steps, "wall_s": (time.perf_counter() - wall) / steps,
-            "memory_gib": memory_gib()}
+            "memory_gib": memory_gib(device)}
 
 
 def measure(part: str, side: str, sizes: dict[str, Any]) -> dict[str, float]:

@@ -40,11 +40,14 @@ def class_text_features(clip: CLIP, class_names: Sequence[str], chunk: int = 256
 class ZeroShot(nn.Module):
     """CLIP as it is, behind a method's `encode`: the baseline."""
 
-    def __init__(self, clip: CLIP) -> None:
+    PHASES: tuple[str, ...] = ()
+
+    def __init__(self, clip: CLIP, normalized: bool = True) -> None:
         super().__init__()
-        self.clip = clip.requires_grad_(False)
+        self.clip, self.normalized = clip.requires_grad_(False), normalized
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """images [b, 3, H, W] -> L2-normalised features [b, e]."""
-        return F.normalize(self.clip.encode_image(images).float(), dim=-1)
+        """images [b, 3, H, W] -> features [b, e], L2-normalised unless asked otherwise (D18)."""
+        features = self.clip.encode_image(images).float()
+        return F.normalize(features, dim=-1) if self.normalized else features

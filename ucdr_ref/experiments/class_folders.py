@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from ..clip.model import CLIP
+from ..clip.tensorfile import file_digest
+from ..clip.zero_shot import ZeroShot
 from ..config import Config
 from ..images.batches import Files
 from ..images.cache import build_index, list_images
-from ..images.features import path_encoder
+from ..images.features import Extractor
 from ..machine.processes import fold
 from ..sre.adapter import EPOCH, Batch, unseen_indices
 from ..sre.graph import Graph, canonical, duplicates, load_graph
@@ -149,20 +151,20 @@ def summary(sources: Sequence[Folder], targets: Sequence[Folder], graph: Graph, 
     return "\n".join(lines)
 
 
-def features(folders: Sequence[Folder], graph: Graph, clip: CLIP, config: Config, weights_sha256: str, cache: Path,
+def features(folders: Sequence[Folder], graph: Graph, clip: CLIP, config: Config, cache: Path,
              device: torch.device) -> Features:
     """Features of the folders' images by the frozen tower, from `cache` or computed now and put there.
 
     An entry is used only for the same files (names, sizes, times), weights and preprocessing. Raises ValueError for an
     unreadable image, unless --bad-images skip.
     """
-    model = [weights_sha256, config.heads, config.precision, sorted(config.stroke_domains)]
+    model = [file_digest(config.weights), config.heads, config.precision, sorted(config.stroke_domains)]
     key = hashlib.sha256(json.dumps(model).encode()).hexdigest()
     number = {name: k for k, name in enumerate(graph.names[: graph.classes])}
+    encoder = Extractor(ZeroShot(clip, normalized=False), config, device)
     parts, paths, labels = [], [], []
     for folder in folders:
-        encode_paths = path_encoder(clip.encode_image, clip.image_size, config, device)
-        index = build_index(folder.root, encode_paths, key, cache, config.bad_images)
+        index = build_index(folder.root, encoder.of_paths(), key, cache, config.bad_images)
         label = dict(zip(folder.files.paths, folder.files.classes))
         found = [index.path(row) for row in range(len(index.paths))]
         parts.append(index.features)

@@ -1,10 +1,13 @@
-"""Domain-adaptive zero-shot classification to tables: SRE-CLIP beside CLIP as it is, on the same target images."""
+"""Domain-adaptive zero-shot classification as an experiment: SRE-CLIP beside CLIP as it is, on the same target images."""
 from __future__ import annotations
 
 import csv
 import io
 import json
 import math
+import os
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,19 +17,100 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..clip.model import CLIP
-from ..clip.tensorfile import file_digest
 from ..clip.zero_shot import class_text_features
 from ..config import Config
+from ..images.features import prototypes
 from ..machine.files import write_atomic, write_text_atomic
+from ..machine.processes import world
 from ..metrics import zero_shot_accuracy
-from ..sre.adapter import SRECLIP
-from ..sre.graph import Graph, parse_graph
-from .class_folders import Features, features, scan_folder
+from ..sre.adapter import SRECLIP, check_unseen
+from ..sre.class_vectors import node_vectors
+from ..sre.graph import Graph, normalised_adjacency, parse_graph
+from ..training.journal import load_own_state
+from . import class_folders
+from .class_folders import Features, Folder, features
+from .contract import Experiment, Training
+from .run_folder import check_sizes
 
 COLUMNS = {"zsl": "ZSL", "unseen": "unseen", "seen": "seen", "h": "H"}
 TEXT, PROTOTYPES = "zero-shot", "prototypes"  # baselines
 SCORES = "test_scores.jsonl"
 PUBLISHED = {"awa2": "published (I2AwA, instance): unseen 69.7, seen 88.0, H 77.7, an ablation line in the released code"}
+
+
+@dataclass(frozen=True)
+class Data:
+    """The class graph, which of its classes are unseen, and the folders of images."""
+
+    graph: Graph
+    unseen: list[int]
+    sources: list[Folder]
+    targets: list[Folder]
+
+    def digests(self) -> dict[str, Any]:
+        lists = {part: [folder.files.digest(os.path.realpath(folder.root)) for folder in folders]
+                 for part, folders in (("source", self.sources), ("target", self.targets))}
+        return {**lists, "graph": class_folders.graph_digest(self.graph, self.unseen)}
+
+
+def prepare(config: Config) -> tuple[Config, Data]:
+    """Graph and folders; the drawn data is drawn first where it is absent. Raises ValueError or FileNotFoundError."""
+    if world() > 1:
+        raise ValueError("--method sre-clip encodes each image once and then trains on features, for which one process is "
+                         "enough: start it without torchrun")
+    if config.dataset == "toy" and not config.source:
+        config = class_folders.drawn(config)
+    graph, unseen = class_folders.graph_and_unseen(config)
+    sources = class_folders.scan_sources(config, graph, unseen)
+    return config, Data(graph, unseen, sources, [class_folders.scan_folder("--target", config.target, graph)])
+
+
+def build(config: Config, data: Data, clip: CLIP, device: torch.device) -> Experiment:
+    """A method that starts from its initial values, drawn from torch's global generator."""
+    graph, names = data.graph, data.graph.names[:data.graph.classes]
+    vectors = node_vectors(graph, clip, config.class_vectors)
+    method = SRECLIP(clip, names, vectors, normalised_adjacency(graph.edges, len(graph.ids)), data.unseen, config).to(device)
+
+    def start(folder: Path) -> Training:
+        source, target = (features(folders, graph, clip, config, folder / "features", device)
+                          for folders in (data.sources, data.targets))
+        name, anchors = baseline(clip, graph, source)
+        extra = {"graph": asdict(graph), "unseen_ids": data.unseen, "baseline": name, "anchors": anchors}
+        validate = None
+        if config.sre_report == "best-test":  # S6
+            validate = partial(test_score, method, target, device, folder)
+        feeds = {"sre": class_folders.feed(source, target, config, device)}
+        # No tower runs in this loop, so its arithmetic stays float32; test evaluations are noted, but none stops it.
+        return Training(feeds, validate, replace(config, precision="fp32"), config.sre_iterations, extra)
+
+    count = sum(parameter.numel() for parameter in method.trainable("sre").values())
+    summary = class_folders.summary(data.sources, data.targets, graph, data.unseen)
+    domains = [Path(root).name for root in config.source]
+    return Experiment(method, names, domains, f"{summary}\nphase sre: {count:,} trainable parameters", data.digests(), start)
+
+
+def check(config: Config, state: dict[str, Any], path: Path) -> None:
+    """Raises Misfit, KeyError, TypeError or ValueError for a checkpoint of other sizes, or a graph that is none."""
+    graph, unseen, anchors = parse_graph(state["graph"]), state["unseen_ids"], state["anchors"]
+    if not (isinstance(state["baseline"], str) and isinstance(unseen, list) and all(type(k) is int for k in unseen)):
+        raise TypeError("the baseline or the unseen classes are something else")
+    if len(state["class_names"]) != graph.classes:
+        raise ValueError(f"{len(state['class_names'])} class names, {graph.classes} classes in the graph")
+    check_unseen(torch.tensor(unseen, dtype=torch.long), state["class_names"])
+    if anchors.shape != (graph.classes, state["method"]["adapter.query.weight"].shape[1]) or not torch.isfinite(anchors).all():
+        raise ValueError(f"the baseline's anchors are {list(anchors.shape)}, or not finite")
+    extra = config.sre_batch - 1 if config.bank_ring == "released" else 0
+    check_sizes(path, state["method"], {"bank.store": [config.sre_bank + extra, config.sre_hidden],
+                                        "class_vectors": [len(graph.ids)]})
+
+
+def rebuild(config: Config, clip: CLIP, state: dict[str, Any], path: Path, device: torch.device) -> SRECLIP:
+    """The method of a checkpoint, ready to encode."""
+    graph, vectors = parse_graph(state["graph"]), state["method"]["class_vectors"]
+    adjacency = normalised_adjacency(graph.edges, len(graph.ids))
+    method = SRECLIP(clip, state["class_names"], vectors, adjacency, state["unseen_ids"], config).to(device)
+    load_own_state(method, state["method"], path)
+    return method.eval()
 
 
 def baseline(clip: CLIP, graph: Graph, source: Features) -> tuple[str, Tensor]:
@@ -37,10 +121,9 @@ def baseline(clip: CLIP, graph: Graph, source: Features) -> tuple[str, Tensor]:
     names = graph.names[: graph.classes]
     if clip.has_text:
         return TEXT, class_text_features(clip, names).cpu()
-    sums = torch.zeros(len(names), clip.embed_dim)
-    for part in torch.arange(len(source)).split(4096):
-        sums.index_add_(0, source.labels[part], F.normalize(source.take(part), dim=1))
-    return PROTOTYPES, F.normalize(sums, dim=1)
+    chunks = torch.arange(len(source)).split(4096)
+    parts = ((F.normalize(source.take(part), dim=1), source.labels[part]) for part in chunks)
+    return PROTOTYPES, F.normalize(prototypes(parts, len(names)), dim=1)
 
 
 def baseline_logits(target: Features, anchors: Tensor) -> Tensor:
@@ -91,17 +174,25 @@ def best_scores(folder: Path) -> tuple[int, dict[str, dict[str, float | None]]]:
     return len(lines), {average: {name: maximum(average, name) for name in COLUMNS} for average in ("instance", "class")}
 
 
-def evaluate(folder: Path, config: Config, method: SRECLIP, state: dict[str, Any],
+def tested(config: Config, state: dict[str, Any]) -> Data:
+    """What a run is evaluated on: the graph it was trained with, and the target images."""
+    if world() > 1:
+        raise ValueError("a run of sre-clip is evaluated by one process: start it without torchrun")
+    graph = parse_graph(state["graph"])
+    return Data(graph, list(state["unseen_ids"]), [], [class_folders.scan_folder("--target", config.target, graph)])
+
+
+def evaluate(config: Config, data: Data, method: SRECLIP, state: dict[str, Any], folder: Path,
              device: torch.device) -> list[dict[str, Any]]:
     """Rows of baseline and method: accuracies in 0..1 under `instance` and `class`, and `details` for the files."""
-    graph, unseen = parse_graph(state["graph"]), list(state["unseen_ids"])
-    target = features([scan_folder("--target", config.target, graph)], graph, method.clip, config,
-                      file_digest(config.weights), folder / "features", device)
+    graph, unseen = data.graph, data.unseen
+    names = graph.names[: graph.classes]
+    target = features(data.targets, graph, method.clip, config, folder / "features", device)
     about = {"images": len(target), "classes": len(target.labels.unique())}
     rows: list[dict[str, Any]] = []
     predicted = {state["baseline"]: baseline_logits(target, state["anchors"]), "sre-clip": logits(method, target, device)}
     for name, scores in predicted.items():
-        details = {"logits": scores, "labels": target.labels, "names": graph.names[: graph.classes], "unseen": unseen}
+        details = {"logits": scores, "labels": target.labels, "names": names, "unseen": unseen}
         rows.append({"method": name, **about, **accuracies(scores, target, unseen), "details": details})
     if config.sre_report == "best-test":  # S6
         count, best = best_scores(folder)
@@ -126,7 +217,7 @@ def table(rows: list[dict[str, Any]], config: Config) -> str:
     return "\n".join(lines)
 
 
-def write_results(rows: list[dict[str, Any]], folder: Path, about: dict[str, Any]) -> None:
+def write_results(rows: list[dict[str, Any]], folder: Path, about: dict[str, Any]) -> str:
     """results.json, per_class.csv and confusion.png in `folder`."""
     plain = [{key: value for key, value in row.items() if key != "details"} for row in rows]
     write_text_atomic(folder / "results.json", json.dumps({**about, "rows": plain}, indent=2) + "\n")
@@ -147,6 +238,7 @@ def write_results(rows: list[dict[str, Any]], folder: Path, about: dict[str, Any
         pictures.append((row["method"], counts.double() / counts.sum(dim=1, keepdim=True).clamp(min=1)))
     write_text_atomic(folder / "per_class.csv", text.getvalue())
     confusion_picture(pictures, rows[0]["details"]["names"], rows[0]["details"]["unseen"], folder / "confusion.png")
+    return "results.json, per_class.csv, confusion.png"
 
 
 def confusion_picture(pictures: list[tuple[str, Tensor]], names: list[str], unseen: list[int], path: Path) -> None:

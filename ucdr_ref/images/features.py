@@ -1,54 +1,94 @@
 """Features of image files by any method's `encode`; several processes share the work."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..clip.model import CLIP
 from ..clip.zero_shot import preprocess
-from ..config import Config
+from ..machine.options import Shared
 from ..machine.processes import autocast, gather, share
 from .batches import Files, ImageDataset, chunks, load
 from .cache import EncodePaths
 
 
-def extract(encode: Callable[[Tensor], Tensor], files: Files, config: Config, image_size: int,
-            device: torch.device) -> tuple[Tensor, list[int]]:
-    """Features [N, e] of a file list, on the CPU in float32, and the indices of the N readable files, in every process."""
-    dataset = ImageDataset(files, preprocess(image_size), config.stroke_domains)
-    features, kept = [], []
-    batches = share(chunks(len(files), config.eval_batch))
-    for indices, images in load(dataset, batches, config.workers, config.bad_images == "skip", device):
-        if len(indices):
-            with torch.inference_mode(), autocast(config.precision, device):
-                features.append(encode(images.to(device, non_blocking=True)).float().cpu())
-            kept += indices.tolist()
-    features, kept = gather(features), gather(kept)
-    if not kept:
-        raise ValueError(f"none of the {len(files)} images could be read; the first is {files.paths[0]}")
-    return torch.cat(features), kept
+class Encoder(typing.Protocol):
+    """What extraction needs of a method."""
+
+    clip: CLIP
+
+    def encode(self, images: Tensor) -> Tensor: ...
 
 
-def path_encoder(encode: Callable[[Tensor], Tensor], image_size: int, config: Config, device: torch.device,
-                 invert: str = "auto") -> EncodePaths:
-    """encode_paths(paths) -> (indices [b], features [b, .]) batch by batch; unreadable images are left out.
+@dataclass(frozen=True)
+class Extractor:
+    """A method bound to the run's options and device: image files in, features [n, e] (float32) out."""
 
-    invert: whether the images are dark strokes on white: yes, no, or auto, where a folder on the path named like a stroke
-    domain says so (D14).
-    """
-    def domain(path: str) -> str:
-        if invert == "auto":
-            return next((part for part in Path(path).parts[:-1] if part in config.stroke_domains), "")  # D14
-        return "strokes" if invert == "yes" else ""
+    method: Encoder
+    options: Shared
+    device: torch.device
 
-    def encode_paths(paths: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
-        files = Files(paths, [""] * len(paths), [domain(path) for path in paths])
-        dataset = ImageDataset(files, preprocess(image_size), (*config.stroke_domains, "strokes"))
-        for indices, images in load(dataset, chunks(len(paths), config.eval_batch), config.workers, True, device):
+    def stream(self, files: Files, batches: Sequence[Sequence[int]], skip_bad: bool,
+               strokes: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(indices [b], features [b, e]) of the readable images of each batch of indices, in their order.
+
+        Images of the domains `strokes` are colour-inverted. Unreadable ones raise ValueError unless `skip_bad`. The consumer
+        runs outside inference mode and autocast.
+        """
+        dataset = ImageDataset(files, preprocess(self.method.clip.image_size), strokes)
+        for indices, images in load(dataset, batches, self.options.workers, skip_bad, self.device):
             if len(indices):
-                with torch.inference_mode(), autocast(config.precision, device):
-                    yield indices, encode(images.to(device, non_blocking=True)).float()
+                with torch.inference_mode(), autocast(self.options.precision, self.device):
+                    features = self.method.encode(images.to(self.device, non_blocking=True)).float()
+                yield indices, features.clone()  # a usual tensor, not an inference one
 
-    return encode_paths
+    def features(self, files: Files) -> tuple[Tensor, list[int]]:
+        """Features [n, e] on the CPU and the indices of the n readable files, in every process.
+
+        Raises ValueError when no file can be read, or one cannot and --bad-images is error.
+        """
+        features, kept = [], []
+        batches = share(chunks(len(files), self.options.eval_batch))
+        skip_bad = self.options.bad_images == "skip"
+        for indices, rows in self.stream(files, batches, skip_bad, self.options.stroke_domains):
+            features.append(rows.cpu())
+            kept += indices.tolist()
+        features, kept = gather(features), gather(kept)
+        if not kept:
+            raise ValueError(f"none of the {len(files)} images could be read; the first is {files.paths[0]}")
+        return torch.cat(features), kept
+
+    def of_paths(self, invert: str = "auto") -> EncodePaths:
+        """encode_paths(paths) -> (indices [b], features [b, e]) batch by batch; unreadable images are left out.
+
+        invert: whether the images are dark strokes on white: yes, no, or auto, where a folder on the path named like a
+        stroke domain says so (D14).
+        """
+        def domain(path: str) -> str:
+            if invert == "auto":
+                return next((part for part in Path(path).parts[:-1] if part in self.options.stroke_domains), "")  # D14
+            return "strokes" if invert == "yes" else ""
+
+        def encode_paths(paths: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
+            files = Files(paths, [""] * len(paths), [domain(path) for path in paths])
+            batches = chunks(len(paths), self.options.eval_batch)
+            return self.stream(files, batches, True, (*self.options.stroke_domains, "strokes"))
+
+        return encode_paths
+
+
+def prototypes(parts: Iterable[tuple[Tensor, Tensor]], classes: int) -> Tensor:
+    """The sum of each class's normalised features [classes, e], a direction; zero for a class without any.
+
+    parts: pairs of features [n, e] and their class ids [n].
+    """
+    sums = Tensor()
+    for features, labels in parts:
+        sums = sums if len(sums) else features.new_zeros(classes, features.shape[1])
+        sums.index_add_(0, labels, features)
+    return sums

@@ -1,4 +1,4 @@
-"""The computer a run is on: files that are written whole or not at all, and devices, precision and processes.
+"""The computer a run is on: files that are written whole or not at all, devices, precision, processes, entry points.
 
-Read `files`, then `processes`. Nothing here knows of a method or an image.
+Read `files`, `processes` and `command`; `options` are those that every run has. Nothing here knows of a method or an image.
 """

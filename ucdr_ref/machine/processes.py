@@ -170,10 +170,12 @@ def main_first() -> Iterator[None]:
 
 
 def pick_device(name: str) -> torch.device:
-    """cpu, cuda, ... or auto; ValueError when this machine does not have it."""
+    """cpu, cuda, ... or auto, and this process's own GPU where torchrun gave it one; ValueError when it cannot be had."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         device = own_device(device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # what names no device, such as the peak memory or NCCL, means this one
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu") from None
@@ -187,10 +189,10 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def memory_gib() -> float:
-    """Peak memory: of the GPU where one is used, else of the process."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2 ** 30
+def memory_gib(device: torch.device) -> float:
+    """Peak memory: of the GPU where `device` is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
     try:
         import resource
     except ImportError:  # not on Windows

@@ -2,3 +2,8 @@
 
 Read `losses`, then `adapter` beside the paper; `graph`, `wordnet` and `class_vectors` make what it is built from.
 """
+from .adapter import SRECLIP, Batch
+from .graph import Graph, load_graph, normalised_adjacency
+from .options import Options
+
+__all__ = ["Batch", "Graph", "Options", "SRECLIP", "load_graph", "normalised_adjacency"]

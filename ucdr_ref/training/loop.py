@@ -1,30 +1,24 @@
-"""The training loop.
+"""The training loop of both papers.
 
-All randomness of a step follows from (seed, phase, epoch, step), so a
-run that is started again by the same command equals one that was never interrupted.
+All randomness of a step follows from (seed, phase, epoch, step), so a run that is started again by the same command equals one
+that was never interrupted.
 """
 from __future__ import annotations
 
 import json
 import math
-import signal
-import threading
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..clip.model import CLIP
-from ..config import Config
-from ..machine import processes as distributed
-from ..machine.files import save_atomic, write_text_atomic
-from ..machine.processes import Stopped, autocast, fold
-from .journal import Progress, ProgressLine, load_optimizer, open_log, read_last, record, sync
+from ..machine import processes
+from ..machine.files import write_text_atomic
+from ..machine.processes import autocast, fold
+from .journal import Journal, ProgressLine, Run, Stateful, opened
 
 
 @dataclass
@@ -40,27 +34,7 @@ class Feed:
     cut: Callable[[Any], list[tuple[Any, float]]] = lambda batch: [(batch, 1.0)]
 
 
-@dataclass(frozen=True)
-class Run:
-    """The folder a run writes into, and what goes with its weights into every checkpoint."""
-
-    folder: Path
-    config: Config
-    device: torch.device
-    extra: dict[str, Any]
-
-
-class Encoder(typing.Protocol):
-    """What evaluation and retrieval need of a method."""
-
-    clip: CLIP
-
-    def encode(self, images: Tensor) -> Tensor: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any: ...
-
-
-class Method(Encoder, typing.Protocol):
+class Method(Stateful, typing.Protocol):
     """What the loop needs of a method; any module with these will do."""
 
     PHASES: tuple[str, ...]
@@ -73,116 +47,73 @@ class Method(Encoder, typing.Protocol):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
-def own_state(method: Encoder) -> dict[str, Tensor]:
-    """The method's state without CLIP's frozen weights, which stay in their own file."""
-    return {name: value for name, value in method.state_dict().items() if not name.startswith("clip.")}
-
-
-def load_own_state(method: Encoder, state: dict[str, Tensor], path: Path) -> None:
-    """Strict, in names and shapes; ValueError in one sentence."""
-    expected = own_state(method)
-    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
-        raise ValueError(f"{path} holds something other than tensors by name; use another checkpoint")
-    wrong = (sorted(set(expected).symmetric_difference(state))
-             or [name for name in expected if expected[name].shape != state[name].shape])
-    if wrong:
-        name = wrong[0]
-        raise Misfit(path, name, *(list(part[name].shape) if name in part else None for part in (state, expected)))
-    method.load_state_dict(state, strict=False)
-
-
-class Misfit(ValueError):
-    """A checkpoint of other weights, classes or domains."""
-
-    def __init__(self, path: Path, name: str, there: list[int] | None, here: list[int] | None) -> None:
-        super().__init__(f"{path} was trained with other weights, classes or domains: {name} is {shape(there)} there, "
-                         f"{shape(here)} here; give the run's own --weights and --data-root")
-
-
-def shape(size: list[int] | None) -> str:
-    return "absent" if size is None else str(size)
-
-
 def train(method: Method, feeds: Mapping[str, Feed], validate: Callable[[], float] | None, run: Run) -> None:
     """All phases of a method, from where last.pt stands; leaves last.pt, best.pt and log.jsonl in the run folder.
 
-    `validate` gives the mAP by which the last phase keeps its best epoch and stops early; None keeps the last.
+    `validate` gives the score by which the last phase keeps its best epoch and stops early; None keeps the last.
     Raises Stopped after SIGINT or SIGTERM, ValueError at a non-finite loss.
     """
-    progress, optimizer_state = Progress(), None
-    last = run.folder / "last.pt"
-    if last.exists():
-        weights, progress, optimizer_state = read_last(last, len(method.PHASES))
-        load_own_state(method, weights, last)
-    with open_log(run.folder / "log.jsonl", progress.log_bytes) as log, stop_signals() as stopping:
+    with opened(run, method, len(method.PHASES)) as journal:
         for index, phase in enumerate(method.PHASES):
-            if index < progress.phase:
+            if index < journal.progress.phase:
                 continue
             selecting = validate if index == len(method.PHASES) - 1 else None
-            fit(method, phase, feeds[phase], selecting, run, progress, optimizer_state, log, stopping)
-            progress, optimizer_state = Progress(phase=index + 1, log_bytes=progress.log_bytes), None
+            fit(method, phase, feeds[phase], selecting, journal)
+            journal.next_phase(index + 1)
     if validate is None or not feeds[method.PHASES[-1]].epochs:
-        save_atomic({"method": own_state(method), **run.extra}, run.folder / "best.pt")
+        journal.keep_best(method)
 
 
-def fit(method: Method, phase: str, feed: Feed, validate: Callable[[], float] | None, run: Run, progress: Progress,
-        optimizer_state: dict[str, Any] | None, log: BinaryIO, stopping: list[int]) -> None:
+def fit(method: Method, phase: str, feed: Feed, validate: Callable[[], float] | None, journal: Journal) -> None:
     """One phase: steps, checkpoints, validation after each epoch, early stop."""
-    config = run.config
+    run, progress = journal.run, journal.progress
     method.start(phase)
     trained = thawed(method, phase)
     optimizer = method.optimizer(phase)
-    if optimizer_state is not None:
-        load_optimizer(optimizer, optimizer_state, run.folder / "last.pt")
-
-    def save() -> None:
-        sync(log)
-        save_atomic({"progress": asdict(progress), "method": own_state(method), "optimizer": optimizer.state_dict(), **run.extra},
-                    run.folder / "last.pt")
-        distributed.wait()
-
-    line = ProgressLine(phase, feed.epochs)
-    while progress.epoch < feed.epochs and (validate is None or progress.stale < config.patience):
+    journal.resume(optimizer)
+    line = ProgressLine(phase, feed.epochs, run.device)
+    while progress.epoch < feed.epochs and (validate is None or progress.stale < run.patience):
         order = feed.order(progress.epoch)
         for batch, files in feed.load(progress.epoch, order[progress.step:]):
-            torch.manual_seed(fold(config.seed, phase, progress.epoch, progress.step))
+            torch.manual_seed(fold(run.options.seed, phase, progress.epoch, progress.step))
             for group in optimizer.param_groups:
-                group["lr"] = method.learning_rate(phase, progress.epoch, progress.step) * group.get("factor", 1.0)
+                rate = method.learning_rate(phase, progress.epoch, progress.step)
+                group["lr"] = rate * group.get("factor", 1.0)
             optimizer.zero_grad(set_to_none=True)
             sums: list[Tensor] = []
             for part, share in feed.cut(batch):
-                with autocast(config.precision, run.device):
+                with autocast(run.options.precision, run.device):
                     terms = method.step(part, phase)
                 (share * terms["loss"]).backward()  # adds to the gradients of the parts before
                 sums.append(share * torch.stack([term.detach().float() for term in terms.values()]))
             shown = torch.stack(sums).sum(0)
             gradients = [parameter.grad for parameter in trained.values() if parameter.grad is not None]
-            distributed.average([*gradients, shown], weight=len(files))
+            processes.average([*gradients, shown], weight=len(files))
             norm = torch.stack([gradient.norm() for gradient in gradients]).sum()
             *numbers, size = torch.cat([shown, norm[None]]).tolist()  # the step's only wait for the device
             values = dict(zip(terms, numbers))
             stop_if_not_finite(values, size, {"phase": phase, **asdict(progress), "files": files}, run)
             optimizer.step()
             progress.step += 1
-            record(log, progress, {"phase": phase, "epoch": progress.epoch, "step": progress.step, **values})
-            line.show(progress, len(order), len(files) * distributed.world(), values)
-            stop = distributed.any_of(bool(stopping))
-            if stop or progress.step % config.save_every == 0:
-                save()
+            journal.record({"phase": phase, "epoch": progress.epoch, "step": progress.step, **values})
+            line.show(progress, len(order), len(files) * processes.world(), values)
+            stop = journal.stop_wanted()
+            if stop or progress.step % run.options.save_every == 0:
+                journal.save(method, optimizer)
             if stop:
-                raise stopped(stopping, phase, progress)
+                raise journal.stopped(phase)
         progress.epoch, progress.step = progress.epoch + 1, 0
         if validate is not None:
-            found = distributed.gather([validate()])[0]
+            found = processes.gather([validate()])[0]
             progress.stale = 0 if found > progress.best else progress.stale + 1
             if found > progress.best:
                 progress.best = found
-                save_atomic({"method": own_state(method), **run.extra}, run.folder / "best.pt")
-            record(log, progress, {"phase": phase, "epoch": progress.epoch, "validation_mAP": found})
+                journal.keep_best(method)
+            journal.record({"phase": phase, "epoch": progress.epoch, "validation_mAP": found})
             line.end(f"{phase} {progress.epoch}/{feed.epochs} | selection score {found:.4f} (best {progress.best:.4f})")
-        save()
-        if distributed.any_of(bool(stopping)):  # a signal came in the validation
-            raise stopped(stopping, phase, progress)
+        journal.save(method, optimizer)
+        if journal.stop_wanted():  # a signal came in the validation
+            raise journal.stopped(phase)
     line.end()
 
 
@@ -194,37 +125,16 @@ def thawed(method: Method, phase: str) -> dict[str, nn.Parameter]:
     return trained
 
 
-def stopped(stopping: list[int], phase: str, progress: Progress) -> Stopped:
-    reason = signal.Signals(stopping[0]).name if stopping else "another process"
-    return Stopped(f"stopped by {reason} in phase {phase}, epoch {progress.epoch + 1}, step {progress.step}; everything is "
-                   "saved: run the same command to go on")
-
-
 def stop_if_not_finite(values: dict[str, float], gradient: float, where: dict[str, Any], run: Run) -> None:
     """Raises ValueError before a non-finite loss or gradient reaches the weights; the batch goes into nonfinite.json."""
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if not bad and math.isfinite(gradient):
         return
     bad = bad or ["gradient"]
-    where["files"] = distributed.gather(where["files"])
+    where["files"] = processes.gather(where["files"])
     path = run.folder / "nonfinite.json"
     shown = {name: repr(value) for name, value in values.items()}  # JSON has no word for NaN
     write_text_atomic(path, json.dumps({"terms": bad, "values": shown, **where}, indent=2) + "\n")
     raise ValueError(f"{', '.join(bad)} not finite in phase {where['phase']}, epoch {where['epoch'] + 1}, step "
                      f"{where['step'] + 1}; the batch's files are in {path}; lower the learning rate or look at them (the "
                      "last checkpoint is intact)")
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM in a list for as long as the block runs, so that a step can be finished first."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -4,3 +4,7 @@ Read `losses`, `prompts`, `adapter` beside the paper; `plain` is the same comput
 The letters at the equations: (T) learnable text template, (P) source prompts, (E) source encoding with the true domain and class,
 (M) momentum encoder and class queues, (A) target prompt generator, (G) target encoding.
 """
+from .adapter import Batch, ClassQueues, UCDRAdapter
+from .options import Options
+
+__all__ = ["Batch", "ClassQueues", "Options", "UCDRAdapter"]

@@ -1,7 +1,7 @@
 """UCDR-Adapter (Jiang et al., WACV 2025): source adapter learning, target prompt generation, retrieval by image alone."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..clip.model import CLIP
 from ..clip.zero_shot import class_text_features
-from ..machine.processes import gather_rows, place
 from . import losses
 from .options import Options
 from .prompts import TargetPromptGenerator, TextTemplate, prompt_bank
@@ -62,12 +61,15 @@ class ClassQueues(nn.Module):
         return (self.take(class_ids[:, None], positive),
                 self.take(other, flat - (ends - self.counts)[other]))
 
-    def draw(self, class_ids: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-        """r uniform positives and negatives per image: I_p, I_n [b, r, e], and which images have both [b]."""
+    def draw(self, class_ids: Tensor, r: int, place: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """r uniform positives and negatives per image: I_p, I_n [b, r, e], and which images have both [b].
+
+        place: where these images stand in a batch of several processes: the first one's number, and the count of all.
+        """
         own = self.counts[class_ids][:, None]
         others = self.counts.sum() - own
         # Drawn on the CPU, for the whole batch: a run takes the same pairs on every device and on any number of processes.
-        start, total = place(len(class_ids))
+        start, total = place or (0, len(class_ids))
         u = torch.rand(2, total, r, dtype=torch.float64)[:, start:start + len(class_ids)].to(own.device, non_blocking=True)
         positive, negative = (u[0] * own).long(), (u[1] * others).long()
         valid = ((own > 0) & (others > 0)).squeeze(1)
@@ -78,7 +80,8 @@ class UCDRAdapter(nn.Module):
     """CLIP with source prompts, text template and target prompt generator.
 
     clip: both towers, frozen. class_names [c], domain_names [s]: what the training images are labelled with.
-    class_features [c, e]: fixed anchors in place of the text template (D13).
+    class_features [c, e]: fixed anchors in place of the text template (D13). join and place: for a batch that several
+    processes share, the rows [b, ...] of all of them, and where this one's `count` rows stand: (first, count of all).
     Raises ValueError when a class name is too long, or when text is needed and the weights have no text tower.
     """
 
@@ -91,8 +94,10 @@ class UCDRAdapter(nn.Module):
     momentum_class_prompts: Tensor  # [c, p, d]
 
     def __init__(self, clip: CLIP, class_names: Sequence[str], domain_names: Sequence[str], config: Options,
-                 class_features: Tensor | None = None) -> None:
+                 class_features: Tensor | None = None, join: Callable[[Tensor], Tensor] = lambda rows: rows,
+                 place: Callable[[int], tuple[int, int]] = lambda count: (0, count)) -> None:
         super().__init__()
+        self.join, self.place = join, place
         self.clip, self.config = clip.requires_grad_(False), config
         c, s, d, p = len(class_names), len(domain_names), clip.vision_width, config.prompt_length
         self.domain_prompts = prompt_bank(s, p, clip.patch, d)  # U
@@ -198,10 +203,11 @@ class UCDRAdapter(nn.Module):
         align = losses.image_text_contrast(f, self.text_features(), batch.class_ids, config.tau)
         if config.triplet_pairs == 0:
             return {"loss": align, "align": align}
-        entering = gather_rows(self.momentum_features(patches, batch)), gather_rows(batch.class_ids)
+        entering = self.join(self.momentum_features(patches, batch)), self.join(batch.class_ids)
         if config.queue_push == "before":  # D12
             self.queues.push(*entering)
-        positives, negatives, valid = self.queues.draw(batch.class_ids, config.triplet_pairs)
+        positives, negatives, valid = self.queues.draw(batch.class_ids, config.triplet_pairs,
+                                                           self.place(len(batch.images)))
         triplet = losses.triplet(f, positives, negatives, valid, config.margin, config.triplet_distance == "squared")
         if config.queue_push == "after":  # D12
             self.queues.push(*entering)

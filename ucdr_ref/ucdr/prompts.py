@@ -33,7 +33,8 @@ class TextTemplate(nn.Module):
         super().__init__()
         clip.require_text()
         device = clip.logit_scale.device
-        self.ctx = nn.Parameter(torch.empty(m, clip.text_width, device=device).normal_(std=0.02))
+        start = torch.empty(m, clip.text_width).normal_(std=0.02)  # on the CPU, as all initial values: the same everywhere
+        self.ctx = nn.Parameter(start.to(device))
         prompts = [encode(f"a photo of {readable(name)} from {' '.join('X' * m)} domain.") for name in class_names]
         for name, ids in zip(class_names, prompts):
             if len(ids) > clip.context_length:

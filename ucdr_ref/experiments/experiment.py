@@ -1,0 +1,133 @@
+"""One contract for every experiment: built from a config, trained, found again in its run folder, evaluated.
+
+A task is a module: `retrieval` for UCDR, `classification` for domain-adaptive zero-shot classification. A third one is a module with
+the same functions and an entry in `TASKS`:
+
+    prepare(config) -> config, data          scans the images of a training, draws the drawn ones
+    build(config, data, clip, device)        -> Experiment
+    check(config, state, path)               raises ValueError and the like for a checkpoint that rebuild could not take
+    rebuild(config, clip, state, path, device)  -> the method of a checkpoint
+    tested(config, state) -> data            what a run is evaluated on, with `digests()`
+    evaluate(config, data, method, state, folder, device) -> rows
+    table(rows, config) -> text;  write_results(rows, folder, about)
+"""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..clip.load import load_clip
+from ..clip.model import CLIP
+from ..clip.tensorfile import file_digest
+from ..config import Config, changes
+from ..machine.files import save_atomic
+from ..machine.processes import fold, main_first, pick_device, wait
+from ..training.journal import Run, own_state
+from ..training.loop import train as train_phases
+from . import classification, retrieval
+from .contract import Method
+from .run_folder import describe, open_run, read_json, restore_state, versions
+
+TASKS = {"retrieval": retrieval, "classification": classification}
+
+
+class Restored(NamedTuple):
+    config: Config
+    method: Method
+    state: dict[str, Any]  # the checkpoint's content
+
+
+def task_of(config: Config) -> Any:
+    """The module of a config's task: a class graph or a target folder makes it classification."""
+    classes = config.method == "sre-clip" or config.graph or config.target
+    return TASKS["classification" if classes else "retrieval"]
+
+
+def load_tower(config: Config, verify: bool, device: torch.device) -> CLIP:
+    """CLIP of the config's weights on the device, its vision blocks compiled where --compile asks for it."""
+    clip = load_clip(config.weights, config.heads or None, verify=verify).to(device)
+    if config.compile:
+        clip.visual.transformer.compile()
+    return clip
+
+
+def train(config: Config, folder: Path, verify: bool = True, dry_run: bool = False) -> None:
+    """Trains in the run folder, from where it stands, and evaluates; a dry run prints what it would do and stops.
+
+    verify: whether weights named as OpenAI's must have the published digest. Raises FileNotFoundError or ValueError when data,
+    weights or folder do not fit, Stopped after SIGINT or SIGTERM.
+    """
+    device = pick_device(config.device)
+    config, data = task_of(config).prepare(config)
+    clip = load_tower(config, verify, device)
+    torch.manual_seed(fold(config.seed, "initial values"))
+    experiment = task_of(config).build(config, data, clip, device)
+    print(f"config   {json.dumps(changes(config))} (all else at its default)")
+    print(experiment.summary)
+    if dry_run:
+        return
+    weights = file_digest(config.weights)
+    with main_first():
+        held = open_run(folder, config, {"weights_sha256": weights, "files": experiment.files})
+    with held:
+        extra = describe(config, experiment.class_names, experiment.domain_names, weights)
+        training = experiment.start(folder)
+        run = Run(folder, training.options, device, {**extra, **training.extra}, training.patience)
+        if experiment.method.PHASES:
+            train_phases(experiment.method, training.feeds, training.validate, run)
+        else:
+            save_atomic({"method": own_state(experiment.method), **run.extra}, folder / "best.pt")
+        experiment.finish(folder)
+        evaluate(folder, {"device": str(device)}, verify=verify)
+
+
+def restore(folder: Path, overrides: dict[str, Any], device: torch.device, verify: bool = True,
+            other_weights: bool = False) -> Restored:
+    """The config, the best method and the checkpoint's other contents of a run folder, ready to encode images.
+
+    `overrides` may give other paths of weights and data, and machine fields. No text tower is needed: what text there was in
+    training is in the trained weights. Raises FileNotFoundError or ValueError when the folder holds no finished run, or
+    the weights' digest is not the run's, unless `other_weights`.
+    """
+    def check(config: Config, state: dict[str, Any], path: Path) -> None:
+        task_of(config).check(config, state, path)
+
+    config, state = restore_state(folder, overrides, other_weights, check)
+    clip = load_tower(config, verify, device)
+    return Restored(config, task_of(config).rebuild(config, clip, state, folder / "best.pt", device), state)
+
+
+def evaluate(folder: Path, overrides: dict[str, Any], out: Path | None = None, other_data: bool = False,
+             other_weights: bool = False, verify: bool = True) -> None:
+    """Writes the results of a finished run into `out` (the run folder), then prints its table.
+
+    Raises ValueError when image lists or weights are not those of the run, unless `other_data` or `other_weights` says that they
+    need not be: then the table and results.json say so, and they go into a folder of their own.
+    """
+    wait()  # until the main process has written best.pt
+    device = pick_device(overrides.get("device", "auto"))
+    config, method, state = restore(folder, overrides, device, verify, other_weights)
+    task = task_of(config)
+    data = task.tested(config, state)
+    other = []
+    if file_digest(config.weights) != state["weights_sha256"]:
+        other.append("weights")
+    before = read_json(folder / "run.json")["files"]
+    if changed := [name for name, digest in data.digests().items() if digest and before.get(name) != digest]:
+        if not other_data:
+            raise ValueError(f"the image lists are not those that {folder} was trained with ({', '.join(changed)}); give the "
+                             "run's own --data-root, --target or --class-split, or accept other data with --other-data")
+        other.append("data")
+    out = out or folder.joinpath(*(f"other-{what}" for what in other))
+    rows = task.evaluate(config, data, method, state, folder, device)
+    about = {"run": str(folder), "config": state["config"], "versions": versions(), "other": other,
+             "weights_sha256": file_digest(config.weights), "files": data.digests()}
+    out.mkdir(parents=True, exist_ok=True)
+    written = task.write_results(rows, out, about)
+    print(task.table(rows, config))
+    for what in other:
+        print(f"          other {what} than the run's own")
+    print(f"{out}: {written}")

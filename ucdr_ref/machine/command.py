@@ -1,0 +1,36 @@
+"""What every entry point does around its work: one line for a mistake, for Ctrl-C and for a reader that went away."""
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from ..clip.tensorfile import tidy
+from .processes import Stopped, processes
+
+
+def command(run: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
+    """Runs an entry point, in all processes of torchrun; its exit status.
+
+    0 when it is done, 2 after one line about a mistake, 130 after SIGINT or SIGTERM, of which one line tells too.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a file name that this terminal cannot show is no error
+    try:
+        with processes():
+            run(argv)
+        sys.stdout.flush()
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("stopped by SIGINT: run the same command to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `... | head` has seen enough; results are on the disk before they are printed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"error: {tidy(error)}", file=sys.stderr)
+        return 2
+    return 0
