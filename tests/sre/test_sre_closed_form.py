@@ -1,4 +1,4 @@
-"""Ridge regression against least squares and a literal choice of lambda; calibration against every threshold."""
+"""Ridge regression against least squares and a literal choice of lambda; calibration by every threshold."""
 from __future__ import annotations
 
 import pytest
@@ -18,7 +18,8 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(closed_form, "CHUNK", 7)
 
 
-def world(seed: int = 0, noise: float = 0.3, n: int = 90, ids: list[int] = SEEN) -> tuple[Tensor, Tensor, Tensor]:
+def world(seed: int = 0, noise: float = 0.3, n: int = 90,
+          ids: list[int] = SEEN) -> tuple[Tensor, Tensor, Tensor]:
     """Features [n, e] that are a linear picture of the class vectors [c, w], labels [n] among ids."""
     torch.manual_seed(seed)
     vectors = F.normalize(torch.rand(C, W), dim=1)
@@ -28,8 +29,8 @@ def world(seed: int = 0, noise: float = 0.3, n: int = 90, ids: list[int] = SEEN)
 
 
 def least_squares(z: Tensor, targets: Tensor, strength: float) -> Tensor:
-    rows = torch.cat([z, strength ** 0.5 * torch.eye(z.shape[1], dtype=z.dtype)])
-    return torch.linalg.lstsq(rows, torch.cat([targets, targets.new_zeros(z.shape[1], targets.shape[1])])).solution
+    rows = torch.cat([z, strength ** 0.5 * torch.eye(E, dtype=z.dtype)])
+    return torch.linalg.lstsq(rows, torch.cat([targets, targets.new_zeros(E, W)])).solution
 
 
 @pytest.mark.parametrize("n", [90, 5])
@@ -43,7 +44,8 @@ def test_ridge_equals_least_squares_on_augmented_rows(n: int) -> None:
     torch.testing.assert_close(ridge.weights, expected.float(), atol=1e-5, rtol=1e-5)
     for row, scores in zip(F.normalize(z.double(), dim=1), ridge.logits(z)):
         for k in range(C):
-            assert float(scores[k]) == pytest.approx(float(F.cosine_similarity(row @ expected, a[k], dim=0)), abs=1e-5)
+            cosine = F.cosine_similarity(row @ expected, a[k], dim=0)
+            assert float(scores[k]) == pytest.approx(float(cosine), abs=1e-5)
 
 
 @pytest.mark.parametrize("seed, noise", [(0, 0.1), (1, 0.3), (2, 0.6)])
@@ -107,7 +109,8 @@ def test_features_are_read_in_parts_and_in_any_precision() -> None:
 def test_the_state_comes_back_to_the_bit() -> None:
     z, labels, vectors = world()
     ridge, _ = fit(z.__getitem__, labels, vectors)
-    assert {name: value.shape for name, value in ridge.state_dict().items()} == {"weights": (E, W), "anchors": (C, W)}
+    shapes = {name: value.shape for name, value in ridge.state_dict().items()}
+    assert shapes == {"weights": (E, W), "anchors": (C, W)}
     blank = Ridge(torch.zeros(E, W), torch.zeros(C, W))
     blank.load_state_dict(ridge.state_dict())
     assert torch.equal(blank.logits(z), ridge.logits(z))
@@ -130,9 +133,10 @@ def test_the_share_is_the_nearest_that_any_threshold_gives(kappa: float, ties: b
             moved = scores.double()
             moved[:, seen] -= threshold
             reachable.add(unseen_count(moved, unseen))
-        assert (len(reachable) == n + 1) is (not ties or n == 1)
+        assert ties or len(reachable) == n + 1
         out = calibrated(scores, unseen, kappa)
-        assert unseen_count(out, unseen) == min(reachable, key=lambda count: (abs(count - kappa * n), count)), n
+        nearest = min((abs(count - kappa * n), count) for count in reachable)[1]
+        assert unseen_count(out, unseen) == nearest, n
         assert torch.equal(out[:, unseen], scores[:, unseen].double())
         shifts = (scores - out)[:, seen]
         torch.testing.assert_close(shifts, shifts[:1, :1].expand_as(shifts))  # one number for all
@@ -141,7 +145,8 @@ def test_the_share_is_the_nearest_that_any_threshold_gives(kappa: float, ties: b
 def test_calibration_does_not_depend_on_scale_and_takes_neighbouring_floats_apart() -> None:
     torch.manual_seed(0)
     scores = torch.randn(40, 6)
-    assert torch.equal(calibrated(100 * scores, [1, 4], 0.3).argmax(1), calibrated(scores, [1, 4], 0.3).argmax(1))
+    small, large = (calibrated(scale * scores, [1, 4], 0.3).argmax(dim=1) for scale in (1, 100))
+    assert torch.equal(small, large)
     first = torch.tensor(100.0)
     close = torch.stack([first, torch.nextafter(first, torch.tensor(200.0))])
     out = calibrated(torch.stack([close, torch.zeros(2)], dim=1), [1], 0.5)

@@ -17,10 +17,11 @@ from ucdr_ref.ucdr.closed_form import ClosedForm, ClosedFormAdapter, center, cen
 S, C, E = 3, 4, 7
 
 
-def source(seed: int = 0, per_group: int = 5) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit features [n, e] with ids of class and domain; domain 1 lacks class 2, and groups differ in size."""
+def source(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit features [n, e], ids of class and domain; domain 1 lacks class 2, and groups differ in size."""
     torch.manual_seed(seed)
-    groups = [(k, d) for k, d in product(range(C), range(S)) if (k, d) != (2, 1) for _ in range(per_group - k + d)]
+    present = [(k, d) for k, d in product(range(C), range(S)) if (k, d) != (2, 1)]
+    groups = [(k, d) for k, d in present for _ in range(5 - k + d)]
     class_ids, domain_ids = torch.tensor(groups).T
     z = torch.randn(C, E)[class_ids] + torch.randn(S, E)[domain_ids] + 0.5 * torch.randn(len(groups), E)
     return F.normalize(z, dim=1), class_ids, domain_ids
@@ -80,7 +81,8 @@ def test_every_equation_equals_literal_loops(strength: float) -> None:
 
 def test_a_domain_with_many_images_of_one_class_has_no_other_mean() -> None:
     z, class_ids, domain_ids = source()
-    more = torch.cat([torch.arange(len(z)), *[((class_ids == 1) & (domain_ids == 2)).nonzero().squeeze(1)] * 9])
+    group = ((class_ids == 1) & (domain_ids == 2)).nonzero().squeeze(1)
+    more = torch.cat([torch.arange(len(z)), group.repeat(9)])
     torch.testing.assert_close(domain_means(z[more], class_ids[more], domain_ids[more], S),
                                domain_means(z, class_ids, domain_ids, S))
 
@@ -90,12 +92,12 @@ def test_a_domain_without_images_is_named_in_one_sentence() -> None:
     kept = domain_ids != 1
     with pytest.raises(ValueError, match=r"3 source domains have \[\d+, 0, \d+\] training images"):
         measure(z[kept], class_ids[kept], domain_ids[kept], S)
-    with pytest.raises(ValueError, match="each needs at least one"):
+    with pytest.raises(ValueError, match="each needs one or more"):
         measure(z[:0], class_ids[:0], domain_ids[:0], S)
 
 
 def test_a_shift_of_each_domain_is_removed_exactly_and_retrieval_becomes_perfect() -> None:
-    """Classes live on a sphere in five dimensions and shifts in two others; unseen classes come from both domains."""
+    """Classes differ in five dimensions, domains in two others; train and test classes have mean zero."""
     torch.manual_seed(0)
     content = torch.linalg.qr(torch.randn(5, 5)).Q
     content = torch.cat([content, -content])  # ten classes, mean zero
@@ -109,7 +111,7 @@ def test_a_shift_of_each_domain_is_removed_exactly_and_retrieval_becomes_perfect
     z = torch.cat([images(train, shift) for shift in shifts])
     form = measure(z, train.repeat(3), torch.arange(3).repeat_interleave(6), 3).form(None)
     query, relevant = images(test, (2.0, 0.0)), images(test, (0.0, 2.0))
-    gallery = torch.cat([relevant, images(train, (2.0, 0.0))])  # other classes in the query's own domain are nearer
+    gallery = torch.cat([relevant, images(train, (2.0, 0.0))])  # the query's own domain is nearer than its class
     labels = torch.cat([test, train])
     assert retrieval(query, test, gallery, labels)["mAP@all"] < 0.5
     assert retrieval(form(query), test, form(gallery), labels)["mAP@all"] == 1.0
@@ -147,7 +149,8 @@ def test_fewer_images_than_dimensions_stay_finite_and_orthogonal_to_the_shifts()
 
 def test_images_that_are_all_alike_leave_whitening_out() -> None:
     torch.manual_seed(0)
-    for rows in (torch.randn(1, 3).expand(6, -1), torch.randn(3, 3).repeat_interleave(2, dim=0)):  # all; in a class
+    everywhere, in_a_class = torch.randn(1, 3).expand(6, -1), torch.randn(3, 3).repeat_interleave(2, dim=0)
+    for rows in (everywhere, in_a_class):
         form = measure(rows, torch.arange(3).repeat_interleave(2), torch.arange(2).repeat(3), 2).form(3.0)
         assert torch.equal(form.whitening, torch.eye(3)) and form(rows).isfinite().all()
 
@@ -183,8 +186,10 @@ def test_the_strength_is_the_best_one_and_of_equals_the_nearest_to_three() -> No
     roots = {strength: measured.form(strength).whitening for strength in closed_form.STRENGTHS}
 
     def chosen(scores: dict[float, float]) -> float:
-        return closed_form.choose_strength(
-            measured, lambda form: next(scores[k] for k, root in roots.items() if torch.equal(form.whitening, root)))
+        def score(form: ClosedForm) -> float:
+            return next(scores[k] for k, root in roots.items() if torch.equal(form.whitening, root))
+
+        return closed_form.choose_strength(measured, score)
 
     assert chosen({0.3: 4, 1: 2, 3: 3, 10: 1}) == 0.3
     assert chosen({0.3: 1, 1: 2, 3: 2, 10: 2}) == 3

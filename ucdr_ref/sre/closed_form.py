@@ -1,4 +1,4 @@
-"""A closed form beside SRE-CLIP: ridge regression from image features to class vectors; calibration of scores.
+"""A closed form beside SRE-CLIP: ridge regression from image features to class vectors, and calibration.
 
 Not published: what a trained method must be shown beside. N(v) = v / |v|; features count at unit length, and
 exist in float64 only CHUNK rows at a time.
@@ -40,13 +40,13 @@ class Ridge(nn.Module):
 
 def fit(take: Take, labels: Tensor, class_vectors: Tensor,
         strength: float | None = None) -> tuple[Ridge, float]:
-    """W = (Z^T Z + lambda I)^-1 Z^T A, and lambda: `strength`, or when None the one chosen on left-out classes.
+    """W = (Z^T Z + lambda I)^-1 Z^T A, and lambda: `strength`, or the one chosen on left-out seen classes.
 
     Z [n, e]: N(z) of the source images, z = take(indices); labels [n]: class indices; A [n, w]: each image's
-    a_c, from class_vectors [c, w] less their mean over all c classes. Z is read once, and once more to choose.
-    The seen classes are dealt, in order, into five groups (fewer, if a group had less than two). Each group is
-    left out in turn and its images classified among its classes; of STRENGTHS, the lambda with most hits in all
-    is taken, the larger of equals. Fewer than four seen classes leave nothing to choose by: 1.
+    a_c, of class_vectors [c, w] less their mean over all c classes. Z is read once, and once more to choose.
+    The seen classes are dealt, in order, into five groups (fewer if a group had less than two). Each group is
+    left out in turn and its images classified among its classes; of STRENGTHS, the lambda with most hits, the
+    larger of equals, is taken. Fewer than four seen classes leave nothing to choose by: 1.
     """
     a = class_vectors.double()
     a = a - a.mean(dim=0)
@@ -91,7 +91,7 @@ def solve(square: Tensor, cross: Tensor, strengths: Sequence[float]) -> Tensor:
 
 def hits(take: Take, labels: Tensor, a: Tensor, group: Tensor, images: Tensor, square: Tensor,
          cross: Tensor) -> Tensor:
-    """[STRENGTHS]: of the left-out classes `group`, how many images each lambda tells apart among these classes.
+    """[STRENGTHS]: of the left-out classes `group`, how many images each lambda gets right among these.
 
     square, cross: `moments` of all other classes. |z W| is the same for every class, so it is left out.
     """
@@ -103,10 +103,10 @@ def hits(take: Take, labels: Tensor, a: Tensor, group: Tensor, images: Tensor, s
 
 
 def calibrated(scores: Tensor, unseen_ids: Sequence[int] | Tensor, kappa: float) -> Tensor:
-    """scores [n, c], less one number for every seen class: a share kappa of the predictions is unseen. float64.
+    """scores [n, c] less one number for the seen classes, so that a share kappa of predictions is unseen; float64.
 
-    As transductive as L-bias, whose prior it is: the number lies between the margins, best seen - best unseen,
-    of two images. Equal margins fall to one side together. Where kappa n images cannot be had, the nearest
+    As transductive as L-bias, whose prior it is. The number lies between the margins, best seen - best unseen,
+    of two images; equal margins fall to one side together. Where kappa n images cannot be had, the nearest
     count is, the smaller of equals.
     Raises ValueError for kappa outside 0..1, no image, or margins that are not finite.
     """
@@ -117,10 +117,10 @@ def calibrated(scores: Tensor, unseen_ids: Sequence[int] | Tensor, kappa: float)
     unseen[torch.as_tensor(unseen_ids, dtype=torch.long, device=scores.device)] = True
     margins = scores[:, ~unseen].amax(dim=1) - scores[:, unseen].amax(dim=1)
     if len(margins) == 0 or not margins.isfinite().all():
-        raise ValueError(f"calibration of {len(margins)} images: expected at least one, and for each a finite "
-                         "score of a seen and of an unseen class")
+        raise ValueError(f"calibration of {len(margins)} images: expected at least one, and for each a "
+                         "finite score of a seen and of an unseen class")
     edges, counts = margins.unique(return_counts=True)
-    reached = F.pad(counts.cumsum(0), (1, 0))  # unseen predictions for a number below edge 0, 1, ..., above all
+    reached = F.pad(counts.cumsum(0), (1, 0))  # unseen predictions for a number below edge 0, 1, ...
     edges = torch.cat([edges[:1] - 1, edges, edges[-1:] + 1])
     k = int((reached - kappa * len(scores)).abs().argmin())
     return torch.where(unseen, scores, scores - edges[k:k + 2].mean())

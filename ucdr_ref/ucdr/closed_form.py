@@ -35,7 +35,7 @@ def domain_means(z: Tensor, class_ids: Tensor, domain_ids: Tensor, s: int) -> Te
     """
     images = torch.bincount(domain_ids, minlength=s)
     if len(images) != s or not images.all():
-        raise ValueError(f"{s} source domains have {images.tolist()} training images; each needs at least one")
+        raise ValueError(f"{s} source domains have {images.tolist()} training images; each needs one or more")
     c = int(class_ids.max()) + 1
     groups = domain_ids * c + class_ids
     sums = z.new_zeros(s * c, z.shape[1], dtype=torch.float64)
@@ -98,7 +98,7 @@ class Measured(NamedTuple):
 def measure(z: Tensor, class_ids: Tensor, domain_ids: Tensor, s: int) -> Measured:
     """m, U and S_w of source features z [n, e] with ids [n] of class and domain.
 
-    m: mean of the m_d. U: orthonormal basis of the span of m_d - m; where that has fewer than s - 1 dimensions,
+    m: mean of the m_d. U: orthonormal basis of the span of m_d - m; where that has less than s - 1 dimensions,
     zero columns, which remove nothing, keep the shape that a checkpoint is checked against.
     S_w = 1/n sum over images of d^T d, d = a - mean of a over all images of its class: what still differs
     between domains counts as spread within the class. Raises ValueError as `domain_means` does.
@@ -119,7 +119,7 @@ def measure(z: Tensor, class_ids: Tensor, domain_ids: Tensor, s: int) -> Measure
 
 
 def choose_strength(measured: Measured, score: Callable[[ClosedForm], float]) -> float:
-    """The lambda of STRENGTHS whose form scores highest on validation classes; of equals, the nearest to 3."""
+    """The lambda of STRENGTHS whose form scores best on validation classes; of equals, the nearest to 3."""
     scores = {strength: score(measured.form(strength)) for strength in STRENGTHS}
     return max(STRENGTHS, key=lambda strength: (scores[strength], -abs(math.log(strength / 3))))
 
@@ -130,7 +130,7 @@ def center(z: Tensor) -> Tensor:
 
 
 def centred(z: Tensor, mean: Tensor | None = None) -> Tensor:
-    """N(N(z) - mean) [n, e], float32; mean: another set's `center`, or z's own. Transductive: by the whole set.
+    """N(N(z) - mean) [n, e], float32; mean: another set's `center`, or z's own. Transductive.
 
     Equal images, or one alone, are their own mean: what is left of them is zero or round-off.
     """
