@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..clip.model import CLIP
@@ -47,19 +48,34 @@ class Features:
     parts: list[np.ndarray]
     paths: list[str]
     labels: Tensor  # [n], class indices
+    skipped: int = 0  # unreadable images, left out
+    mean: Tensor | None = None  # [e], of the normalised features: `take` removes it
+    length: float = 1.0  # of the features that `take` gives then
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def take(self, indices: Tensor) -> Tensor:
-        """Rows [b, e], read from the files, for indices [b]."""
+        """Rows [b, e], read from the files, for indices [b]; centred ones are as long as the features are on average."""
         rows = np.empty((len(indices), self.parts[0].shape[1]), dtype=np.float32)
         wanted, start = indices.numpy(), 0
         for part in self.parts:
             here = (wanted >= start) & (wanted < start + len(part))
             rows[here] = part[wanted[here] - start]
             start += len(part)
-        return torch.from_numpy(rows)
+        features = torch.from_numpy(rows)
+        if self.mean is None:
+            return features
+        return F.normalize(F.normalize(features, dim=1) - self.mean, dim=1) * self.length
+
+    def centred(self) -> Features:
+        """The same features less their mean, at their usual length: the method's rates mean what they meant."""
+        total, length = torch.zeros(self.parts[0].shape[1], dtype=torch.float64), 0.0
+        for indices in torch.arange(len(self)).split(4096):
+            rows = self.take(indices).double()
+            total += F.normalize(rows, dim=1).sum(dim=0)
+            length += float(rows.norm(dim=1).sum())
+        return replace(self, mean=(total / len(self)).float(), length=length / len(self))
 
 
 def graph_and_unseen(config: Config) -> tuple[Graph, list[int]]:
@@ -162,15 +178,17 @@ def features(folders: Sequence[Folder], graph: Graph, clip: CLIP, config: Config
     key = hashlib.sha256(json.dumps(model).encode()).hexdigest()
     number = {name: k for k, name in enumerate(graph.names[: graph.classes])}
     encoder = Extractor(ZeroShot(clip, normalized=False), config, device)
-    parts, paths, labels = [], [], []
+    parts, paths, labels, skipped = [], [], [], 0
     for folder in folders:
         index = build_index(folder.root, encoder.of_paths(), key, cache, config.bad_images)
         label = dict(zip(folder.files.paths, folder.files.classes))
         found = [index.path(row) for row in range(len(index.paths))]
         parts.append(index.features)
+        skipped += len(index.skipped)
         paths += found
         labels += [number[label[path]] for path in found]
-    return Features(parts, paths, torch.tensor(labels))
+    found_features = Features(parts, paths, torch.tensor(labels), skipped)
+    return found_features.centred() if config.sre_center else found_features
 
 
 @lru_cache(maxsize=8)

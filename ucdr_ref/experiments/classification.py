@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..clip.model import CLIP
-from ..clip.zero_shot import class_text_features
+from ..clip.zero_shot import ZeroShot, class_text_features
 from ..config import Config
 from ..images.features import prototypes
 from ..machine.files import write_atomic, write_text_atomic
@@ -25,11 +25,13 @@ from ..machine.processes import world
 from ..metrics import zero_shot_accuracy
 from ..sre.adapter import SRECLIP, check_unseen
 from ..sre.class_vectors import node_vectors
+from ..sre.closed_form import Ridge, calibrated, fit
 from ..sre.graph import Graph, normalised_adjacency, parse_graph
 from ..training.journal import load_own_state
+from ..ucdr.closed_form import ClosedFormAdapter
 from . import class_folders
 from .class_folders import Features, Folder, features
-from .contract import Experiment, Training
+from .contract import Experiment, Method, Training
 from .run_folder import check_sizes
 
 COLUMNS = {"zsl": "ZSL", "unseen": "unseen", "seen": "seen", "h": "H"}
@@ -69,13 +71,21 @@ def build(config: Config, data: Data, clip: CLIP, device: torch.device) -> Exper
     """A method that starts from its initial values, drawn from torch's global generator."""
     graph, names = data.graph, data.graph.names[:data.graph.classes]
     vectors = node_vectors(graph, clip, config.class_vectors)
-    method = SRECLIP(clip, names, vectors, normalised_adjacency(graph.edges, len(graph.ids)), data.unseen, config).to(device)
+    method: SRECLIP | ClosedFormAdapter
+    if config.method == "closed-form":
+        method = ClosedFormAdapter(clip, ZeroShot(clip).encode, nothing_fitted(clip.embed_dim, vectors[:graph.classes]))
+    else:
+        adjacency = normalised_adjacency(graph.edges, len(graph.ids))
+        method = SRECLIP(clip, names, vectors, adjacency, data.unseen, config).to(device)
 
     def start(folder: Path) -> Training:
         source, target = (features(folders, graph, clip, config, folder / "features", device)
                           for folders in (data.sources, data.targets))
         name, anchors = baseline(clip, graph, source)
-        extra = {"graph": asdict(graph), "unseen_ids": data.unseen, "baseline": name, "anchors": anchors}
+        extra: dict[str, Any] = {"graph": asdict(graph), "unseen_ids": data.unseen, "baseline": name, "anchors": anchors}
+        if isinstance(method, ClosedFormAdapter):
+            method.form, extra["strength"] = fit(source.take, source.labels, vectors[:graph.classes])
+            return Training({}, None, config, config.sre_iterations, extra)
         validate = None
         if config.sre_report == "best-test":  # S6
             validate = partial(test_score, method, target, device, folder)
@@ -83,10 +93,17 @@ def build(config: Config, data: Data, clip: CLIP, device: torch.device) -> Exper
         # No tower runs in this loop, so its arithmetic stays float32; test evaluations are noted, but none stops it.
         return Training(feeds, validate, replace(config, precision="fp32"), config.sre_iterations, extra)
 
-    count = sum(parameter.numel() for parameter in method.trainable("sre").values())
     summary = class_folders.summary(data.sources, data.targets, graph, data.unseen)
+    if isinstance(method, SRECLIP):
+        count = sum(parameter.numel() for parameter in method.trainable("sre").values())
+        summary += f"\nphase sre: {count:,} trainable parameters"
     domains = [Path(root).name for root in config.source]
-    return Experiment(method, names, domains, f"{summary}\nphase sre: {count:,} trainable parameters", data.digests(), start)
+    return Experiment(method, names, domains, summary, data.digests(), start)
+
+
+def nothing_fitted(e: int, class_vectors: Tensor) -> Ridge:
+    """A ridge regression of the shapes of e-dimensional features and class vectors [c, w], to be filled."""
+    return Ridge(torch.zeros(e, class_vectors.shape[1]), torch.zeros_like(class_vectors))
 
 
 def check(config: Config, state: dict[str, Any], path: Path) -> None:
@@ -97,18 +114,27 @@ def check(config: Config, state: dict[str, Any], path: Path) -> None:
     if len(state["class_names"]) != graph.classes:
         raise ValueError(f"{len(state['class_names'])} class names, {graph.classes} classes in the graph")
     check_unseen(torch.tensor(unseen, dtype=torch.long), state["class_names"])
-    if anchors.shape != (graph.classes, state["method"]["adapter.query.weight"].shape[1]) or not torch.isfinite(anchors).all():
+    weights = state["method"]
+    e = len(weights["form.weights"]) if config.method == "closed-form" else weights["adapter.query.weight"].shape[1]
+    if anchors.shape != (graph.classes, e) or not torch.isfinite(anchors).all():
         raise ValueError(f"the baseline's anchors are {list(anchors.shape)}, or not finite")
+    if config.method == "closed-form":
+        check_sizes(path, weights, {"form.anchors": [graph.classes]})
+        return
     extra = config.sre_batch - 1 if config.bank_ring == "released" else 0
-    check_sizes(path, state["method"], {"bank.store": [config.sre_bank + extra, config.sre_hidden],
-                                        "class_vectors": [len(graph.ids)]})
+    check_sizes(path, weights, {"bank.store": [config.sre_bank + extra, config.sre_hidden], "class_vectors": [len(graph.ids)]})
 
 
-def rebuild(config: Config, clip: CLIP, state: dict[str, Any], path: Path, device: torch.device) -> SRECLIP:
+def rebuild(config: Config, clip: CLIP, state: dict[str, Any], path: Path, device: torch.device) -> Method:
     """The method of a checkpoint, ready to encode."""
-    graph, vectors = parse_graph(state["graph"]), state["method"]["class_vectors"]
-    adjacency = normalised_adjacency(graph.edges, len(graph.ids))
-    method = SRECLIP(clip, state["class_names"], vectors, adjacency, state["unseen_ids"], config).to(device)
+    method: SRECLIP | ClosedFormAdapter
+    if config.method == "closed-form":
+        ridge = nothing_fitted(clip.embed_dim, state["method"]["form.anchors"])
+        method = ClosedFormAdapter(clip, ZeroShot(clip).encode, ridge).to(device)
+    else:
+        graph, vectors = parse_graph(state["graph"]), state["method"]["class_vectors"]
+        adjacency = normalised_adjacency(graph.edges, len(graph.ids))
+        method = SRECLIP(clip, state["class_names"], vectors, adjacency, state["unseen_ids"], config).to(device)
     load_own_state(method, state["method"], path)
     return method.eval()
 
@@ -130,6 +156,12 @@ def baseline_logits(target: Features, anchors: Tensor) -> Tensor:
     """Cosines [n, c] with the anchors [c, e]; a class without an anchor is never predicted."""
     cosines = F.normalize(target.take(torch.arange(len(target))), dim=1) @ anchors.T
     return cosines.masked_fill(~anchors.any(dim=1), -torch.inf)
+
+
+def ridge_logits(ridge: Ridge, target: Features) -> Tensor:
+    """Cosines [n, c] with the class vectors, on the ridge's own device."""
+    home = ridge.weights.device
+    return torch.cat([ridge.logits(target.take(part).to(home)).cpu() for part in torch.arange(len(target)).split(4096)])
 
 
 def logits(method: SRECLIP, target: Features, device: torch.device) -> Tensor:
@@ -182,18 +214,34 @@ def tested(config: Config, state: dict[str, Any]) -> Data:
     return Data(graph, list(state["unseen_ids"]), [], [class_folders.scan_folder("--target", config.target, graph)])
 
 
-def evaluate(config: Config, data: Data, method: SRECLIP, state: dict[str, Any], folder: Path,
-             device: torch.device) -> list[dict[str, Any]]:
-    """Rows of baseline and method: accuracies in 0..1 under `instance` and `class`, and `details` for the files."""
+def evaluate(config: Config, data: Data, method: Any, state: dict[str, Any], folder: Path, device: torch.device,
+             with_closed_form: bool = False) -> list[dict[str, Any]]:
+    """Rows of baseline, closed form and method, each as it is and calibrated, with `details` for the files.
+
+    Accuracies in 0..1 under `instance` and `class`. Calibration takes kappa as the share of unseen predictions.
+    """
     graph, unseen = data.graph, data.unseen
     names = graph.names[: graph.classes]
     target = features(data.targets, graph, method.clip, config, folder / "features", device)
-    about = {"images": len(target), "classes": len(target.labels.unique())}
+    about = {"images": len(target), "classes": len(target.labels.unique()), "unreadable": target.skipped}
+    predicted = {state["baseline"]: baseline_logits(target, state["anchors"])}
+    if config.method == "closed-form":
+        predicted["closed-form"] = ridge_logits(method.form, target)
+    elif with_closed_form:
+        sources = class_folders.scan_sources(config, graph, unseen)
+        source = features(sources, graph, method.clip, config, folder / "features", device)
+        vectors = state["method"]["class_vectors"][:graph.classes]
+        predicted["closed-form"] = ridge_logits(fit(source.take, source.labels, vectors)[0], target)
+    if config.method == "sre-clip":
+        predicted["sre-clip"] = logits(method, target, device)
     rows: list[dict[str, Any]] = []
-    predicted = {state["baseline"]: baseline_logits(target, state["anchors"]), "sre-clip": logits(method, target, device)}
-    for name, scores in predicted.items():
-        details = {"logits": scores, "labels": target.labels, "names": names, "unseen": unseen}
-        rows.append({"method": name, **about, **accuracies(scores, target, unseen), "details": details})
+    for name, plain in predicted.items():
+        tried = {name: plain}
+        if not plain[:, unseen].isinf().all():  # prototypes know no unseen class: nothing to calibrate
+            tried[f"{name}, calibrated"] = calibrated(plain, unseen, config.sre_kappa)
+        for title, scores in tried.items():
+            details = {"logits": scores, "labels": target.labels, "names": names, "unseen": unseen}
+            rows.append({"method": title, **about, **accuracies(scores, target, unseen), "details": details})
     if config.sre_report == "best-test":  # S6
         count, best = best_scores(folder)
         rows.append({"method": "best-test", "evaluations": count, **about, **best})
@@ -202,12 +250,12 @@ def evaluate(config: Config, data: Data, method: SRECLIP, state: dict[str, Any],
 
 def table(rows: list[dict[str, Any]], config: Config) -> str:
     """The rows as text, in per cent."""
-    lines = [f"{'method':<13} {'average':<9}" + "".join(f"{title:>9}" for title in COLUMNS.values()) + "  images, classes"]
+    lines = [f"{'method':<25} {'average':<9}" + "".join(f"{title:>9}" for title in COLUMNS.values()) + "  images, classes"]
     for row in rows:
         for average in ("instance", "class"):
             found = [row[average][name] for name in COLUMNS]
             values = "".join("        -" if value is None else f"{100 * value:9.2f}" for value in found)
-            lines.append(f"{row['method']:<13} {average:<9}{values}  {row['images']}, {row['classes']}")
+            lines.append(f"{row['method']:<25} {average:<9}{values}  {row['images']}, {row['classes']}")
         if row["method"] == PROTOTYPES:
             lines.append("              (no text tower: nearest mean of source images, which knows no unseen class)")
         if "evaluations" in row:

@@ -8,7 +8,7 @@ the same functions and an entry in `TASKS`:
     check(config, state, path)               raises ValueError and the like for a checkpoint that rebuild could not take
     rebuild(config, clip, state, path, device)  -> the method of a checkpoint
     tested(config, state) -> data            what a run is evaluated on, with `digests()`
-    evaluate(config, data, method, state, folder, device) -> rows
+    evaluate(config, data, method, state, folder, device, with_closed_form) -> rows
     table(rows, config) -> text;  write_results(rows, folder, about)
 """
 from __future__ import annotations
@@ -101,7 +101,7 @@ def restore(folder: Path, overrides: dict[str, Any], device: torch.device, verif
 
 
 def evaluate(folder: Path, overrides: dict[str, Any], out: Path | None = None, other_data: bool = False,
-             other_weights: bool = False, verify: bool = True) -> None:
+             other_weights: bool = False, verify: bool = True, with_closed_form: bool = False) -> None:
     """Writes the results of a finished run into `out` (the run folder), then prints its table.
 
     Raises ValueError when image lists or weights are not those of the run, unless `other_data` or `other_weights` says that they
@@ -122,7 +122,7 @@ def evaluate(folder: Path, overrides: dict[str, Any], out: Path | None = None, o
                              "run's own --data-root, --target or --class-split, or accept other data with --other-data")
         other.append("data")
     out = out or folder.joinpath(*(f"other-{what}" for what in other))
-    rows = task.evaluate(config, data, method, state, folder, device)
+    rows = task.evaluate(config, data, method, state, folder, device, with_closed_form)
     about = {"run": str(folder), "config": state["config"], "versions": versions(), "other": other,
              "weights_sha256": file_digest(config.weights), "files": data.digests()}
     out.mkdir(parents=True, exist_ok=True)

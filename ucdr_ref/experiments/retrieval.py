@@ -1,12 +1,9 @@
 """Universal cross-domain retrieval as an experiment: UCDR-Adapter (and CLIP as it is) from a protocol to a table."""
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,30 +12,28 @@ from torch import Tensor
 from ..clip.model import CLIP
 from ..clip.zero_shot import ZeroShot
 from ..config import Config
-from ..images.batches import Files, ImageDataset, augment, balanced_batches, load
+from ..images.batches import ImageDataset, augment, balanced_batches, load
 from ..images.features import Extractor, prototypes
-from ..machine.files import write_text_atomic
+from ..machine.files import load_state, save_atomic
 from ..machine.processes import fold, gather_rows, main_first, place, share
-from ..metrics import retrieval, search
 from ..training.journal import load_own_state
 from ..training.loop import Feed
 from ..ucdr.adapter import Batch, UCDRAdapter
+from ..ucdr.closed_form import ClosedForm, ClosedFormAdapter, choose_strength, measure
 from . import protocols
 from .contract import Experiment, Method, Training
-from .protocols import Protocol, Test
-from .report import sheet
+from .protocols import Protocol
+from .ranking import FeatureTable, Rows, formed, rank, table, validation_score, write_results
 from .run_folder import check_sizes
 
-COLUMNS = ("mAP@200", "Prec@200", "mAP@all", "Prec@100")
-# As published (ViT-B/32), by dataset, protocol and gallery.
-PUBLISHED = {
-    ("domainnet", "UCDR", "unseen"): "mean of 5 query domains: CLIP mAP@200 0.4435 Prec@200 0.3840, ProS 0.6052 0.5626, "
-                                     "UCDR-Adapter 0.6071 0.5655; query sketch: UCDR-Adapter mAP@200 0.6591",
-    ("domainnet", "UCDR", "mixed"): "mean of 5 query domains: ProS mAP@200 0.5546 Prec@200 0.5195, UCDR-Adapter 0.5660 0.5311",
-    ("domainnet", "UdCDR", "seen"): "mean of 5 query domains: ProS mAP@200 0.6332, UCDR-Adapter 0.6370",
-    ("sketchy", "UcCDR", "unseen"): "ProS mAP@200 0.6991, UCDR-Adapter 0.7285",
-    ("tuberlin", "UcCDR", "unseen"): "ProS mAP@all 0.6675, UCDR-Adapter 0.6581",
-}
+__all__ = ["build", "check", "evaluate", "prepare", "rebuild", "table", "tested", "write_results"]
+
+
+class Base(NamedTuple):
+    """An encoder without what is built upon it."""
+
+    clip: CLIP
+    encode: Callable[[Tensor], Tensor]
 
 
 def prepare(config: Config) -> tuple[Config, Protocol]:
@@ -52,22 +47,57 @@ def prepare(config: Config) -> tuple[Config, Protocol]:
 
 def build(config: Config, protocol: Protocol, clip: CLIP, device: torch.device) -> Experiment:
     """A method that starts from its initial values, drawn from torch's global generator."""
-    method: UCDRAdapter | ZeroShot = zero_shot(config, clip)
-    if config.method == "ucdr-adapter":
+    method: UCDRAdapter | ZeroShot | ClosedFormAdapter = zero_shot(config, clip)
+    if config.method == "closed-form":
+        method = ClosedFormAdapter(clip, ZeroShot(clip).encode, nothing_removed(clip.embed_dim, len(protocol.domain_names)))
+    elif config.method == "ucdr-adapter":
         anchors = class_anchors(config, protocol, Extractor(ZeroShot(clip), config, device))
         method = adapter(config, clip, protocol.class_names, protocol.domain_names, anchors).to(device)
     feeds = {phase: feed(phase, protocol, config, clip.image_size, device) for phase in method.PHASES}
     for phase_feed in feeds.values():
         phase_feed.order(0)  # a batch that cannot be balanced is refused before anything is written
+    table = FeatureTable(Extractor(method, config, device))
 
     def validate() -> float:
         assert protocol.validation is not None
-        return validation_score(FeatureTable(Extractor(method, config, device)), protocol.validation)
+        table.rows.clear()  # the method has learnt
+        return validation_score(table.of, protocol.validation)
 
     def start(folder: Path) -> Training:
+        if isinstance(method, ClosedFormAdapter):
+            method.form = fit_form(config, protocol, FeatureTable(Extractor(ZeroShot(clip), config, device)))
         return Training(feeds, validate if protocol.validation is not None else None, config, config.patience)
 
-    return Experiment(method, protocol.class_names, protocol.domain_names, summary(protocol, method), protocol.digests(), start)
+    def finish(folder: Path) -> None:
+        """--closed-form 1: the form of the trained adapter's own features goes into best.pt."""
+        state = load_state(folder / "best.pt") if config.closed_form else {"form": None}
+        if "form" not in state:
+            trained = rebuild(config, clip, state, folder / "best.pt", device)
+            form = fit_form(config, protocol, FeatureTable(Extractor(trained, config, device)))
+            save_atomic({**state, "form": form.state_dict()}, folder / "best.pt")
+
+    return Experiment(method, protocol.class_names, protocol.domain_names, summary(protocol, method), protocol.digests(),
+                      start, finish)
+
+
+def nothing_removed(e: int, s: int) -> ClosedForm:
+    """A closed form of the shapes of e-dimensional features and s source domains, to be filled."""
+    return ClosedForm(torch.zeros(e), torch.zeros(e, max(0, s - 1)), torch.zeros(e, e))
+
+
+def fit_form(config: Config, protocol: Protocol, table: FeatureTable) -> ClosedForm:
+    """The closed form of the features of the training images; lambda as --whitening says, or chosen on validation classes."""
+    features, files = table.of(protocol.train)
+    class_ids, domain_ids = (torch.tensor([names.index(name) for name in labels], device=features.device)
+                             for names, labels in ((protocol.class_names, files.classes),
+                                                   (protocol.domain_names, files.domains)))
+    measured = measure(features, class_ids, domain_ids, len(protocol.domain_names))
+    strength, validation = config.whitening, protocol.validation
+    if not strength:
+        strength = 3.0  # on a plateau that spans 1 to 10
+        if config.selection == "validation" and validation is not None:
+            strength = choose_strength(measured, lambda form: validation_score(formed(table, form), validation))
+    return measured.form(strength)
 
 
 def check(config: Config, state: dict[str, Any], path: Path) -> None:
@@ -76,16 +106,27 @@ def check(config: Config, state: dict[str, Any], path: Path) -> None:
     if config.method == "ucdr-adapter":
         check_sizes(path, state["method"], {"domain_prompts": [s, p], "class_prompts": [c, p],
                                             "queues.rows": [c + 1, config.queue_size]})
+    form = state.get("form", {})
+    if not all(isinstance(value, Tensor) and torch.isfinite(value).all() for value in form.values()):
+        raise ValueError("its closed form is something else")
 
 
 def rebuild(config: Config, clip: CLIP, state: dict[str, Any], path: Path, device: torch.device) -> Method:
     """The method of a checkpoint, ready to encode."""
     if config.method == "zero-shot":
         return zero_shot(config, clip)
+    form = nothing_removed(clip.embed_dim, len(state["domain_names"]))
+    if config.method == "closed-form":
+        method = ClosedFormAdapter(clip, ZeroShot(clip).encode, form)
+        load_own_state(method, state["method"], path)
+        return method.to(device).eval()
     anchors = torch.zeros(len(state["class_names"]), clip.embed_dim, device=device)
-    method = adapter(config, clip, state["class_names"], state["domain_names"], anchors).to(device)
-    load_own_state(method, {name: value for name, value in state["method"].items() if name != "template.ctx"}, path)
-    return method.eval()
+    trained = adapter(config, clip, state["class_names"], state["domain_names"], anchors).to(device).eval()
+    load_own_state(trained, {name: value for name, value in state["method"].items() if name != "template.ctx"}, path)
+    if "form" not in state:
+        return trained
+    load_own_state(form, state["form"], path)
+    return ClosedFormAdapter(clip, trained.encode, form).to(device)
 
 
 def zero_shot(config: Config, clip: CLIP) -> ZeroShot:
@@ -98,7 +139,7 @@ def adapter(config: Config, clip: CLIP, class_names: list[str], domain_names: li
     return UCDRAdapter(clip, class_names, domain_names, config, anchors, gather_rows, place)
 
 
-def summary(protocol: Protocol, method: UCDRAdapter | ZeroShot) -> str:
+def summary(protocol: Protocol, method: Any) -> str:
     lines = [f"train    {len(protocol.train)} images, {len(protocol.class_names)} classes, "
              f"{len(protocol.domain_names)} domains ({', '.join(protocol.domain_names)})"]
     for test in ([protocol.validation] if protocol.validation else []) + protocol.tests:
@@ -180,122 +221,25 @@ def cut(batch: Batch, phase: str, config: Config) -> list[tuple[Batch, float]]:
     return [(Batch(*part), len(part[0]) / b) for part in zip(*(rows.split(size) for rows in batch))]
 
 
-class FeatureTable:
-    """Features of one encoder, each file encoded once: the galleries of tests overlap."""
-
-    def __init__(self, extractor: Extractor) -> None:
-        self.extractor = extractor
-        self.rows: dict[str, Tensor | None] = {}  # None: not readable
-
-    def of(self, files: Files) -> tuple[Tensor, Files]:
-        """Features [n, e] on the device of the n readable files, and these files."""
-        new = files.keep([i for i, path in enumerate(files.paths) if path not in self.rows])
-        if len(new):
-            rows, kept = self.extractor.features(new)
-            self.rows |= dict.fromkeys(new.paths)
-            self.rows |= dict(zip(new.keep(kept).paths, rows))
-        found = files.keep([i for i, path in enumerate(files.paths) if self.rows[path] is not None])
-        if not len(found):
-            raise ValueError(f"none of the {len(files)} images could be read; the first is {files.paths[0]}")
-        return torch.stack([self.rows[path] for path in found.paths]).to(self.extractor.device), found  # type: ignore[misc]
-
-
-def score(table: FeatureTable, test: Test) -> dict[str, dict[str, Any]]:
-    """For each gallery of a test: the metrics of `metrics.retrieval`, with the files and the first ten results per query."""
-    query, queries = table.of(test.query)
-    results = {}
-    for name, files in test.galleries.items():
-        gallery, found = table.of(files)
-        names = sorted(set(queries.classes) | set(found.classes))
-        number = {label: i for i, label in enumerate(names)}
-        query_ids, gallery_ids = (torch.tensor([number[label] for label in part.classes], device=query.device)
-                                  for part in (queries, found))
-        metrics = retrieval(query, query_ids, gallery, gallery_ids)
-        shown = shown_queries(queries)
-        nearest = search(query[shown], gallery, min(10, len(found)))[1].tolist()
-        left_out = len(test.query) - len(queries) + len(files) - len(found)
-        results[name] = {"metrics": metrics, "names": names, "queries": queries, "gallery": found, "unreadable": left_out,
-                         "shown": list(zip(shown, nearest))}
-    return results
-
-
-def validation_score(table: FeatureTable, test: Test) -> float:
-    """mAP@200 of the validation queries, by which phase 2 keeps its best epoch (D5)."""
-    return next(iter(score(table, test).values()))["metrics"]["mAP@200"]
-
-
-def shown_queries(queries: Files, count: int = 8) -> list[int]:
-    """Indices of queries of as many different classes as `count` allows, for the picture."""
-    first: dict[str, int] = {}
-    for i, label in enumerate(queries.classes):
-        first.setdefault(label, i)
-    indices = list(first.values())
-    return indices[:: max(1, -(-len(indices) // count))][:count]
-
-
 def tested(config: Config, state: dict[str, Any]) -> Protocol:
     """What a run is evaluated on."""
     return prepare(config)[1]
 
 
-def evaluate(config: Config, protocol: Protocol, method: Method, state: dict[str, Any], folder: Path,
-             device: torch.device) -> list[dict[str, Any]]:
-    """One row per test, gallery and method, zero-shot CLIP first: its numbers, and under `details` what the files need."""
-    methods: dict[str, Method] = {"zero-shot": zero_shot(config, method.clip)}
-    if config.method != "zero-shot":
-        methods[config.method] = method
-    tables = {name: FeatureTable(Extractor(one, config, device)) for name, one in methods.items()}
-    rows = []
-    for test in protocol.tests:
-        scored = {name: score(table, test) for name, table in tables.items()}
-        for gallery in test.galleries:
-            for name in methods:
-                details = scored[name][gallery]
-                numbers = {key: value for key, value in details["metrics"].items() if isinstance(value, (int, float))}
-                rows.append({"protocol": test.protocol, "query_domain": test.query_domain, "gallery_name": gallery,
-                             "method": name, **numbers, "unreadable": details["unreadable"], "details": details})
-    return rows
-
-
-def table(rows: list[dict[str, Any]], config: Config) -> str:
-    """The rows as text, percentages, with the paper's numbers under the row they belong to."""
-    lines = [f"{'protocol':<9} {'query':<11} {'gallery':<8} {'method':<13} " + " ".join(f"{name:>9}" for name in COLUMNS)
-             + "  queries x gallery"]
-    for i, row in enumerate(rows):
-        key = (row["protocol"], row["query_domain"], row["gallery_name"])
-        lines.append(f"{key[0]:<9} {key[1]:<11} {key[2]:<8} {row['method']:<13} "
-                     + " ".join(f"{100 * row[name]:9.2f}" for name in COLUMNS) + f"  {row['queries']} x {row['gallery']}"
-                     + (f"; k cut to {row['k_used']}" if row["k_used"] < row["k"] else "")
-                     + (f"; {row['no_relevant']} queries without a relevant image" if row["no_relevant"] else ""))
-        last = i + 1 == len(rows) or key != tuple(rows[i + 1][part] for part in ("protocol", "query_domain", "gallery_name"))
-        if last and (config.dataset, key[0], key[2]) in PUBLISHED:
-            lines.append(f"          published: {PUBLISHED[config.dataset, key[0], key[2]]}")
-    return "\n".join(lines)
-
-
-def write_results(rows: list[dict[str, Any]], folder: Path, about: dict[str, Any]) -> str:
-    """results.json, per_class.csv and queries.png (each query's first ten: hits green, misses red) in `folder`."""
-    plain = [{key: value for key, value in row.items() if key != "details"} for row in rows]
-    write_text_atomic(folder / "results.json", json.dumps({**about, "rows": plain}, indent=2) + "\n")
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["protocol", "query_domain", "gallery", "method", "class", "queries", "mAP@200", "mAP@all"])
-    for row in rows:
-        details = row["details"]
-        for label, value in sorted(details["metrics"]["per_class"].items()):
-            name = details["names"][label]
-            writer.writerow([row["protocol"], row["query_domain"], row["gallery_name"], row["method"], name,
-                             details["queries"].classes.count(name), f"{value:.6f}",
-                             f"{details['metrics']['per_class@all'][label]:.6f}"])
-    write_text_atomic(folder / "per_class.csv", text.getvalue())
-    picture = []
-    first = (rows[0]["protocol"], rows[0]["gallery_name"])
-    for i in range(len(rows[0]["details"]["shown"])):
-        for row in rows:
-            if (row["protocol"], row["gallery_name"]) == first:
-                queries, gallery = row["details"]["queries"], row["details"]["gallery"]
-                index, nearest = row["details"]["shown"][i]
-                picture.append((queries.paths[index], f"{row['method']}: {queries.classes[index]}",
-                                [(gallery.paths[j], gallery.classes[j] == queries.classes[index]) for j in nearest]))
-    sheet(picture, folder / "queries.png")
-    return "results.json, per_class.csv, queries.png"
+def evaluate(config: Config, protocol: Protocol, method: Any, state: dict[str, Any], folder: Path, device: torch.device,
+             with_closed_form: bool = False) -> list[dict[str, Any]]:
+    """`ranking.rank`'s rows of zero-shot CLIP, the closed form where asked for, the method, and the method's closed form."""
+    clip_table = FeatureTable(Extractor(zero_shot(config, method.clip), config, device))
+    methods: dict[str, Rows] = {"zero-shot": clip_table.of}
+    own_form = isinstance(method, ClosedFormAdapter)
+    if config.method == "closed-form":
+        methods["closed-form"] = formed(clip_table, method.form)
+    elif with_closed_form:
+        methods["closed-form"] = formed(clip_table, fit_form(config, protocol, clip_table).to(device))
+    if config.method == "ucdr-adapter":
+        base: Any = Base(method.clip, method.base) if own_form else method
+        table = FeatureTable(Extractor(base, config, device))
+        methods["ucdr-adapter"] = table.of
+        if own_form:
+            methods["ucdr-adapter, closed form"] = formed(table, method.form)
+    return rank(methods, protocol.tests)

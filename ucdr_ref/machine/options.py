@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 class Shared:
     """The run, its images and its machine."""
 
-    method: Annotated[Literal["ucdr-adapter", "zero-shot", "sre-clip"], "what to train"] = "ucdr-adapter"
+    method: Annotated[Literal["ucdr-adapter", "zero-shot", "sre-clip", "closed-form"], "what to train"] = "ucdr-adapter"
     dataset: Annotated[Literal["toy", "domainnet", "sketchy", "tuberlin", "folder"], "benchmark protocol"] = "toy"
     data_root: Annotated[str, "DIR", "<domain>/<class>/* lie here; the drawn data is made there when absent"] = "data/toy"
     weights: Annotated[

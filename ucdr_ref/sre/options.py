@@ -31,6 +31,10 @@ class Options:
     structure_classes: Annotated[
         int, "0 <= x", "S8: classes in the structure loss; 0: all, the released code takes the first 100"] = 0
 
+    # not published
+    sre_center: Annotated[Literal[0, 1], "1: source and target features each lose their mean before the method sees them "
+                                         "(transductive)"] = 0
+
     # numbers
     sre_iterations: Annotated[int, "1 <= x <= 100000000", "iterations"] = 3000
     sre_batch: Annotated[int, "1 <= x <= 1048576", "source and target batch"] = 256

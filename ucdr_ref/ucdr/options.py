@@ -32,6 +32,11 @@ class Options:
     balance: Annotated[Literal["exact", "released"], "D15: every batch holds the same number per domain, or the released "
                                                      "grouping"] = "exact"
 
+    # baseline
+    closed_form: Annotated[Literal[0, 1], "1: a closed form of the trained adapter's own features as well, an own row"] = 0
+    whitening: Annotated[float, "0 <= x", "lambda of the closed form; 0: the best of 0.3, 1, 3, 10 on validation classes "
+                                          "(3 where there are none)"] = 0.0
+
     # numbers
     prompt_length: Annotated[int, "1 <= x <= 1024", "p, tokens of a source prompt"] = 1
     context_vectors: Annotated[int, "1 <= x <= 1024", "m, learnable vectors of the text template"] = 16

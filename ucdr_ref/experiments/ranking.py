@@ -1,0 +1,164 @@
+"""Retrieval tests to a table: every method beside zero-shot CLIP, as it is and centred."""
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import Config
+from ..images.batches import Files
+from ..images.features import Extractor
+from ..machine.files import write_text_atomic
+from ..metrics import retrieval, search
+from ..ucdr.closed_form import ClosedForm, centred
+from .protocols import Test
+from .report import sheet
+
+COLUMNS = ("mAP@200", "Prec@200", "mAP@all", "Prec@100")
+# As published (ViT-B/32), by dataset, protocol and gallery.
+PUBLISHED = {
+    ("domainnet", "UCDR", "unseen"): "mean of 5 query domains: CLIP mAP@200 0.4435 Prec@200 0.3840, ProS 0.6052 0.5626, "
+                                     "UCDR-Adapter 0.6071 0.5655; query sketch: UCDR-Adapter mAP@200 0.6591",
+    ("domainnet", "UCDR", "mixed"): "mean of 5 query domains: ProS mAP@200 0.5546 Prec@200 0.5195, UCDR-Adapter 0.5660 0.5311",
+    ("domainnet", "UdCDR", "seen"): "mean of 5 query domains: ProS mAP@200 0.6332, UCDR-Adapter 0.6370",
+    ("sketchy", "UcCDR", "unseen"): "ProS mAP@200 0.6991, UCDR-Adapter 0.7285",
+    ("tuberlin", "UcCDR", "unseen"): "ProS mAP@all 0.6675, UCDR-Adapter 0.6581",
+}
+Rows = Callable[[Files], tuple[Tensor, Files]]  # files -> features [n, e] on the device of the readable ones, and these
+
+
+class FeatureTable:
+    """Features of one encoder, each file encoded once: the galleries of tests overlap."""
+
+    def __init__(self, extractor: Extractor) -> None:
+        self.extractor = extractor
+        self.rows: dict[str, Tensor | None] = {}  # None: not readable
+
+    def of(self, files: Files) -> tuple[Tensor, Files]:
+        """Features [n, e] on the device of the n readable files, and these files."""
+        new = files.keep([i for i, path in enumerate(files.paths) if path not in self.rows])
+        if len(new):
+            rows, kept = self.extractor.features(new)
+            self.rows |= dict.fromkeys(new.paths)
+            self.rows |= dict(zip(new.keep(kept).paths, rows))
+        found = files.keep([i for i, path in enumerate(files.paths) if self.rows[path] is not None])
+        if not len(found):
+            raise ValueError(f"none of the {len(files)} images could be read; the first is {files.paths[0]}")
+        return torch.stack([self.rows[path] for path in found.paths]).to(self.extractor.device), found  # type: ignore[misc]
+
+
+def formed(table: FeatureTable, form: ClosedForm) -> Rows:
+    """The table's features behind a closed form: no image is encoded again."""
+    def rows(files: Files) -> tuple[Tensor, Files]:
+        features, found = table.of(files)
+        with torch.inference_mode():
+            return form(features), found
+
+    return rows
+
+
+def score(rows: Rows, test: Test, center: bool = False) -> dict[str, dict[str, Any]]:
+    """For each gallery of a test: the metrics of `metrics.retrieval`, with the files and the first ten results per query.
+
+    center: queries and gallery each lose their own mean first (transductive).
+    """
+    adjust: Callable[[Tensor], Tensor] = centred if center else lambda features: features
+    query, queries = rows(test.query)
+    query, results = adjust(query), {}
+    for name, files in test.galleries.items():
+        gallery, found = rows(files)
+        gallery = adjust(gallery)
+        names = sorted(set(queries.classes) | set(found.classes))
+        number = {label: i for i, label in enumerate(names)}
+        query_ids, gallery_ids = (torch.tensor([number[label] for label in part.classes], device=query.device)
+                                  for part in (queries, found))
+        metrics = retrieval(query, query_ids, gallery, gallery_ids)
+        shown = shown_queries(queries)
+        nearest = search(query[shown], gallery, min(10, len(found)))[1].tolist()
+        left_out = len(test.query) - len(queries) + len(files) - len(found)
+        results[name] = {"metrics": metrics, "names": names, "queries": queries, "gallery": found, "unreadable": left_out,
+                         "shown": list(zip(shown, nearest))}
+    return results
+
+
+def validation_score(rows: Rows, test: Test) -> float:
+    """mAP@200 of the validation queries, by which phase 2 keeps its best epoch (D5)."""
+    return next(iter(score(rows, test).values()))["metrics"]["mAP@200"]
+
+
+def shown_queries(queries: Files, count: int = 8) -> list[int]:
+    """Indices of queries of as many different classes as `count` allows, for the picture."""
+    first: dict[str, int] = {}
+    for i, label in enumerate(queries.classes):
+        first.setdefault(label, i)
+    indices = list(first.values())
+    return indices[:: max(1, -(-len(indices) // count))][:count]
+
+
+def rank(methods: Mapping[str, Rows], tests: list[Test]) -> list[dict[str, Any]]:
+    """Two rows per test, gallery and method, the second one centred: numbers, and under `details` what the files need."""
+    rows = []
+    for test in tests:
+        scored = {(name, center): score(features, test, center) for name, features in methods.items()
+                  for center in (False, True)}
+        for gallery in test.galleries:
+            for (name, center), found in scored.items():
+                details = found[gallery]
+                numbers = {key: value for key, value in details["metrics"].items() if isinstance(value, (int, float))}
+                title = f"{name}, centred" if center else name
+                rows.append({"protocol": test.protocol, "query_domain": test.query_domain, "gallery_name": gallery,
+                             "method": title, "transductive": center, **numbers, "unreadable": details["unreadable"],
+                             "details": details})
+    return rows
+
+
+def table(rows: list[dict[str, Any]], config: Config) -> str:
+    """The rows as text, percentages, with the paper's numbers under the row they belong to."""
+    lines = [f"{'protocol':<9} {'query':<11} {'gallery':<8} {'method':<25} " + " ".join(f"{name:>9}" for name in COLUMNS)
+             + "  queries x gallery"]
+    for i, row in enumerate(rows):
+        key = (row["protocol"], row["query_domain"], row["gallery_name"])
+        lines.append(f"{key[0]:<9} {key[1]:<11} {key[2]:<8} {row['method']:<25} "
+                     + " ".join(f"{100 * row[name]:9.2f}" for name in COLUMNS) + f"  {row['queries']} x {row['gallery']}"
+                     + ("; transductive" if row["transductive"] else "")
+                     + (f"; k cut to {row['k_used']}" if row["k_used"] < row["k"] else "")
+                     + (f"; {row['unreadable']} unreadable images left out" if row["unreadable"] else "")
+                     + (f"; {row['no_relevant']} queries without a relevant image" if row["no_relevant"] else ""))
+        last = i + 1 == len(rows) or key != tuple(rows[i + 1][part] for part in ("protocol", "query_domain", "gallery_name"))
+        if last and (config.dataset, key[0], key[2]) in PUBLISHED:
+            lines.append(f"          published: {PUBLISHED[config.dataset, key[0], key[2]]}")
+    return "\n".join(lines)
+
+
+def write_results(rows: list[dict[str, Any]], folder: Path, about: dict[str, Any]) -> str:
+    """results.json, per_class.csv and queries.png (each query's first ten: hits green, misses red) in `folder`."""
+    plain = [{key: value for key, value in row.items() if key != "details"} for row in rows]
+    write_text_atomic(folder / "results.json", json.dumps({**about, "rows": plain}, indent=2) + "\n")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["protocol", "query_domain", "gallery", "method", "class", "queries", "mAP@200", "mAP@all"])
+    for row in rows:
+        details = row["details"]
+        for label, value in sorted(details["metrics"]["per_class"].items()):
+            name = details["names"][label]
+            writer.writerow([row["protocol"], row["query_domain"], row["gallery_name"], row["method"], name,
+                             details["queries"].classes.count(name), f"{value:.6f}",
+                             f"{details['metrics']['per_class@all'][label]:.6f}"])
+    write_text_atomic(folder / "per_class.csv", text.getvalue())
+    picture = []
+    first = (rows[0]["protocol"], rows[0]["gallery_name"])
+    for i in range(len(rows[0]["details"]["shown"])):
+        for row in rows:
+            if (row["protocol"], row["gallery_name"]) == first:
+                queries, gallery = row["details"]["queries"], row["details"]["gallery"]
+                index, nearest = row["details"]["shown"][i]
+                picture.append((queries.paths[index], f"{row['method']}: {queries.classes[index]}",
+                                [(gallery.paths[j], gallery.classes[j] == queries.classes[index]) for j in nearest]))
+    sheet(picture, folder / "queries.png")
+    return "results.json, per_class.csv, queries.png"
