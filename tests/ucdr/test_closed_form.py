@@ -111,7 +111,7 @@ def test_a_shift_of_each_domain_is_removed_exactly_and_retrieval_becomes_perfect
     z = torch.cat([images(train, shift) for shift in shifts])
     form = measure(z, train.repeat(3), torch.arange(3).repeat_interleave(6), 3).form(None)
     query, relevant = images(test, (2.0, 0.0)), images(test, (0.0, 2.0))
-    gallery = torch.cat([relevant, images(train, (2.0, 0.0))])  # the query's own domain is nearer than its class
+    gallery = torch.cat([relevant, images(train, (2.0, 0.0))])  # these share the query's domain
     labels = torch.cat([test, train])
     assert retrieval(query, test, gallery, labels)["mAP@all"] < 0.5
     assert retrieval(form(query), test, form(gallery), labels)["mAP@all"] == 1.0

@@ -103,10 +103,10 @@ def hits(take: Take, labels: Tensor, a: Tensor, group: Tensor, images: Tensor, s
 
 
 def calibrated(scores: Tensor, unseen_ids: Sequence[int] | Tensor, kappa: float) -> Tensor:
-    """scores [n, c] less one number for the seen classes, so that a share kappa of predictions is unseen; float64.
+    """scores [n, c] less one number for the seen classes: a share kappa of predictions is unseen. float64.
 
-    As transductive as L-bias, whose prior it is. The number lies between the margins, best seen - best unseen,
-    of two images; equal margins fall to one side together. Where kappa n images cannot be had, the nearest
+    As transductive as L-bias, whose prior it is. The number is between two margins, best seen - best unseen,
+    each of an image; equal margins fall to one side together. Where kappa n images cannot be had, the nearest
     count is, the smaller of equals.
     Raises ValueError for kappa outside 0..1, no image, or margins that are not finite.
     """

@@ -98,7 +98,7 @@ class Measured(NamedTuple):
 def measure(z: Tensor, class_ids: Tensor, domain_ids: Tensor, s: int) -> Measured:
     """m, U and S_w of source features z [n, e] with ids [n] of class and domain.
 
-    m: mean of the m_d. U: orthonormal basis of the span of m_d - m; where that has less than s - 1 dimensions,
+    m: mean of the m_d. U: orthonormal basis of the span of m_d - m; where that has under s - 1 dimensions,
     zero columns, which remove nothing, keep the shape that a checkpoint is checked against.
     S_w = 1/n sum over images of d^T d, d = a - mean of a over all images of its class: what still differs
     between domains counts as spread within the class. Raises ValueError as `domain_means` does.
