@@ -321,7 +321,7 @@ def test_the_audit_trail(world, finished):
             terms = {"source": {"align", "triplet"}, "target": {"align"}}[line["phase"]]
             assert line["loss"] == pytest.approx(sum(line[term] for term in terms), rel=1e-5)
     results = json.loads((finished / "results.json").read_text())
-    assert from_dict(results["config"]) == from_dict(config) and len(results["rows"]) == 6
+    assert from_dict(results["config"]) == from_dict(config) and len(results["rows"]) == 12
     assert results["versions"]["torch"] == about["versions"]["torch"]
 
 

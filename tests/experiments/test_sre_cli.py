@@ -96,16 +96,17 @@ def test_evaluate_needs_neither_graph_nor_source(run, scene, tmp_path, capsys):
     for word in ("ZSL", "unseen", "seen", "H", "instance", "class", "zero-shot", "sre-clip", "48, 8"):
         assert word in printed
     ours, theirs = (json.loads((folder / "results.json").read_text())["rows"] for folder in (tmp_path / "out", run))
-    assert ours == theirs and [row["method"] for row in ours] == ["zero-shot", "sre-clip"]
+    assert ours == theirs and [row["method"] for row in ours] == [
+        "zero-shot", "zero-shot, calibrated", "sre-clip", "sre-clip, calibrated"]
     with Image.open(tmp_path / "out" / "confusion.png") as picture:
         assert picture.width > 2 * picture.height - 60
     rows = [row for row in csv.DictReader((tmp_path / "out" / "per_class.csv").open()) if row["method"] == "sre-clip"]
     assert [row["class"] for row in rows] == NAMES and sum(int(row["images"]) for row in rows) == 48
     for split in ("seen", "unseen"):
         values = [float(row["accuracy"]) for row in rows if row["split"] == split]
-        assert sum(values) / len(values) == pytest.approx(ours[1]["class"][split], abs=1e-6)
+        assert sum(values) / len(values) == pytest.approx(ours[2]["class"][split], abs=1e-6)
     zsl = [float(row["accuracy_among_unseen"]) for row in rows if row["split"] == "unseen"]
-    assert sum(zsl) / 2 == pytest.approx(ours[1]["class"]["zsl"], abs=1e-6)
+    assert sum(zsl) / 2 == pytest.approx(ours[2]["class"]["zsl"], abs=1e-6)
 
 
 def test_zero_shot_row_equals_a_separate_computation(run, scene):
@@ -153,7 +154,7 @@ def test_an_interrupted_run_ends_in_the_same_weights(scene, tmp_path, monkeypatc
     assert rows[0] == rows[1]
     if report == "best-test":
         lines = [json.loads(line) for line in (tmp_path / "whole" / sre_evaluation.SCORES).read_text().splitlines()]
-        best = rows[1][2]
+        best = rows[1][4]
         assert best["method"] == "best-test" and best["evaluations"] == len(lines) == 2
         assert best["class"]["seen"] == max(line["class"]["seen"] for line in lines)
 
@@ -169,7 +170,7 @@ def test_target_labels_do_not_reach_the_weights(run, scene, tmp_path, monkeypatc
     monkeypatch.setattr(sre_evaluation, "features", shuffled)
     assert train.main(flags(scene, tmp_path / "run")) == 0
     assert equal(weights(tmp_path / "run"), weights(run))
-    ours, theirs = (json.loads((folder / "results.json").read_text())["rows"][1] for folder in (tmp_path / "run", run))
+    ours, theirs = (json.loads((folder / "results.json").read_text())["rows"][2] for folder in (tmp_path / "run", run))
     assert ours != theirs
 
 
