@@ -199,19 +199,20 @@ def _scan(query: Tensor, rows: Tensor | np.ndarray, size: int) -> tuple[Tensor, 
     left = query.float()
     products, norms = torch.empty(len(query), len(rows)), np.empty(len(rows), np.float32)
     copy = torch.empty(size, query.shape[1])
-    for start in range(0, len(rows), size):
-        block = rows[start : start + size]
-        if isinstance(block, Tensor):
-            block = block.detach().float()
-        else:
-            np.copyto(copy.numpy()[: len(block)], block, casting="unsafe")
-            block = copy[: len(block)]
-        torch.mm(left, block.T, out=products[:, start : start + size])
-        block = block.numpy()
-        if hasattr(np, "vecdot"):  # numpy 2: twice as fast
-            np.vecdot(block, block, out=norms[start : start + size])
-        else:
-            np.einsum("ij,ij->i", block, block, out=norms[start : start + size])
+    with np.errstate(over="ignore", invalid="ignore"):  # such rows get their own error
+        for start in range(0, len(rows), size):
+            block = rows[start : start + size]
+            if isinstance(block, Tensor):
+                block = block.detach().float()
+            else:
+                np.copyto(copy.numpy()[: len(block)], block, casting="unsafe")
+                block = copy[: len(block)]
+            torch.mm(left, block.T, out=products[:, start : start + size])
+            block = block.numpy()
+            if hasattr(np, "vecdot"):  # numpy 2: twice as fast
+                np.vecdot(block, block, out=norms[start : start + size])
+            else:
+                np.einsum("ij,ij->i", block, block, out=norms[start : start + size])
     return products, torch.from_numpy(norms)
 
 
