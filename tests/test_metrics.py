@@ -212,6 +212,128 @@ def test_search_reads_a_memory_map(tmp_path: Path, dtype: type) -> None:
     assert torch.equal(distances, expected[0]) and torch.equal(indices, expected[1])
 
 
+def defined_search(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """By the definition alone: every pair's sum of squared differences, rounded, in a stable sort."""
+    pairs = [metrics._halving_sum((q - gallery.double()) ** 2).float() for q in query.double()]
+    squares, indices = torch.stack(pairs).sort(dim=1, stable=True)
+    return squares[:, :k].sqrt(), indices[:, :k]
+
+
+def near_tie_case(name: str) -> tuple[Tensor, Tensor]:
+    """Queries [3, 24] and a gallery [700, 24] in which float32 products mislead, overflow or vanish."""
+    rng = torch.Generator().manual_seed(3)
+    query, gallery = torch.randn(3, 24, generator=rng), torch.randn(700, 24, generator=rng)
+    if name == "one ulp":  # rows that differ from the query in one last digit of one coordinate, in random order
+        gallery[100:] = query.repeat(200, 1)
+        column = torch.randint(0, 24, (600, 1), generator=rng)
+        moved = gallery[100:].gather(1, column)
+        gallery[100:].scatter_(1, column, torch.nextafter(moved, torch.full_like(moved, 9.0)))
+    elif name == "offset":  # distances of 1e-2 between vectors of length 5e4
+        query, gallery = query * 1e-2 + 1e4, gallery * 1e-2 + 1e4
+    elif name == "lengths":  # from 1e-15 to 1e15
+        gallery *= 10 ** torch.linspace(-15, 15, 700)[torch.randperm(700, generator=rng), None]
+    elif name == "tiny":  # whose squares float32 does not hold
+        query, gallery = query * 1e-24, gallery * 1e-24
+    elif name == "huge":
+        query, gallery = query * 1e18, gallery * 1e18
+    elif name == "zero":
+        query[0], gallery[::3] = 0, 0
+    elif name == "copies":
+        gallery[5:] = gallery[torch.randint(0, 5, (695,), generator=rng)]
+    elif name == "nearest last":
+        gallery = gallery[(gallery - query[0]).norm(dim=1).argsort(descending=True)]
+    return query, gallery
+
+
+NEAR_TIES = ("random", "one ulp", "offset", "lengths", "tiny", "huge", "zero", "copies", "nearest last")
+
+
+@pytest.mark.parametrize("case", NEAR_TIES)
+@pytest.mark.parametrize("k", [1, 4, 30])
+def test_the_float32_scan_changes_no_bit(case: str, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, gallery = near_tie_case(case)
+    expected = defined_search(query, gallery, k)
+    seen = []
+    original = metrics._candidates
+    monkeypatch.setattr(metrics, "_candidates", lambda *a: seen.append(len(original(*a))) or original(*a))
+    for chunk in (None, 91, 256, 699):
+        for block_bytes in (2**19, 7 * 96):
+            monkeypatch.setattr(metrics, "SCAN_BYTES", block_bytes)
+            for rows in (gallery, gallery.numpy()):
+                found = search(query, rows, k, chunk)
+                assert torch.equal(found[1], expected[1]) and torch.equal(found[0], expected[0]), (chunk, block_bytes)
+    assert seen
+    if case == "random" and k == 4:
+        assert max(seen) < 70  # of up to 700: the scan does leave rows out
+
+
+def test_the_scan_needs_its_error_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_scan_error", lambda e: (0.0, 0.0))
+    for case in ("one ulp", "offset"):
+        query, gallery = near_tie_case(case)
+        assert not torch.equal(search(query, gallery, 4)[1], defined_search(query, gallery, 4)[1]), case
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_scan_takes_every_float(dtype: torch.dtype) -> None:
+    query, gallery = near_tie_case("random")
+    for q in (query, query.double() + 1e-9, query.to(dtype)):
+        rows = (gallery.double() + 1e-9).to(dtype)
+        expected = defined_search(q, rows, 4)
+        arrays = [rows, rows.clone().requires_grad_()] + ([rows.numpy()] if dtype != torch.bfloat16 else [])
+        for array in arrays:
+            found = search(q, array, 4, chunk=300)
+            assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+def test_the_scan_reads_a_map_block_by_block(tmp_path: Path) -> None:
+    """A read-only map: no warning, no write, and never more than `chunk` rows at once."""
+    query, gallery = near_tie_case("random")
+    np.save(tmp_path / "gallery.npy", gallery.numpy())
+    mapped = np.load(tmp_path / "gallery.npy", mmap_mode="r")
+    read = []
+
+    class Recorded(np.ndarray):
+        def __getitem__(self, key: Any) -> Any:
+            out = np.asarray(super().__getitem__(key))
+            read.append(len(out))
+            return out
+
+    found = search(query, mapped.view(Recorded), 4, chunk=50)
+    assert torch.equal(found[1], defined_search(query, gallery, 4)[1])
+    assert max(read) == 50 and sum(read) == 700
+
+
+def test_reduced_precision_products_are_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast, and a product that rounds its inputs to bfloat16 or to TF32's ten bits."""
+    query, gallery = near_tie_case("random")
+    expected = defined_search(query, gallery, 4)
+    original, used = torch.mm, []
+    candidates = metrics._candidates
+    monkeypatch.setattr(metrics, "_candidates", lambda *a: used.append(True) or candidates(*a))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(search(query, gallery, 4)[1], expected[1])
+    used.clear()
+    for low_bits in (2**13, 2**16):
+        def rounded(x: Tensor, bits: int = low_bits) -> Tensor:
+            return ((x.view(torch.int32) + bits // 2) & -bits).view(torch.float32)
+
+        monkeypatch.setattr(torch, "mm", lambda a, b, out: original(rounded(a), rounded(b), out=out))
+        assert torch.equal(search(query, gallery, 4)[1], expected[1]) and not used
+    monkeypatch.setattr(torch, "mm", original)
+    assert torch.equal(search(query, gallery, 4)[1], expected[1]) and used
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e19, 1e200])
+def test_the_scan_refuses_what_is_not_finite(value: float) -> None:
+    query, gallery = near_tie_case("random")
+    gallery = gallery.double()
+    gallery[[402, 405], 1] = value
+    for rows in (gallery, gallery.float(), gallery.numpy()):
+        with pytest.raises(ValueError, match=r"^2 of 300 gallery feature rows .* row 402\)"):
+            search(query, rows, 4, chunk=300)
+
+
 def test_search_and_retrieval_agree() -> None:
     query, labels, gallery, gallery_labels = random_case(11, 8, 90, 4, 3, ties=True)
     result = retrieval(query, labels, gallery, gallery_labels, k=15)

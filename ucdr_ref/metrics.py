@@ -22,6 +22,8 @@ from torch import Tensor
 
 MEMORY_BUDGET = 2**26  # bytes of a chunk when no size is given; larger ones leave the CPU's cache and are slower
 BYTES_PER_PAIR = 48  # of a chunk: distances and bounds in float64, keys and sorted keys, hits, precisions
+SCAN_BYTES = 2**19  # of gallery rows that `search` reads at once; they stay in a core's cache
+WIDEST_SCAN = 2**16  # features; the scan's error bound is derived for fewer
 INDEX = 0xFFFFFFFF  # the bits of a key that hold the gallery index
 
 
@@ -58,11 +60,12 @@ def retrieval(
     query = _double(query)
     gallery = _double(gallery).to(query.device)
     query_labels, gallery_labels = query_labels.to(query.device), gallery_labels.to(query.device)
+    index = torch.arange(len(gallery), device=query.device)
     k_used, hundred = min(k, len(gallery)), min(100, len(gallery))
 
     columns: list[Tensor] = []
     for rows, labels in zip(_split(query, chunk, len(gallery)), _split(query_labels, chunk, len(gallery)), strict=True):
-        order = _sort(_keys(squared_distances(rows, gallery))) & INDEX
+        order = _sort(_keys(squared_distances(rows, gallery), index)) & INDEX
         hits = gallery_labels[order] == labels[:, None]
         relevant, first = hits.sum(1), hits[:, :k_used]
         precisions = [hits[:, :cut].sum(1, dtype=torch.float64) / cut for cut in (k_used, hundred)]
@@ -120,25 +123,112 @@ def search(query: Tensor, gallery: Tensor | np.ndarray, k: int, chunk: int | Non
     query [q, e]; gallery [g, e], a tensor or an array such as a memory map larger than memory: O(q * chunk) memory
     whatever g is. Returns (Euclidean distances [q, k] float32, gallery indices [q, k]) on the query's device, nearest
     first, equal squared distances by index; k is cut to g. Raises ValueError as `retrieval` does.
+
+    On the CPU a float32 scan (`_candidates`) first leaves out the rows that provably are among nobody's k nearest.
     """
     _check_k(k, chunk)
     _check_rows(query, "query")
     if len(gallery) == 0:
         raise ValueError("The gallery is empty; give at least one row.")
     _check_widths(query, gallery)
-    home, query, k = query.device, _double(query), min(k, len(gallery))
+    home, query, k = query.device, _double(query.detach()), min(k, len(gallery))
     if chunk is None:
         chunk = max(1, MEMORY_BUDGET // (BYTES_PER_PAIR * len(query) + 16 * query.shape[1]))
+    block = max(1, SCAN_BYTES // (4 * query.shape[1]))
+    scan = query.device.type == "cpu" and (not isinstance(gallery, Tensor) or gallery.device.type == "cpu") \
+        and len(query) * k < min(chunk, len(gallery)) and query.shape[1] <= WIDEST_SCAN \
+        and _multiplies_in_float32(len(query), block, query.shape[1])
 
     best = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
     for start in range(0, len(gallery), chunk):
         rows = gallery[start : start + chunk]
-        rows = rows if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows))
-        _check_rows(rows, "gallery", offset=start)
-        best = torch.cat([best, _keys(squared_distances(query, rows.to(query.device)), start)], dim=1)
+        index = torch.arange(start, start + len(rows), device=query.device)
+        if scan and k <= len(rows):
+            products, norms = _scan(query, rows, block)
+            if not bool((norms < 7e37).all()):  # a number below the squared limit of _check_rows; NaN compares false
+                _check_rows(_tensor(rows), "gallery", offset=start)
+            chosen = _candidates(query, products, norms, k, best)
+            rows, index = rows[chosen if isinstance(rows, Tensor) else chosen.numpy()], index[chosen]
+            if len(chosen) == 0:
+                continue
+        else:
+            rows = _tensor(rows)
+            _check_rows(rows, "gallery", offset=start)
+        new = _keys(squared_distances(query, _tensor(rows).to(query.device)), index)
+        best = torch.cat([best, new], dim=1)
         best = best.topk(min(k, best.shape[1]), dim=1, largest=False, sorted=True).values
-    distances = (best >> 32).to(torch.int32).view(torch.float32).sqrt()
-    return distances.to(home), (best & INDEX).to(home)
+    return _squares(best).sqrt().to(home), (best & INDEX).to(home)
+
+
+def _candidates(query: Tensor, products: Tensor, norms: Tensor, k: int, best: Tensor) -> Tensor:
+    """Positions, ascending, of the rows that may be among the k nearest of some query [q, e] (float64).
+
+    products [q, c] and norms [c] are those of `_scan`, best [q, <= k] the keys of the nearest earlier rows.
+
+    With c and tiny of `_scan_error`, Q = |q|^2, G = |g|^2 and low = (1 - c)G - 2 q.g, the defined distance D of a pair is
+        low - cQ - tiny < D - Q < low + 2cG + cQ + tiny,
+    so a row above the right-hand side of k others, or above the D of k earlier rows, is not among the k nearest.
+    """
+    c, tiny = _scan_error(query.shape[1])
+    query_sq = (query**2).sum(1)
+    low = torch.add(norms * (1 - c), products, alpha=-2)
+    smallest, position = low.topk(k, dim=1, largest=False, sorted=False)
+    limit = (smallest.double() + 2 * c * norms[position]).amax(1)
+    if best.shape[1] == k:
+        limit = torch.minimum(limit, _squares(best[:, -1]) * (1 + c) - query_sq)
+    limit = (limit + 2 * c * query_sq + tiny).float()
+    return ((low - limit[:, None]).amin(0) <= 0).nonzero()[:, 0]
+
+
+def _scan_error(e: int) -> tuple[float, float]:
+    """(c, tiny) of `_candidates`, for features of e numbers.
+
+    Let u = 2^-24. Products and norms are sums of e float32 terms: rounding the two inputs costs a term 2u, multiplying u,
+    and adding (e - 1)u, in whatever order, with or without FMA. So, by Cauchy-Schwarz, 2 q.g is off by at most
+    2(e + 3)u |q||g| <= (e + 3)u (Q + G), and G by (e + 3)u G. Forming `low` takes three roundings, of numbers of at most
+    2(Q + G). In all, G - 2 q.g is off by at most 2(e + 7)u (Q + G). c is twice that and 36u more: what is left, at least
+    c(Q + G) / 2, is more than the roundings of `limit` and of D, of u times at most 3(Q + G) each. Products of the small
+    terms are left out; e <= WIDEST_SCAN keeps them below a fiftieth. `tiny` is more than float32's underflow costs:
+    2^-126 (1 + |q| + |g|) for each of e terms.
+    """
+    return 4 * (e + 16) * 2.0**-24, e * 2.0**-100
+
+
+def _scan(query: Tensor, rows: Tensor | np.ndarray, size: int) -> tuple[Tensor, Tensor]:
+    """Products [q, c] and squared norms [c] in float32, `size` rows at a time: the norms read them from the cache."""
+    left = query.float()
+    products, norms = torch.empty(len(query), len(rows)), np.empty(len(rows), np.float32)
+    copy = torch.empty(size, query.shape[1])
+    with np.errstate(over="ignore", invalid="ignore"):  # such rows get their own error
+        for start in range(0, len(rows), size):
+            block = rows[start : start + size]
+            if isinstance(block, Tensor):
+                block = block.detach().float()
+            else:
+                np.copyto(copy.numpy()[: len(block)], block, casting="unsafe")
+                block = copy[: len(block)]
+            torch.mm(left, block.T, out=products[:, start : start + size])
+            block = block.numpy()
+            if hasattr(np, "vecdot"):  # numpy 2: twice as fast
+                np.vecdot(block, block, out=norms[start : start + size])
+            else:
+                np.einsum("ij,ij->i", block, block, out=norms[start : start + size])
+    return products, torch.from_numpy(norms)
+
+
+def _multiplies_in_float32(q: int, size: int, e: int) -> bool:
+    """False where autocast or a precision setting makes `_scan`'s products bfloat16 or TF32: asked by an example.
+
+    (1 + 2^-12)(1 + 2^-11) needs all 24 bits of a float32; the other terms are zero, so no order of addition matters.
+    """
+    left, rows = torch.zeros(q, e), torch.zeros(size, e)
+    left[:, 0], rows[:, 0] = 1 + 2**-12, 1 + 2**-11
+    products = torch.mm(left, rows.T, out=torch.empty(q, 2 * size)[:, :size])
+    return bool((products == (1 + 2**-12) * (1 + 2**-11)).all())
+
+
+def _tensor(rows: Tensor | np.ndarray) -> Tensor:
+    return rows.detach() if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows))
 
 
 def squared_distances(query: Tensor, gallery: Tensor) -> Tensor:
@@ -161,13 +251,17 @@ def squared_distances(query: Tensor, gallery: Tensor) -> Tensor:
     return distances
 
 
-def _keys(distances: Tensor, start: int = 0) -> Tensor:
-    """Distinct int64 that order by distance, then by gallery index from `start`: any sort or top-k of them is stable.
+def _keys(distances: Tensor, index: Tensor) -> Tensor:
+    """Distinct int64 that order by distance, then by gallery index [g]: any sort or top-k of them is stable.
 
     The index is in the low 32 bits, the distance's own bits above it: float32 >= 0 are ordered like their bits.
     """
-    keys = distances.view(torch.int32).to(torch.int64) << 32
-    return keys | torch.arange(start, start + distances.shape[1], device=distances.device)
+    return (distances.view(torch.int32).to(torch.int64) << 32) | index
+
+
+def _squares(keys: Tensor) -> Tensor:
+    """The squared distances in keys."""
+    return (keys >> 32).to(torch.int32).view(torch.float32)
 
 
 def _sort(keys: Tensor) -> Tensor:
@@ -212,7 +306,7 @@ def _check_rows(x: Tensor, name: str, labels: Tensor | None = None, offset: int 
     if labels is not None and labels.shape != x.shape[:1]:
         raise ValueError(f"{len(x)} {name} features need labels of shape [{len(x)}]; got {list(labels.shape)}.")
     # Two lengths below 9e18 add up to a distance whose square still fits float32. NaN compares false.
-    bad = (~(torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) < 9e18)).nonzero()
+    bad = (~(torch.linalg.vector_norm(x.float(), dim=1) < 9e18)).nonzero()
     if len(bad):
         raise ValueError(
             f"{len(bad)} of {len(x)} {name} feature rows hold NaN, infinite or overflowing values (first: row "

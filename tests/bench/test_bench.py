@@ -167,14 +167,14 @@ def test_command(tmp_path, capsys, monkeypatch):
     """All parts in this process; that a part runs in a process of its own is tested below."""
     monkeypatch.setattr(bench, "isolated", bench.measure)
     file = tmp_path / "bench.json"
-    assert bench.main([*TINY, "--sizes", "20", "30", "8", "--json", str(file)]) == 0
+    assert bench.main([*TINY, "--sizes", "20", "30", "8", "--search-sizes", "300", "8", "--json", str(file)]) == 0
     out = capsys.readouterr().out
     last = out[out.index("plain / ours"):]
     assert all(part in last for part in bench.PARTS)
     written = json.loads(file.read_text())
     assert written["all_met"] and written["versions"]["torch"] == torch.__version__
     assert all(side["cpu_s"] > 0 and side["memory_gib"] > 0
-               for part in written["parts"].values() for side in (part["ours"], part["plain"]))
+               for name, part in written["parts"].items() if name != "search" for side in (part["ours"], part["plain"]))
     monkeypatch.setattr(bench, "checks", lambda *_: [{"what": "x", "value": 1.0, "bound": ">= 2", "met": False}])
     assert bench.main([*TINY, "--part", "encode"]) == 1
     assert "required >= 2: MISSED" in capsys.readouterr().out
@@ -185,6 +185,36 @@ def test_a_part_runs_in_a_fresh_process():
     before = torch.get_rng_state()
     assert bench.isolated("metrics", "ours", sizes)["cpu_s"] > 0
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_search_beside_faiss(capsys, monkeypatch):
+    """Every case is printed, required at the stated size alone, and leaves the numbers of threads as they were."""
+    pytest.importorskip("faiss", reason="faiss-cpu is in requirements-dev.txt")
+    monkeypatch.setattr(bench, "isolated", bench.measure)
+    arguments, threads = ["--part", "search", "--device", "cpu", "--search-sizes", "300", "8"], torch.get_num_threads()
+    assert bench.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert all(f"search {q} queries, {t} threads" in out for t in (1, 2) for q in (1, 10, 100)) and "required" not in out
+    assert torch.get_num_threads() == threads
+    slow = [dict(case, ours_wall_s=2.0, faiss_wall_s=1.0) for case in bench.measure_search(300, 8)]
+    monkeypatch.setattr(bench, "measure_search", lambda g, e: slow)
+    assert bench.main(arguments[:4]) == 1
+    assert capsys.readouterr().out.count("required <= 1: MISSED") == 6
+
+
+def test_search_and_faiss_find_the_same():
+    """What is timed is the same work: FAISS's ten nearest are ours."""
+    faiss = pytest.importorskip("faiss", reason="faiss-cpu is in requirements-dev.txt")
+    query, _, gallery, _ = bench.random_features(20, 3000, 32)
+    index = faiss.IndexFlatL2(32)
+    index.add(gallery.numpy())
+    assert metrics.search(query, gallery, 10)[1].tolist() == index.search(query.numpy(), 10)[1].tolist()
+
+
+def test_search_without_faiss(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    assert bench.main(["--part", "search", "--device", "cpu"]) == 0
+    assert "faiss-cpu is not installed" in capsys.readouterr().out
 
 
 def test_user_mistakes(capsys):

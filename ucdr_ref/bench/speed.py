@@ -5,9 +5,13 @@ interpreter, one after the other, so that its peak memory is its own; both see t
 step of each is not counted. CPU-seconds are those of all threads: they hold on a machine that does other things too, where
 seconds do not. The plain metrics are timed on the first queries and scaled to all, which the output says.
 
+`search` compares exact search with faiss-cpu's flat index (requirements-dev.txt), both in one process and in turns, so that
+they meet the same neighbours on a busy machine; the ratio is that of the median seconds. Adding the vectors to FAISS is not timed.
+
 Exit status 1 when a required figure is missed. On two CPU cores, float32, 245 classes, 5 domains, 16 context vectors, batch 50:
 phase 1 at least 2x, phase 2 at least 3x (ViT-B/32) or 2x (ViT-B/16) fewer CPU-seconds, each in at most half the memory;
-metrics at 8,000 x 20,000 x 512 in 25 s and 2 GB. On a GPU: encoding with ViT-B/16 in bf16 at half the measured matrix peak.
+metrics at 8,000 x 20,000 x 512 in 25 s and 2 GB;
+search at 200,000 x 512 no slower than FAISS for 1, 10 and 100 queries with one and two threads. On a GPU: encoding with ViT-B/16 in bf16 at half the measured matrix peak.
 """
 from __future__ import annotations
 
@@ -20,8 +24,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -45,11 +51,14 @@ BASE = dict(image_size=224, vision_width=768, vision_layers=12, vision_heads=12,
 SHAPES = {"ViT-B/32": dict(BASE, patch=32), "ViT-B/16": dict(BASE, patch=16),
           "tiny": dict(image_size=32, patch=8, vision_width=64, vision_layers=2, vision_heads=1, embed_dim=32, text_width=64,
                        text_layers=2, text_heads=1, **TEXT)}
-PARTS = ("phase1", "phase2", "encode", "metrics")
+PARTS = ("phase1", "phase2", "encode", "metrics", "search")
 PHASES = {"phase1": "source", "phase2": "target"}
 FASTER = {"phase1": {"ViT-B/32": 2.0, "ViT-B/16": 2.0}, "phase2": {"ViT-B/32": 3.0, "ViT-B/16": 2.0}}
 PUBLISHED = dict(batch=50, classes=245, domains=5, context=16, precision="fp32", sizes=[8000, 20000, 512])
 PLAIN_QUERIES = 200
+SEARCH = [200_000, 512]  # gallery and width
+SEARCH_CASES = [(threads, q) for threads in (1, 2) for q in (1, 10, 100)]
+SEARCH_ROUNDS = 5
 
 
 def random_clip(arch: str) -> CLIP:
@@ -108,8 +117,10 @@ def timed(work: Callable[[], Any], steps: int, device: torch.device, warm_up: bo
             "memory_gib": memory_gib(device)}
 
 
-def measure(part: str, side: str, sizes: dict[str, Any]) -> dict[str, float]:
-    """One side of one part; runs in a process of its own."""
+def measure(part: str, side: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    """One side of one part, of `search` both; runs in a process of its own."""
+    if part == "search":
+        return {"cases": measure_search(*sizes["search_sizes"])}
     device = torch.device(sizes["device"])
     if part == "metrics":
         return measure_metrics(side, sizes, device)
@@ -159,6 +170,33 @@ def measure_metrics(side: str, sizes: dict[str, Any], device: torch.device) -> d
         return result
     scaled = {name: result[name] * q / few for name in ("cpu_s", "wall_s")}
     return {**result, **scaled, "queries_timed": few}
+
+
+def measure_search(g: int, e: int) -> list[dict[str, float]]:
+    """`metrics.search` and FAISS's flat index in turns, k = 10: median seconds and CPU-seconds of each, per case."""
+    import faiss
+
+    query, _, gallery, _ = random_features(max(q for _, q in SEARCH_CASES), g, e)
+    index = faiss.IndexFlatL2(e)
+    index.add(gallery.numpy())
+    cpu, results = torch.device("cpu"), []
+    before = torch.get_num_threads(), faiss.omp_get_max_threads()
+    try:
+        for threads, q in SEARCH_CASES:
+            torch.set_num_threads(threads)
+            faiss.omp_set_num_threads(threads)
+            rows = query[:q].contiguous()
+            work: dict[str, Callable[[], Any]] = {"ours": lambda rows=rows: metrics.search(rows, gallery, 10),
+                                                  "faiss": lambda rows=rows: index.search(rows.numpy(), 10)}
+            times = [{side: timed(call, 1, cpu, warm_up=turn == 0) for side, call in work.items()}
+                     for turn in range(SEARCH_ROUNDS)]
+            results.append({"threads": threads, "queries": q} | {
+                f"{side}_{unit}": median(turn[side][unit] for turn in times)
+                for side in work for unit in ("wall_s", "cpu_s")})
+    finally:
+        torch.set_num_threads(before[0])
+        faiss.omp_set_num_threads(before[1])
+    return results
 
 
 def random_features(q: int, g: int, e: int, classes: int = 45) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -216,7 +254,7 @@ def checks(part: str, ours: dict[str, float], plain: dict[str, float], sizes: di
              "met": value >= bound if sign == ">=" else value <= bound} for what, value, sign, bound in wanted]
 
 
-def isolated(part: str, side: str, sizes: dict[str, Any]) -> dict[str, float]:
+def isolated(part: str, side: str, sizes: dict[str, Any]) -> dict[str, Any]:
     """`measure` in a fresh process. Raises ValueError when that process is killed, as it is when memory runs out."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for a busy core would spin, and that would count
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -249,6 +287,24 @@ def compare(part: str, sizes: dict[str, Any]) -> dict[str, Any]:
     return {**sides, "plain_over_ours": ratios, "required": checks(part, ours, plain, sizes)}
 
 
+def compare_search(sizes: dict[str, Any]) -> dict[str, Any]:
+    """Measures search beside FAISS and prints every case; nothing but a line where FAISS is not installed."""
+    if find_spec("faiss") is None:
+        print("search not measured: faiss-cpu is not installed; `pip install faiss-cpu`, or choose another --part", flush=True)
+        return {"cases": [], "plain_over_ours": {}, "required": []}
+    cases = isolated("search", "both", sizes)["cases"]
+    required = []
+    for case in cases:
+        name = f"{case['queries']} queries, {case['threads']} threads"
+        ratio = case["ours_wall_s"] / case["faiss_wall_s"]
+        print(f"search {name:<24}" + "".join(f" {side} {case[f'{side}_wall_s']:.4f} s ({case[f'{side}_cpu_s']:.4f} CPU-s)"
+                                            for side in ("ours", "faiss")), flush=True)
+        if sizes["search_sizes"] == SEARCH:
+            required.append({"what": f"ours / FAISS, {name}", "value": ratio, "bound": "<= 1", "met": ratio <= 1})
+    return {"cases": cases, "required": required, "plain_over_ours": {
+        f"{case['threads']}x{case['queries']}": case["faiss_wall_s"] / case["ours_wall_s"] for case in cases}}
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m ucdr_ref.bench.speed", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -260,11 +316,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
     parser.add_argument("--sizes", type=int, nargs=3, metavar=("Q", "G", "E"), default=PUBLISHED["sizes"],
                         help="queries, gallery and feature width of the metrics (default: 8000 20000 512)")
+    parser.add_argument("--search-sizes", type=int, nargs=2, metavar=("G", "E"), default=SEARCH,
+                        help="gallery and feature width of the search (default: 200000 512)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU when there is one)")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="of both sides (default: fp32)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, with machine and versions")
     args = parser.parse_args(argv)
-    if args.steps < 0 or min(args.batch, args.classes, args.domains, args.context, *args.sizes) < 1:
+    if args.steps < 0 or min(args.batch, args.classes, args.domains, args.context, *args.sizes, *args.search_sizes) < 1:
         parser.error("sizes must be at least 1")
     return args
 
@@ -275,9 +333,10 @@ def run(args: argparse.Namespace) -> int:
     sizes = {name: value for name, value in vars(args).items() if name not in ("json", "part")}
     sizes.update(device=str(device), steps=args.steps or (20 if device.type == "cuda" else 2))
     print(", ".join(f"{name} {value}" for name, value in (versions() | sizes).items()), flush=True)
-    parts = {part: compare(part, sizes) for part in (PARTS if args.part == "all" else (args.part,))}
+    parts = {part: compare_search(sizes) if part == "search" else compare(part, sizes)
+             for part in (PARTS if args.part == "all" else (args.part,))}
     met = True
-    print("\nplain / ours: CPU-seconds, seconds, memory")
+    print("\nplain / ours: CPU-seconds, seconds, memory (search: FAISS / ours, seconds, for each line above)")
     for part, result in parts.items():
         print(f"{part:<8} " + " ".join(f"{value:8.2f}x" for value in result["plain_over_ours"].values()))
         for check in result["required"]:
