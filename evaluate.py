@@ -3,16 +3,20 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ucdr_ref.clip.tensorfile import tidy
 from ucdr_ref.clip.zero_shot import ZeroShot
-from ucdr_ref.config import MACHINE
+from ucdr_ref.config import MACHINE, Config
 from ucdr_ref.experiments import classification as sre_evaluation
 from ucdr_ref.experiments import protocols
 from ucdr_ref.experiments import retrieval as evaluation
+from ucdr_ref.experiments.page import classification_page, log_lines, retrieval_page
+from ucdr_ref.experiments.report import plain, write_classification, write_retrieval
 from ucdr_ref.experiments.run_folder import restore, versions
+from ucdr_ref.machine.files import write_text_atomic
 from ucdr_ref.machine.processes import pick_device, processes, wait, world
 from ucdr_ref.sre.adapter import SRECLIP
 
@@ -24,14 +28,16 @@ def report(folder: Path, overrides: dict[str, Any], out: Path | None = None, oth
     config, method, state = restore(folder, overrides, device)
     out = out or folder
     about = {"run": str(folder), "config": state["config"], "versions": versions()}
+    page_about = {**about, "defaults": asdict(Config())}
     if isinstance(method, SRECLIP):
         if world() > 1:
             raise ValueError(f"{folder} is a run of sre-clip, which one process evaluates: start it without torchrun")
         found = sre_evaluation.evaluate(folder, config, method, state, device)
         print(sre_evaluation.table(found, config))
         out.mkdir(parents=True, exist_ok=True)
-        sre_evaluation.write_results(found, out, about)
-        print(f"{out}: results.json, per_class.csv, confusion.png")
+        write_classification(found, out, about)
+        write_text_atomic(out / "report.html", classification_page(found, log_lines(folder), page_about))
+        print(f"{plain(out)}: report.html, results.json, per_class.csv, confusion.png")
         return
     protocol = protocols.build(config)
     if protocol.class_names != state["class_names"] and not other_classes:
@@ -44,8 +50,9 @@ def report(folder: Path, overrides: dict[str, Any], out: Path | None = None, oth
     rows = evaluation.evaluate(encoders, protocol, config, method.clip.image_size, device)
     print(evaluation.table(rows, config.dataset))
     out.mkdir(parents=True, exist_ok=True)
-    evaluation.write_results(rows, out, about)
-    print(f"{out}: results.json, per_class.csv, queries.png")
+    write_retrieval(rows, out, about)
+    write_text_atomic(out / "report.html", retrieval_page(rows, log_lines(folder), page_about))
+    print(f"{plain(out)}: report.html, results.json, per_class.csv, per_query.csv, queries.png")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from ucdr_ref.clip.tensorfile import file_digest, tidy
-from ucdr_ref.experiments.report import sheet
+from ucdr_ref.experiments.report import Shown, plain, sheet
 from ucdr_ref.experiments.run_folder import restore
 from ucdr_ref.images.cache import build_index
-from ucdr_ref.images.features import path_encoder
+from ucdr_ref.images.features import inverted, path_encoder
 from ucdr_ref.machine.processes import pick_device
 
 
@@ -66,18 +66,19 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps({"gallery": str(args.gallery), "images": len(index.paths), "skipped": index.skipped,
                           "cached": index.cached, "queries": results}))
     else:
-        print(f"{len(index.paths)} images in {args.gallery}{' (from the cache)' if index.cached else ''}"
+        print(f"{len(index.paths)} images in {plain(args.gallery)}{' (from the cache)' if index.cached else ''}"
               + (f", {len(index.skipped)} unreadable" if index.skipped else ""))
         for result in results:
-            print(f"\n{result['query']}")
+            print(f"\n{plain(result['query'])}")
             for rank, hit in enumerate(result["results"], 1):
-                print(f"{rank:4d}  {hit['distance']:.4f}  {hit['path']}")
+                print(f"{rank:4d}  {hit['distance']:.4f}  {plain(hit['path'])}")
     if args.export:
         names = index.export(args.export)
         print(f"{args.export}: {index.features.shape[0]} x {index.features.shape[1]} float32; paths in {names}", file=sys.stderr)
     if args.out and results:
-        sheet([(result["query"], "query", [(hit["path"], None, f"{hit['distance']:.3f}") for hit in result["results"]])
-               for result in results], args.out)
+        sheet([(Shown(result["query"], "query", None, inverted(result["query"], args.invert_query, config)),
+                [Shown(hit["path"], f"{hit['distance']:.3f}", None, inverted(hit["path"], args.invert_gallery, config))
+                 for hit in result["results"]]) for result in results], args.out)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,11 +1,7 @@
 """Retrieval protocols to tables: the trained method beside zero-shot CLIP, and the paper's numbers where there are any."""
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,13 +13,12 @@ from ..clip.zero_shot import ZeroShot
 from ..config import Config
 from ..images.batches import Files, ImageDataset, augment, balanced_batches, load
 from ..images.features import extract
-from ..machine.files import write_text_atomic
 from ..machine.processes import fold, share
 from ..metrics import retrieval, search
 from ..training.loop import Feed
 from ..ucdr.adapter import Batch
 from .protocols import Protocol, Test
-from .report import sheet
+from .report import plain
 
 COLUMNS = ("mAP@200", "Prec@200", "mAP@all", "Prec@100")
 # As published (ViT-B/32), by dataset, protocol and gallery.
@@ -58,7 +53,7 @@ def score(encode: Encode, test: Test, config: Config, image_size: int, device: t
         shown = shown_queries(queries)
         nearest = search(query[shown].to(device), gallery, min(10, len(files)))[1].tolist()
         results[name] = {"metrics": metrics, "names": names, "queries": queries, "gallery": files,
-                         "shown": list(zip(shown, nearest))}
+                         "shown": list(zip(shown, nearest)), "query_features": query, "gallery_features": gallery.cpu()}
     return results
 
 
@@ -98,7 +93,7 @@ def table(rows: list[dict[str, Any]], dataset: str) -> str:
              + "  queries x gallery"]
     for i, row in enumerate(rows):
         key = (row["protocol"], row["query_domain"], row["gallery_name"])
-        lines.append(f"{key[0]:<9} {key[1]:<11} {key[2]:<8} {row['method']:<13} "
+        lines.append(f"{key[0]:<9} {plain(key[1]):<11} {key[2]:<8} {row['method']:<13} "
                      + " ".join(f"{100 * row[name]:9.2f}" for name in COLUMNS) + f"  {row['queries']} x {row['gallery']}"
                      + (f"; k cut to {row['k_used']}" if row["k_used"] < row["k"] else "")
                      + (f"; {row['no_relevant']} queries without a relevant image" if row["no_relevant"] else ""))
@@ -107,32 +102,6 @@ def table(rows: list[dict[str, Any]], dataset: str) -> str:
             lines.append(f"          published: {PUBLISHED[dataset, key[0], key[2]]}")
     return "\n".join(lines)
 
-
-def write_results(rows: list[dict[str, Any]], folder: Path, about: dict[str, Any]) -> None:
-    """results.json, per_class.csv and queries.png (each query's first ten: hits green, misses red) in `folder`."""
-    plain = [{key: value for key, value in row.items() if key != "details"} for row in rows]
-    write_text_atomic(folder / "results.json", json.dumps({**about, "rows": plain}, indent=2) + "\n")
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["protocol", "query_domain", "gallery", "method", "class", "queries", "mAP@200", "mAP@all"])
-    for row in rows:
-        details = row["details"]
-        for label, value in sorted(details["metrics"]["per_class"].items()):
-            name = details["names"][label]
-            writer.writerow([row["protocol"], row["query_domain"], row["gallery_name"], row["method"], name,
-                             details["queries"].classes.count(name), f"{value:.6f}",
-                             f"{details['metrics']['per_class@all'][label]:.6f}"])
-    write_text_atomic(folder / "per_class.csv", text.getvalue())
-    picture = []
-    first = (rows[0]["protocol"], rows[0]["gallery_name"])
-    for i in range(len(rows[0]["details"]["shown"])):
-        for row in rows:
-            if (row["protocol"], row["gallery_name"]) == first:
-                queries, gallery = row["details"]["queries"], row["details"]["gallery"]
-                index, nearest = row["details"]["shown"][i]
-                picture.append((queries.paths[index], f"{row['method']}: {queries.classes[index]}",
-                                [(gallery.paths[j], gallery.classes[j] == queries.classes[index]) for j in nearest]))
-    sheet(picture, folder / "queries.png")
 
 CPU_PART = 10  # images of phase 2 at once: on a CPU no slower than a batch of 50, in a third of the memory
 

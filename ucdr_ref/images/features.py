@@ -31,21 +31,20 @@ def extract(encode: Callable[[Tensor], Tensor], files: Files, config: Config, im
     return torch.cat(features), kept
 
 
+def inverted(path: str, invert: str, config: Config) -> bool:
+    """Whether an image is dark strokes on white, whose colours are inverted (D14).
+
+    invert: yes, no, or auto, where a folder on the path named like a stroke domain says so.
+    """
+    return invert == "yes" or invert == "auto" and any(part in config.stroke_domains for part in Path(path).parts[:-1])
+
+
 def path_encoder(encode: Callable[[Tensor], Tensor], image_size: int, config: Config, device: torch.device,
                  invert: str = "auto") -> EncodePaths:
-    """encode_paths(paths) -> (indices [b], features [b, .]) batch by batch; unreadable images are left out.
-
-    invert: whether the images are dark strokes on white: yes, no, or auto, where a folder on the path named like a stroke
-    domain says so (D14).
-    """
-    def domain(path: str) -> str:
-        if invert == "auto":
-            return next((part for part in Path(path).parts[:-1] if part in config.stroke_domains), "")  # D14
-        return "strokes" if invert == "yes" else ""
-
+    """encode_paths(paths) -> (indices [b], features [b, .]) batch by batch; unreadable images are left out."""
     def encode_paths(paths: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
-        files = Files(paths, [""] * len(paths), [domain(path) for path in paths])
-        dataset = ImageDataset(files, preprocess(image_size), (*config.stroke_domains, "strokes"))
+        files = Files(paths, [""] * len(paths), ["strokes" if inverted(path, invert, config) else "" for path in paths])
+        dataset = ImageDataset(files, preprocess(image_size), ("strokes",))
         for indices, images in load(dataset, chunks(len(paths), config.eval_batch), config.workers, True, device):
             if len(indices):
                 with torch.inference_mode(), autocast(config.precision, device):
