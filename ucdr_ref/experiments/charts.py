@@ -1,6 +1,7 @@
-"""SVG charts and tables as text: all that report.html draws with. Text that comes in is escaped here; lengths are pixels.
+"""SVG charts and tables as text: all that report.html draws with. Lengths are pixels.
 
-They can be read without colour: curves differ by dash, marks by shape, classes by letter.
+Text that comes in is escaped here. The charts can be read without colour: curves differ by dash, marks by
+shape, classes by letter.
 """
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ def svg_lines(title: str, series: Mapping[str, Sequence[tuple[float, float]]], w
     for value in sorted({low, (low + high) / 2, high}):
         y = place(xs[0], value)[1]
         parts.append(f'<path d="M{left} {y:.1f}H{right}" stroke="#ddd"/>')
-        parts.append(words(left - 5, y + 4, f"{value:.3g}", "end"))
+        parts.append(words(left - 8, y + 4, f"{value:.3g}", "end"))
     for x, anchor in {min(xs): "start", max(xs): "end"}.items():
         parts.append(words(place(x, low)[0], height - 6, f"{x:.0f}", anchor))
     for number, (name, points) in enumerate(finite.items()):
@@ -49,22 +50,25 @@ def svg_lines(title: str, series: Mapping[str, Sequence[tuple[float, float]]], w
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="none" stroke="#000"/>')
         if len(finite) > 1:
             y = top + 14 + 17 * number
-            parts.append(f'<path d="M{right - 190} {y}h34" {look}/>' + words(right - 150, y + 4, shorten(name, 26)))
+            parts.append(f'<path d="M{right - 190} {y}h34" {look}/>')
+            parts.append(words(right - 150, y + 4, shorten(name, 26)))
     return svg(width, height, parts, title)
 
 
 def svg_bars(methods: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]) -> str:
-    """For each label one or two numbers of 0..1 in per cent: the first a ring, the last a square, a bar between.
+    """For each label one or two of 0..1 in per cent: the first a ring, the last a square, a bar between.
 
     Where the second is smaller, the bar is dotted.
     """
     left, right, step = 190, 640, 17
     height = 40 + step * len(rows)
     shapes = ["square"] if len(methods) == 1 else ["ring", "square"]
-    parts = [words(left + 220 * i, 12, f"{shape}: {name}") for i, (shape, name) in enumerate(zip(shapes, methods))]
+    parts = [words(left + 220 * i, 12, f"{shape}: {name}")
+             for i, (shape, name) in enumerate(zip(shapes, methods))]
     for tick in range(0, 101, 25):
         x = left + tick / 100 * (right - left)
-        parts.append(f'<path d="M{x:.0f} 30V{height - 6}" stroke="#ddd"/>' + words(x, 26, str(tick), "middle"))
+        parts.append(f'<path d="M{x:.0f} 30V{height - 6}" stroke="#ddd"/>')
+        parts.append(words(x, 26, str(tick), "middle"))
     for number, (label, values) in enumerate(rows):
         y = 42 + step * number
         first, last = (left + value * (right - left) for value in (values[0], values[-1]))
@@ -86,9 +90,10 @@ def svg_scatter(title: str, positions: Sequence[Sequence[float]], marks: Sequenc
     span = max(max(x - low_x, y - low_y) for x, y in positions) or 1
     scale = (size - 2 * edge) / span
     parts = [heading(title),
-             f'<rect x="0.5" y="{top}.5" width="{size - 1}" height="{size - 1}" fill="none" stroke="#ccc"/>']
+             f'<rect x="0" y="{top}" width="{size}" height="{size}" fill="none" stroke="#ccc"/>']
     for (x, y), (letter, query) in zip(positions, marks):
-        look = f"fill:{COLOURS[ord(letter) - ord('A')]}" + (";font-weight:bold;font-size:13px" if query else "")
+        bold = ";font-weight:bold;font-size:13px" if query else ""
+        look = f"fill:{COLOURS[ord(letter) - ord('A')]}{bold}"
         parts.append(words(edge + (x - low_x) * scale, top + size - edge + 4 - (y - low_y) * scale,
                            letter if query else letter.lower(), "middle", look))
     return svg(size, top + size, parts, title)
@@ -113,7 +118,8 @@ def table(header: Sequence[object], rows: Iterable[Sequence[object]], numeric: I
     right = set(numeric)
 
     def line(tag: str, values: Sequence[object]) -> str:
-        cells = [f'<{tag} class="{"n" if i in right else "t"}">{escape(value)}</{tag}>' for i, value in enumerate(values)]
+        cells = [f'<{tag} class="{"n" if i in right else "t"}">{escape(value)}</{tag}>'
+                 for i, value in enumerate(values)]
         return "<tr>" + "".join(cells) + "</tr>"
 
     return "<table>" + line("th", header) + "".join(line("td", row) for row in rows) + "</table>"

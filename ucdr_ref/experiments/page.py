@@ -1,7 +1,7 @@
 """report.html: an evaluation on one page that needs nothing else: no script, no address, pictures inside.
 
-Every name is escaped, and the page's own policy forbids whatever an escape might have missed. The same rows give the
-same bytes. Charts are in charts.py.
+Every name is escaped, and the page's own policy forbids whatever an escape might have missed. The same rows
+give the same bytes. Charts are in charts.py.
 """
 from __future__ import annotations
 
@@ -32,9 +32,11 @@ h3{font-size:15px;margin-bottom:4px} p.note{color:#555;margin:4px 0} summary{cur
 table{border-collapse:collapse;margin:8px 0} th{white-space:nowrap}
 th,td{padding:3px 8px;border-bottom:1px solid #e2e2e2;text-align:left;vertical-align:top}
 td.t{overflow-wrap:anywhere} th.n,td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-.row{display:flex;flex-wrap:wrap;gap:16px} .tight{gap:6px;margin:4px 0 12px} .scroll{max-height:560px;overflow:auto}
+.row{display:flex;flex-wrap:wrap;gap:16px} .tight{gap:6px;margin:4px 0 12px}
+.scroll{max-height:560px;overflow:auto}
 svg text{font:11px system-ui,sans-serif;fill:#1a1a1a} .wide{max-width:100%;height:auto}
-figure{margin:0;width:84px;font-size:11px;overflow-wrap:anywhere} img{display:block} figure img{border:3px solid #aaa}
+figure{margin:0;width:84px;font-size:11px;overflow-wrap:anywhere} img{display:block}
+figure img{border:3px solid #aaa}
 .hit img{border:3px solid #1e7a3a} .miss img{border:3px dashed #c02828}
 """
 
@@ -45,9 +47,10 @@ Rows = Sequence[Row]
 def retrieval_page(rows: Rows, log_lines: Iterable[str], about: Mapping[str, Any]) -> str:
     """The page of a retrieval run, as text.
 
-    rows: as `retrieval.evaluate` returns them; details that hold `query_features` [q, e] and `gallery_features` [g, e]
-    on the CPU give precision at rank, map and examples. log_lines: the lines of log.jsonl. about: `run`, `config`,
-    `defaults`, `versions`, and, where there are any, `notes`: sentences below the table.
+    rows: as `retrieval.evaluate` returns them; details that hold `query_features` [q, e] and
+    `gallery_features` [g, e] on the CPU give precision at rank, map and examples. log_lines: the lines of
+    log.jsonl. about: `run`, `config`, `defaults`, `versions`, and, where there are any, `notes`: sentences
+    below the table.
     """
     names = [key for key, value in rows[0].items() if isinstance(value, float)]
     lines = [[row["protocol"], row["query_domain"], row["gallery_name"], row["method"],
@@ -55,18 +58,21 @@ def retrieval_page(rows: Rows, log_lines: Iterable[str], about: Mapping[str, Any
     meaning = "Per cent. mAP@k divides by the hits within the first k, mAP@k/relevant by min(relevant, k)."
     parts = [table(["protocol", "queries", "gallery", "method", *names, "queries x gallery"], lines,
                    range(4, 5 + len(names))),
-             *map(note, [meaning, *about.get("notes", ())]), curves(log_lines, "mAP@200 of the validation queries")]
+             *map(note, [meaning, *about.get("notes", ())]),
+             curves(log_lines, "mAP@200 of the validation queries")]
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         if "details" in row:
             groups.setdefault((row["protocol"], row["query_domain"], row["gallery_name"]), []).append(row)
     for number, ((protocol, domain, gallery), members) in enumerate(groups.items()):
         compared = before_and_after(members, about)
-        ranked = {row["method"]: ranks(row["details"]) for row in members if "query_features" in row["details"]}
+        ranked = {row["method"]: ranks(row["details"]) for row in members
+                  if "query_features" in row["details"]}
         parts.append(f"<h2>{escape(protocol)}: queries from {escape(domain)}, gallery {escape(gallery)}</h2>")
         if ranked:
             series = {name: precision_at_rank(hits) for name, (_, hits) in ranked.items()}
-            parts.append(svg_lines("Precision at rank, mean over the queries, in per cent", series, 640, 240, zero=True))
+            title = "Precision at rank, mean over the queries, in per cent"
+            parts.append(svg_lines(title, series, 640, 240, zero=True))
         parts.append(class_chart("mAP@200 by query class", compared, class_precisions))
         if number == 0 and all(row["method"] in ranked for row in compared):
             parts += [maps(compared), examples(compared, ranked, about["config"].get("stroke_domains", ()))]
@@ -75,14 +81,15 @@ def retrieval_page(rows: Rows, log_lines: Iterable[str], about: Mapping[str, Any
 
 def classification_page(rows: Rows, log_lines: Iterable[str], about: Mapping[str, Any]) -> str:
     """The page of a classification run: rows as `classification.evaluate` returns them, the rest as above."""
-    lines = [[row["method"], average, *(percent(row[average][key]) for key in ACCURACIES), row["images"], row["classes"]]
-             for row in rows for average in ("instance", "class")]
-    meaning = ("Per cent. ZSL: images of unseen classes among the unseen classes; unseen, seen: among all classes; H: "
-               "their harmonic mean. instance: mean over images; class: mean over classes.")
+    lines = [[row["method"], average, *(percent(row[average][key]) for key in ACCURACIES),
+              row["images"], row["classes"]] for row in rows for average in ("instance", "class")]
+    meaning = ("Per cent. ZSL: images of unseen classes among the unseen classes; unseen, seen: among all; H: their "
+               "harmonic mean. instance: mean over images; class: mean over classes.")
     compared = before_and_after([row for row in rows if "details" in row], about)
     parts = [table(["method", "mean over", *ACCURACIES.values(), "images", "classes"], lines, range(2, 8)),
              *map(note, [meaning, *about.get("notes", ())]), curves(log_lines, "H on the test images (S6)"),
-             "<h2>Classes</h2>", class_chart("Accuracy by class, among all classes", compared, class_accuracies),
+             "<h2>Classes</h2>",
+             class_chart("Accuracy by class, among all classes", compared, class_accuracies),
              "<h2>What is taken for what</h2>"]
     if len(compared[0]["details"]["names"]) <= LEGIBLE:
         picture = data_uri(confusion_picture(compared), "PNG")
@@ -117,10 +124,12 @@ def settings(about: Mapping[str, Any]) -> str:
     """The config, fields that differ from the defaults first, and the versions."""
     defaults, config = ({key: json.dumps(value, ensure_ascii=False) for key, value in about[name].items()}
                         for name in ("defaults", "config"))
-    changed = [[key, value, defaults.get(key, "")] for key, value in config.items() if value != defaults.get(key)]
     same = [[key, value] for key, value in config.items() if value == defaults.get(key)]
+    changed = [[key, value, defaults.get(key, "")] for key, value in config.items()
+               if value != defaults.get(key)]
+    others = table(["field", "value"], same)
     return ("<h2>Config</h2>" + table(["differs from its default", "value", "default"], changed)
-            + f"<details><summary>{len(same)} fields at their defaults</summary>{table(['field', 'value'], same)}</details>"
+            + f"<details><summary>{len(same)} fields at their defaults</summary>{others}</details>"
             + "<h2>Versions</h2>" + table(["of", "version"], list(about["versions"].items())))
 
 
@@ -136,9 +145,11 @@ def curves(lines: Iterable[str], selection: str) -> str:
         for key in values.keys() - {"phase", "epoch", "step"}:
             losses.setdefault((values["phase"], key), []).append(values[key])
     order = sorted(losses, key=lambda item: (item[0], item[1] != "loss", item[1]))
-    charts = [svg_lines(f"{phase}: {key}, by step", {"": thin(losses[phase, key])}, 340, 170) for phase, key in order]
+    charts = [svg_lines(f"{phase}: {key}, by step", {"": thin(losses[phase, key])}, 340, 170)
+              for phase, key in order]
     if chosen_by:
-        charts.append(svg_lines(f"{selection}, by epoch", {"": list(enumerate(chosen_by, 1))}, 340, 170, dots=True))
+        points = {"": list(enumerate(chosen_by, 1))}
+        charts.append(svg_lines(f"{selection}, by epoch", points, 340, 170, dots=True))
     return '<h2>Training</h2><div class="row">' + "".join(charts) + "</div>" if charts else ""
 
 
@@ -176,7 +187,7 @@ def maps(compared: Rows) -> str:
 
 
 def examples(compared: Rows, ranked: Mapping[str, tuple[Tensor, Tensor]], strokes: Sequence[str]) -> str:
-    """The best and the worst queries of the last row, each of another class, with every row's first results."""
+    """The last row's best and worst queries, each of another class, with every row's first results."""
     last = compared[-1]["details"]
     order = last["metrics"]["AP"].argsort(descending=True, stable=True).tolist()
     best = one_per_class(order, last["queries"].classes)
@@ -199,7 +210,8 @@ def examples(compared: Rows, ranked: Mapping[str, tuple[Tensor, Tensor]], stroke
 def figure(path: str, name: str, inverted: bool, kind: str) -> str:
     picture = data_uri(thumbnail(path, THUMB, inverted), "JPEG")
     image = f'<img width="{THUMB}" height="{THUMB}" alt="" title="{escape(path)}" src="{picture}">'
-    return f'<figure class="{kind}">{image}<figcaption>{kind}: {escape(shorten(name, 30))}</figcaption></figure>'
+    caption = f"{kind}: {escape(shorten(name, 30))}"
+    return f'<figure class="{kind}">{image}<figcaption>{caption}</figcaption></figure>'
 
 
 def data_uri(picture: Image.Image, kind: str) -> str:
@@ -219,8 +231,8 @@ def before_and_after(rows: Rows, about: Mapping[str, Any]) -> list[Row]:
 
 def sizes(row: Row) -> str:
     cut = f"; k cut to {row['k_used']}" if row["k_used"] < row["k"] else ""
-    return f"{row['queries']} x {row['gallery']}{cut}" + (f"; {row['no_relevant']} without a relevant image"
-                                                         if row["no_relevant"] else "")
+    alone = f"; {row['no_relevant']} without a relevant image" if row["no_relevant"] else ""
+    return f"{row['queries']} x {row['gallery']}{cut}{alone}"
 
 
 def class_precisions(row: Row) -> dict[str, float]:
@@ -229,13 +241,14 @@ def class_precisions(row: Row) -> dict[str, float]:
 
 
 def class_accuracies(row: Row) -> dict[str, float]:
-    counts, names, unseen = confusion(row["details"]).tolist(), row["details"]["names"], row["details"]["unseen"]
+    names, unseen = row["details"]["names"], row["details"]["unseen"]
+    counts = confusion(row["details"]).tolist()
     return {name + (" (unseen)" if k in unseen else ""): counts[k][k] / sum(counts[k])
             for k, name in enumerate(names) if sum(counts[k])}
 
 
 def plane(features: Tensor) -> tuple[Tensor, float]:
-    """[n, e] -> coordinates [n, 2] along the two principal axes, and the share of the variance that they hold.
+    """[n, e] -> coordinates [n, 2] along the two principal axes, and the share of the variance they hold.
 
     An axis points where its largest entry is positive, so that the picture does not flip between runs.
     """
@@ -247,10 +260,11 @@ def plane(features: Tensor) -> tuple[Tensor, float]:
 
 
 def ranks(details: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Gallery indices of each query's nearest images and whether they are hits, both [q, k], k at most RANKS."""
+    """Gallery indices of each query's nearest images and whether they are hits, both [q, k]; k <= RANKS."""
     order = search(details["query_features"], details["gallery_features"], RANKS)[1]
     ids = {name: i for i, name in enumerate(details["names"])}
-    query, gallery = (torch.tensor([ids[name] for name in details[part].classes]) for part in ("queries", "gallery"))
+    query, gallery = (torch.tensor([ids[name] for name in details[part].classes])
+                      for part in ("queries", "gallery"))
     return order, gallery[order] == query[:, None]
 
 
@@ -274,7 +288,7 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
 
 
 def thin(values: Sequence[float], count: int = 160) -> list[tuple[float, float]]:
-    """(step, value) from step 1; of more than `count` steps the means of as many stretches, each at its last step."""
+    """(step, value) from step 1; of more than `count` steps means of as many stretches, at their last step."""
     count = min(count, len(values))
     edges = [len(values) * i // count for i in range(count + 1)]
     return [(b, sum(values[a:b]) / (b - a)) for a, b in zip(edges, edges[1:])]

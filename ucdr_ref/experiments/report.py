@@ -1,7 +1,7 @@
 """What an evaluation leaves: results.json, tables as CSV, pictures by Pillow.
 
-Names of files and classes come from folders that others made. Here they become harmless: `plain` for a terminal, `cell` for a
-spreadsheet; JSON holds them exactly, escaped to ASCII.
+Names of files and classes come from folders that others made. Here they become harmless: `plain` for a
+terminal, `cell` for a spreadsheet; JSON holds them exactly, escaped to ASCII.
 """
 from __future__ import annotations
 
@@ -23,18 +23,20 @@ from ..images.batches import open_image
 from ..machine.files import write_atomic, write_text_atomic
 
 FRAMES = {True: (30, 160, 60), False: (205, 40, 40), None: (150, 150, 150)}  # hit, miss, unknown
-FRAME, GAP, LINE, BADGE = 4, 6, 14, 15  # pixels: frame, space between thumbnails, line of a caption, mark of a hit or miss
+# Pixels: frame, space between thumbnails, line of text, mark of a hit or miss.
+FRAME, GAP, LINE, BADGE = 4, 6, 14, 15
 LEGIBLE = 80  # classes; a larger confusion matrix becomes a list of pairs
 PAIRS = 40  # of that list
 RED, GREY = (190, 30, 30), (150, 150, 150)
-FORMULA = re.compile(r"(^|;)(?=[=+\-@\t\r\uff1d\uff0b\uff0d\uff20])")  # also after the separator of other locales
+# Also full-width, and after the separator of other locales.
+FORMULA = re.compile(r"(^|;)(?=[=+\-@\t\r\uff1d\uff0b\uff0d\uff20])")
 
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 @dataclass(frozen=True)
 class Shown:
-    """An image of a contact sheet. hit: None where unknown; inverted: the model saw its colours inverted (D14)."""
+    """An image of a contact sheet. hit: None where unknown; inverted: as the model saw it (D14)."""
 
     path: str
     caption: str
@@ -51,7 +53,7 @@ def plain(text: object) -> str:
 
 
 def cell(value: object) -> str:
-    """A CSV cell: six digits for a float, nothing for None, `plain` text that no spreadsheet takes for a formula.
+    """A CSV cell: six digits for a float, nothing for None, `plain` text that no spreadsheet runs.
 
     A name that begins like a formula (= + - @, tab, carriage return) gets an apostrophe in front.
     """
@@ -62,7 +64,7 @@ def cell(value: object) -> str:
 
 def write_tables(rows: Sequence[Mapping[str, Any]], folder: Path, about: Mapping[str, Any],
                  tables: Mapping[str, Sequence[Sequence[object]]]) -> None:
-    """results.json (`about`, and the rows without their details) and a CSV file for each of `tables`, header first.
+    """results.json (`about`, and the rows without details) and a CSV file for each of `tables`, header first.
 
     Raises WriteError when a file cannot be written.
     """
@@ -75,7 +77,7 @@ def write_tables(rows: Sequence[Mapping[str, Any]], folder: Path, about: Mapping
 
 
 def write_retrieval(rows: Sequence[Mapping[str, Any]], folder: Path, about: Mapping[str, Any]) -> None:
-    """results.json, per_class.csv, per_query.csv and queries.png of the rows that `retrieval.evaluate` returns.
+    """results.json, per_class.csv, per_query.csv and queries.png of what `retrieval.evaluate` returns.
 
     The picture shows the first test's queries, a row for each method with its first ten results.
     """
@@ -92,7 +94,8 @@ def write_retrieval(rows: Sequence[Mapping[str, Any]], folder: Path, about: Mapp
             count = queries.classes.count(name)
             per_class.append([*start, name, count, value, metrics["per_class@all"][label]])
         scores = zip(metrics["AP"].tolist(), metrics["AP@all"].tolist())
-        per_query += [[*start, path, name, *pair] for path, name, pair in zip(queries.paths, queries.classes, scores)]
+        per_query += [[*start, path, name, *pair]
+                      for path, name, pair in zip(queries.paths, queries.classes, scores)]
     write_tables(rows, folder, about, {"per_class.csv": per_class, "per_query.csv": per_query})
     strokes = about["config"]["stroke_domains"]
     first = detailed[0]
@@ -121,13 +124,15 @@ def write_classification(rows: Sequence[Mapping[str, Any]], folder: Path, about:
     lines: list[list[object]] = [["method", "class", "split", "images", "accuracy", "accuracy_among_unseen"]]
     detailed = [row for row in rows if "details" in row]
     for row in detailed:
-        scores, labels, names, unseen = (row["details"][key] for key in ("logits", "labels", "names", "unseen"))
+        scores, labels, names, unseen = (row["details"][key]
+                                         for key in ("logits", "labels", "names", "unseen"))
         predicted, among = scores.argmax(dim=1), torch.tensor(unseen)[scores[:, unseen].argmax(dim=1)]
         for k in sorted(set(labels.tolist())):
             mine = labels == k
-            accuracy, among_unseen = (float((found[mine] == k).double().mean()) for found in (predicted, among))
-            lines.append([row["method"], names[k], "unseen" if k in unseen else "seen", int(mine.sum()), accuracy,
-                          among_unseen if k in unseen else None])
+            accuracy, among_unseen = (float((found[mine] == k).double().mean())
+                                      for found in (predicted, among))
+            lines.append([row["method"], names[k], "unseen" if k in unseen else "seen", int(mine.sum()),
+                          accuracy, among_unseen if k in unseen else None])
     write_tables(rows, folder, about, {"per_class.csv": lines})
     save_picture(confusion_picture(detailed), folder / "confusion.png")
 
@@ -148,7 +153,7 @@ def most_confused(details: Mapping[str, Any], count: int) -> list[tuple[str, str
 
 
 def confusion_picture(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
-    """The rows' confusion matrices side by side, unseen classes last; the darker, the larger the true class's share.
+    """The rows' confusion matrices side by side, unseen classes last; the darker, the larger a row's share.
 
     More than LEGIBLE classes: the PAIRS most confused pairs of each row as a list.
     """
@@ -160,7 +165,8 @@ def confusion_picture(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
         pen = ImageDraw.Draw(page)
         for number, row in enumerate(rows):
             x = number * 420 + GAP
-            pen.text((x, 4), fit(f"{row['method']}: true > predicted, share of the true class", font, 410), "black", font)
+            title = f"{row['method']}: share of the true class, true > predicted"
+            pen.text((x, 4), fit(title, font, 410), "black", font)
             for i, (a, b, _, share) in enumerate(most_confused(row["details"], PAIRS)):
                 for dx, text, width in [(0, f"{share:.0%}", 40), (45, a, 175), (225, "> " + b, 185)]:
                     pen.text((x + dx, 24 + 16 * i), fit(text, font, width), "black", font)
@@ -173,12 +179,15 @@ def confusion_picture(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
     border = (c - len(unseen)) * cell_size
     for number, row in enumerate(rows):
         x = margin + number * (side + margin + 8)
-        pen.text((x, 2), fit(f"{row['method']}: true class down, predicted across", font, side), "black", font)
+        title = f"{row['method']}: true class down, predicted across"
+        pen.text((x, 2), fit(title, font, side), "black", font)
         for i, k in enumerate(order):
-            label = label_picture(names[k] + (" *" if k in unseen else ""), small, RED if k in unseen else (0, 0, 0))
+            name, colour = (names[k] + " *", RED) if k in unseen else (names[k], (0, 0, 0))
+            label = label_picture(name, small, colour)
             page.paste(label, (x - 4 - label.width, top + i * cell_size + (cell_size - label.height) // 2))
             upright = label.rotate(90, expand=True)
-            page.paste(upright, (x + i * cell_size + (cell_size - upright.width) // 2, top - 4 - upright.height))
+            across = x + i * cell_size + (cell_size - upright.width) // 2
+            page.paste(upright, (across, top - 4 - upright.height))
         counts = confusion(row["details"])[order][:, order].double()
         shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
         grey = (255 - 255 * shares).round().to(torch.uint8).numpy()
@@ -188,7 +197,8 @@ def confusion_picture(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
         pen.line([(x, top + border), (x + side, top + border)], RED)
         for step in range(5):
             left, shade = x + step * 36, 255 - round(255 * step / 4)
-            pen.rectangle((left, top + side + 8, left + 35, top + side + 20), fill=(shade, shade, shade), outline=GREY)
+            box = (left, top + side + 8, left + 35, top + side + 20)
+            pen.rectangle(box, fill=(shade, shade, shade), outline=GREY)
             pen.text((left + 2, top + side + 24), f"{25 * step} %", "black", font)
         pen.text((x + 190, top + side + 6), "* unseen class" if unseen else "", RED, font)
     return page
@@ -202,12 +212,14 @@ def label_picture(text: str, font: Font, colour: tuple[int, int, int]) -> Image.
     return picture
 
 
-def sheet(rows: Sequence[tuple[Shown, Sequence[Shown]]], path: str | os.PathLike[str], size: int = 96) -> None:
-    """Writes a grid of thumbnails: a row per query, first the query, then its results, each over its names and caption.
+def sheet(rows: Sequence[tuple[Shown, Sequence[Shown]]], path: str | os.PathLike[str],
+          size: int = 96) -> None:
+    """Writes a grid of thumbnails: a row per query, first the query, then its results.
 
-    Hits are framed green and ticked, misses framed red and crossed, others grey. `size` is a thumbnail's side in pixels.
-    An image that cannot be read any more becomes a crossed box. The ending of `path` tells the format; the file is
-    replaced at once when the picture is complete.
+    Below each stand its folder, its name and its caption. Hits are framed green and ticked, misses framed red
+    and crossed, others grey. `size` is a thumbnail's side in pixels. An image that cannot be read any more
+    becomes a crossed box. The ending of `path` tells the format; the file is replaced at once when the picture
+    is complete.
     Raises ValueError for no rows or an unknown ending, WriteError when the file cannot be written.
     """
     picture_format(Path(path), len(rows))
@@ -241,7 +253,8 @@ def mark(pen: ImageDraw.ImageDraw, x: int, y: int, hit: bool) -> None:
 def picture_format(path: Path, rows: int) -> str:
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in Image.SAVE or not rows:
-        raise ValueError(f"{plain(path)}: a picture needs an ending such as .png and at least one query; got {rows}")
+        raise ValueError(f"{plain(path)}: a picture needs an ending such as .png and at least one query; "
+                         f"got {rows}")
     return str(kind)
 
 
@@ -268,7 +281,7 @@ def thumbnail(file: str, size: int, inverted: bool = False) -> Image.Image:
 
 
 def fit(text: str, font: Font, width: float, keep_end: bool = True) -> str:
-    """`text` with what Pillow's own font lacks replaced, and cut to `width` pixels: of a path the end says more."""
+    """`text` without what Pillow's own font lacks, cut to `width` pixels: of a path the end says more."""
     text = "".join(c if c.isascii() and c.isprintable() else "?" for c in text)
     if font.getlength(text) <= width:
         return text
