@@ -83,8 +83,8 @@ def classification_page(rows: Rows, log_lines: Iterable[str], about: Mapping[str
     """The page of a classification run: rows as `classification.evaluate` returns them, the rest as above."""
     lines = [[row["method"], average, *(percent(row[average][key]) for key in ACCURACIES),
               row["images"], row["classes"]] for row in rows for average in ("instance", "class")]
-    meaning = ("Per cent. ZSL: images of unseen classes among the unseen classes; unseen, seen: among all; H: their "
-               "harmonic mean. instance: mean over images; class: mean over classes.")
+    meaning = ("Per cent. ZSL: images of unseen classes among the unseen classes; unseen, seen: among all; "
+               "H: their harmonic mean. instance: mean over images; class: mean over classes.")
     compared = before_and_after([row for row in rows if "details" in row], about)
     parts = [table(["method", "mean over", *ACCURACIES.values(), "images", "classes"], lines, range(2, 8)),
              *map(note, [meaning, *about.get("notes", ())]), curves(log_lines, "H on the test images (S6)"),
@@ -288,7 +288,7 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
 
 
 def thin(values: Sequence[float], count: int = 160) -> list[tuple[float, float]]:
-    """(step, value) from step 1; of more than `count` steps means of as many stretches, at their last step."""
+    """(step, value) from step 1; of more than `count` steps means of as many stretches, at the last step."""
     count = min(count, len(values))
     edges = [len(values) * i // count for i in range(count + 1)]
     return [(b, sum(values[a:b]) / (b - a)) for a, b in zip(edges, edges[1:])]

@@ -218,8 +218,8 @@ def sheet(rows: Sequence[tuple[Shown, Sequence[Shown]]], path: str | os.PathLike
 
     Below each stand its folder, its name and its caption. Hits are framed green and ticked, misses framed red
     and crossed, others grey. `size` is a thumbnail's side in pixels. An image that cannot be read any more
-    becomes a crossed box. The ending of `path` tells the format; the file is replaced at once when the picture
-    is complete.
+    becomes a crossed box. The ending of `path` tells the format; the file is replaced at once when the
+    picture is complete.
     Raises ValueError for no rows or an unknown ending, WriteError when the file cannot be written.
     """
     picture_format(Path(path), len(rows))
