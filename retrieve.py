@@ -13,7 +13,7 @@ import torch
 from ucdr_ref.clip.tensorfile import file_digest
 from ucdr_ref.config import add_arguments
 from ucdr_ref.experiments.experiment import restore
-from ucdr_ref.experiments.report import sheet
+from ucdr_ref.experiments.report import Shown, plain, sheet
 from ucdr_ref.images.cache import build_index
 from ucdr_ref.images.features import Extractor
 from ucdr_ref.machine.command import command
@@ -73,14 +73,14 @@ def run(argv: list[str] | None) -> None:
         print(f"{len(index.paths)} images in {args.gallery}{' (from the cache)' if index.cached else ''}"
               + (f", {len(index.skipped)} unreadable" if index.skipped else ""))
         for result in results:
-            print(f"\n{result['query']}")
+            print(f"\n{plain(result['query'])}")
             for rank, hit in enumerate(result["results"], 1):
-                print(f"{rank:4d}  {hit['distance']:.4f}  {hit['path']}")
+                print(f"{rank:4d}  {hit['distance']:.4f}  {plain(hit['path'])}")
     if args.export:
         names = index.export(args.export)
         print(f"{args.export}: {index.features.shape[0]} x {index.features.shape[1]} float32; paths in {names}", file=sys.stderr)
     if args.out and results:
-        sheet([(result["query"], "query", [(hit["path"], None, f"{hit['distance']:.3f}") for hit in result["results"]])
+        sheet([(Shown(result["query"], "query"), [Shown(hit["path"], f"{hit['distance']:.3f}") for hit in result["results"]])
                for result in results], args.out)
 
 

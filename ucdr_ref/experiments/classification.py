@@ -1,26 +1,23 @@
 """Domain-adaptive zero-shot classification as an experiment: SRE-CLIP beside CLIP as it is, on the same target images."""
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..clip.model import CLIP
 from ..clip.zero_shot import ZeroShot, class_text_features
 from ..config import Config
 from ..images.features import prototypes
-from ..machine.files import write_atomic, write_text_atomic
+from ..machine.files import write_text_atomic
 from ..machine.processes import world
 from ..metrics import zero_shot_accuracy
 from ..sre.adapter import SRECLIP, check_unseen
@@ -32,7 +29,11 @@ from ..ucdr.closed_form import ClosedFormAdapter
 from . import class_folders
 from .class_folders import Features, Folder, features
 from .contract import Experiment, Method, Training
+from .page import classification_page as page
+from .report import write_classification as write_results
 from .run_folder import check_sizes
+
+__all__ = ["build", "check", "evaluate", "page", "prepare", "rebuild", "table", "tested", "write_results"]
 
 COLUMNS = {"zsl": "ZSL", "unseen": "unseen", "seen": "seen", "h": "H"}
 TEXT, PROTOTYPES = "zero-shot", "prototypes"  # baselines
@@ -263,53 +264,3 @@ def table(rows: list[dict[str, Any]], config: Config) -> str:
     if config.graph in PUBLISHED:
         lines.append(PUBLISHED[config.graph])
     return "\n".join(lines)
-
-
-def write_results(rows: list[dict[str, Any]], folder: Path, about: dict[str, Any]) -> str:
-    """results.json, per_class.csv and confusion.png in `folder`."""
-    plain = [{key: value for key, value in row.items() if key != "details"} for row in rows]
-    write_text_atomic(folder / "results.json", json.dumps({**about, "rows": plain}, indent=2) + "\n")
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["method", "class", "split", "images", "accuracy", "accuracy_among_unseen"])
-    pictures = []
-    for row in (row for row in rows if "details" in row):
-        scores, labels, names, unseen = row["details"].values()
-        predicted, among = scores.argmax(dim=1), torch.tensor(unseen)[scores[:, unseen].argmax(dim=1)]
-        for k, name in enumerate(names):
-            mine = labels == k
-            if mine.any():
-                values = [float((found[mine] == k).double().mean()) for found in (predicted, among)]
-                writer.writerow([row["method"], name, "unseen" if k in unseen else "seen", int(mine.sum()), f"{values[0]:.6f}",
-                                 f"{values[1]:.6f}" if k in unseen else ""])
-        counts = torch.bincount(labels * len(names) + predicted, minlength=len(names) ** 2).view(len(names), -1)
-        pictures.append((row["method"], counts.double() / counts.sum(dim=1, keepdim=True).clamp(min=1)))
-    write_text_atomic(folder / "per_class.csv", text.getvalue())
-    confusion_picture(pictures, rows[0]["details"]["names"], rows[0]["details"]["unseen"], folder / "confusion.png")
-    return "results.json, per_class.csv, confusion.png"
-
-
-def confusion_picture(pictures: list[tuple[str, Tensor]], names: list[str], unseen: list[int], path: Path) -> None:
-    """Side by side, true classes down, predicted ones across, unseen ones last; the darker, the larger a row's share."""
-    order = sorted(range(len(names)), key=lambda k: (k in unseen, names[k]))
-    cell, c = max(1, 720 // len(names)), len(names)
-    legible = cell >= 9
-    margin, top = 110 if legible else 8, 18
-    page = Image.new("RGB", (margin + len(pictures) * (c * cell + 8), top + c * cell + 8), "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=min(cell, 12)) if legible else ImageFont.load_default()
-    border = (c - len(unseen)) * cell
-    for row, k in enumerate(order if legible else []):
-        pen.text((2, top + row * cell), names[k][:18], (190, 30, 30) if k in unseen else "black", font)
-    for number, (title, shares) in enumerate(pictures):
-        x = margin + number * (c * cell + 8)
-        grey = (255 - 255 * shares[order][:, order]).round().to(torch.uint8).numpy()
-        page.paste(Image.fromarray(grey).resize((c * cell, c * cell), Image.Resampling.NEAREST), (x, top))
-        pen.rectangle((x, top, x + c * cell, top + c * cell), outline=(150, 150, 150))
-        pen.line([(x + border, top), (x + border, top + c * cell)], (190, 30, 30))
-        pen.line([(x, top + border), (x + c * cell, top + border)], (190, 30, 30))
-        pen.text((x, 2), f"{title}: true class down, predicted across", "black", ImageFont.load_default())
-
-    def save(file: BinaryIO) -> None:
-        page.save(file, format="png")
-
-    write_atomic(path, save)

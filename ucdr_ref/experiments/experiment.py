@@ -9,11 +9,12 @@ the same functions and an entry in `TASKS`:
     rebuild(config, clip, state, path, device)  -> the method of a checkpoint
     tested(config, state) -> data            what a run is evaluated on, with `digests()`
     evaluate(config, data, method, state, folder, device, with_closed_form) -> rows
-    table(rows, config) -> text;  write_results(rows, folder, about)
+    table(rows, config) -> text;  write_results(rows, folder, about);  page(rows, log_lines, about) -> HTML
 """
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +24,14 @@ from ..clip.load import load_clip
 from ..clip.model import CLIP
 from ..clip.tensorfile import file_digest
 from ..config import Config, changes
-from ..machine.files import save_atomic
+from ..machine.files import save_atomic, write_text_atomic
 from ..machine.processes import fold, main_first, pick_device, wait
 from ..training.journal import Run, own_state
 from ..training.loop import train as train_phases
 from . import classification, retrieval
 from .contract import Method
+from .page import log_lines
+from .report import plain
 from .run_folder import describe, open_run, read_json, restore_state, versions
 
 TASKS = {"retrieval": retrieval, "classification": classification}
@@ -126,8 +129,11 @@ def evaluate(folder: Path, overrides: dict[str, Any], out: Path | None = None, o
     about = {"run": str(folder), "config": state["config"], "versions": versions(), "other": other,
              "weights_sha256": file_digest(config.weights), "files": data.digests()}
     out.mkdir(parents=True, exist_ok=True)
-    written = task.write_results(rows, out, about)
+    task.write_results(rows, out, about)
+    notes = [f"other {what} than the run's own" for what in other]
+    page = task.page(rows, log_lines(folder), {**about, "defaults": asdict(Config()), "notes": notes})
+    write_text_atomic(out / "report.html", page)
     print(task.table(rows, config))
-    for what in other:
-        print(f"          other {what} than the run's own")
-    print(f"{out}: {written}")
+    for note in notes:
+        print(f"          {note}")
+    print(f"{plain(out)}: report.html, results.json, CSV tables and a picture")

@@ -1,11 +1,7 @@
 """Retrieval tests to a table: every method beside zero-shot CLIP, as it is and centred."""
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +10,10 @@ from torch import Tensor
 from ..config import Config
 from ..images.batches import Files
 from ..images.features import Extractor
-from ..machine.files import write_text_atomic
 from ..metrics import retrieval, search
 from ..ucdr.closed_form import ClosedForm, centred
 from .protocols import Test
-from .report import sheet
+from .report import plain
 
 COLUMNS = ("mAP@200", "Prec@200", "mAP@all", "Prec@100")
 # As published (ViT-B/32), by dataset, protocol and gallery.
@@ -83,7 +78,8 @@ def score(rows: Rows, test: Test, center: bool = False) -> dict[str, dict[str, A
         nearest = search(query[shown], gallery, min(10, len(found)))[1].tolist()
         left_out = len(test.query) - len(queries) + len(files) - len(found)
         results[name] = {"metrics": metrics, "names": names, "queries": queries, "gallery": found, "unreadable": left_out,
-                         "shown": list(zip(shown, nearest))}
+                         "shown": list(zip(shown, nearest)), "query_features": query.cpu(),
+                         "gallery_features": gallery.cpu()}
     return results
 
 
@@ -124,7 +120,7 @@ def table(rows: list[dict[str, Any]], config: Config) -> str:
              + "  queries x gallery"]
     for i, row in enumerate(rows):
         key = (row["protocol"], row["query_domain"], row["gallery_name"])
-        lines.append(f"{key[0]:<9} {key[1]:<11} {key[2]:<8} {row['method']:<25} "
+        lines.append(f"{key[0]:<9} {plain(key[1]):<11} {key[2]:<8} {row['method']:<25} "
                      + " ".join(f"{100 * row[name]:9.2f}" for name in COLUMNS) + f"  {row['queries']} x {row['gallery']}"
                      + ("; transductive" if row["transductive"] else "")
                      + (f"; k cut to {row['k_used']}" if row["k_used"] < row["k"] else "")
@@ -134,31 +130,3 @@ def table(rows: list[dict[str, Any]], config: Config) -> str:
         if last and (config.dataset, key[0], key[2]) in PUBLISHED:
             lines.append(f"          published: {PUBLISHED[config.dataset, key[0], key[2]]}")
     return "\n".join(lines)
-
-
-def write_results(rows: list[dict[str, Any]], folder: Path, about: dict[str, Any]) -> str:
-    """results.json, per_class.csv and queries.png (each query's first ten: hits green, misses red) in `folder`."""
-    plain = [{key: value for key, value in row.items() if key != "details"} for row in rows]
-    write_text_atomic(folder / "results.json", json.dumps({**about, "rows": plain}, indent=2) + "\n")
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["protocol", "query_domain", "gallery", "method", "class", "queries", "mAP@200", "mAP@all"])
-    for row in rows:
-        details = row["details"]
-        for label, value in sorted(details["metrics"]["per_class"].items()):
-            name = details["names"][label]
-            writer.writerow([row["protocol"], row["query_domain"], row["gallery_name"], row["method"], name,
-                             details["queries"].classes.count(name), f"{value:.6f}",
-                             f"{details['metrics']['per_class@all'][label]:.6f}"])
-    write_text_atomic(folder / "per_class.csv", text.getvalue())
-    picture = []
-    first = (rows[0]["protocol"], rows[0]["gallery_name"])
-    for i in range(len(rows[0]["details"]["shown"])):
-        for row in rows:
-            if (row["protocol"], row["gallery_name"]) == first:
-                queries, gallery = row["details"]["queries"], row["details"]["gallery"]
-                index, nearest = row["details"]["shown"][i]
-                picture.append((queries.paths[index], f"{row['method']}: {queries.classes[index]}",
-                                [(gallery.paths[j], gallery.classes[j] == queries.classes[index]) for j in nearest]))
-    sheet(picture, folder / "queries.png")
-    return "results.json, per_class.csv, queries.png"

@@ -22,11 +22,13 @@ from ..ucdr.adapter import Batch, UCDRAdapter
 from ..ucdr.closed_form import ClosedForm, ClosedFormAdapter, choose_strength, measure
 from . import protocols
 from .contract import Experiment, Method, Training
+from .page import retrieval_page as page
 from .protocols import Protocol
-from .ranking import FeatureTable, Rows, formed, rank, table, validation_score, write_results
+from .ranking import FeatureTable, Rows, formed, rank, table, validation_score
+from .report import write_retrieval as write_results
 from .run_folder import check_sizes
 
-__all__ = ["build", "check", "evaluate", "prepare", "rebuild", "table", "tested", "write_results"]
+__all__ = ["build", "check", "evaluate", "prepare", "rebuild", "table", "tested", "write_results", "page"]
 
 
 class Base(NamedTuple):
