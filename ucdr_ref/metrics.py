@@ -132,14 +132,15 @@ def search(query: Tensor, gallery: Tensor | np.ndarray, k: int, chunk: int | Non
         raise ValueError("The gallery is empty; give at least one row.")
     _check_widths(query, gallery)
     home, query, k = query.device, _double(query.detach()), min(k, len(gallery))
-    if chunk is None:
-        chunk = max(1, MEMORY_BUDGET // (BYTES_PER_PAIR * len(query) + 16 * query.shape[1]))
-    block = max(1, SCAN_BYTES // (4 * query.shape[1]))
-    scan = query.device.type == "cpu" and (not isinstance(gallery, Tensor) or gallery.device.type == "cpu") \
-        and len(query) * k < min(chunk, len(gallery)) and query.shape[1] <= WIDEST_SCAN \
-        and _multiplies_in_float32(len(query), block, query.shape[1])
+    q, e = query.shape
+    block = max(1, SCAN_BYTES // (4 * e))
+    usual = max(1, MEMORY_BUDGET // (BYTES_PER_PAIR * q + 16 * e))
+    on_cpu = query.device.type == "cpu" and (not isinstance(gallery, Tensor) or gallery.device.type == "cpu")
+    scan = on_cpu and q * k < min(chunk or usual, len(gallery)) and e <= WIDEST_SCAN and _multiplies_in_float32(q, block, e)
+    if chunk is None:  # few rows of a scanned chunk are turned to float64
+        chunk = max(1, MEMORY_BUDGET // (BYTES_PER_PAIR * q + 4 * e)) if scan else usual
 
-    best = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
+    best = torch.empty(q, 0, dtype=torch.int64, device=query.device)
     for start in range(0, len(gallery), chunk):
         rows = gallery[start : start + chunk]
         index = torch.arange(start, start + len(rows), device=query.device)

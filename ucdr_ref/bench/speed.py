@@ -6,12 +6,13 @@ step of each is not counted. CPU-seconds are those of all threads: they hold on 
 seconds do not. The plain metrics are timed on the first queries and scaled to all, which the output says.
 
 `search` compares exact search with faiss-cpu's flat index (requirements-dev.txt), both in one process and in turns, so that
-they meet the same neighbours on a busy machine; the ratio is that of the median seconds. Adding the vectors to FAISS is not timed.
+they meet the same load on a busy machine; the ratio is that of the median seconds. Adding vectors to FAISS is not timed.
 
 Exit status 1 when a required figure is missed. On two CPU cores, float32, 245 classes, 5 domains, 16 context vectors, batch 50:
 phase 1 at least 2x, phase 2 at least 3x (ViT-B/32) or 2x (ViT-B/16) fewer CPU-seconds, each in at most half the memory;
 metrics at 8,000 x 20,000 x 512 in 25 s and 2 GB;
-search at 200,000 x 512 no slower than FAISS for 1, 10 and 100 queries with one and two threads. On a GPU: encoding with ViT-B/16 in bf16 at half the measured matrix peak.
+search at 200,000 x 512 no slower than FAISS for 1, 10 and 100 queries with one and two threads.
+On a GPU: encoding with ViT-B/16 in bf16 at half the measured matrix peak.
 """
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -186,8 +188,8 @@ def measure_search(g: int, e: int) -> list[dict[str, float]]:
             torch.set_num_threads(threads)
             faiss.omp_set_num_threads(threads)
             rows = query[:q].contiguous()
-            work: dict[str, Callable[[], Any]] = {"ours": lambda rows=rows: metrics.search(rows, gallery, 10),
-                                                  "faiss": lambda rows=rows: index.search(rows.numpy(), 10)}
+            work: dict[str, Callable[[], Any]] = {"ours": partial(metrics.search, rows, gallery, 10),
+                                                  "faiss": partial(index.search, rows.numpy(), 10)}
             times = [{side: timed(call, 1, cpu, warm_up=turn == 0) for side, call in work.items()}
                      for turn in range(SEARCH_ROUNDS)]
             results.append({"threads": threads, "queries": q} | {
