@@ -8,9 +8,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
-from ucdr_ref.clip.zero_shot import preprocess
-from ucdr_ref.images.batches import Files, ImageDataset, augment, balanced_batches, chunks, load, open_image
+from ucdr_ref.clip.zero_shot import cropped, normalised, preprocess
+from ucdr_ref.images.batches import (
+    STATISTICS,
+    Files,
+    ImageDataset,
+    augment,
+    balanced_batches,
+    chunks,
+    load,
+    open_image,
+)
 from ucdr_ref.machine.processes import fold
 
 CPU = torch.device("cpu")
@@ -98,6 +108,33 @@ def test_preprocess_equals_the_written_out_computation():
     assert np.abs(preprocess(32)(image).numpy() - expected).max() < 1e-5
 
 
+def test_bytes_normalised_later_have_the_bits_of_torchvisions_chain():
+    """Evaluation and training, in batches and one by one, with either normalisation (D4)."""
+    noise = np.random.default_rng(0).integers(0, 256, (5, 50, 60, 3), dtype=np.uint8)
+    ramp = np.arange(256, dtype=np.uint8).repeat(12).reshape(1, 32, 32, 3).repeat(2, 1)  # every value of a byte
+    images = [Image.fromarray(pixels) for pixels in (*noise, *ramp)]
+    means = {"clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
+             "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])}
+    for transform in (cropped(32), augment(32)):
+        for name, (mean, std) in means.items():
+            before = transforms.Compose([*transform.transforms[:-1], transforms.ToTensor(),
+                                         transforms.Normalize(mean, std)])
+            seeded = [(torch.manual_seed(i), before(image))[1] for i, image in enumerate(images)]
+            pixels = [(torch.manual_seed(i), transform(image))[1] for i, image in enumerate(images)]
+            assert all(part.dtype == torch.uint8 and part.shape == (3, 32, 32) for part in pixels)
+            found = normalised(torch.stack(pixels), *STATISTICS[name])
+            assert found.is_contiguous() and torch.equal(found, torch.stack(seeded))
+            assert torch.equal(normalised(pixels[0], *STATISTICS[name]), seeded[0])
+    assert torch.equal(preprocess(32)(images[0]), normalised(cropped(32)(images[0])))
+    assert preprocess(32)(images[0]).is_contiguous()
+
+
+def test_normalising_leaves_its_argument_alone():
+    images = torch.full((1, 3, 2, 2), 7.0)
+    normalised(images)
+    assert torch.equal(images, torch.full((1, 3, 2, 2), 7.0))
+
+
 def dataset(tmp_path, transform, seed=0) -> ImageDataset:
     images = [Image.new("RGB", (40, 40), (10 * i, 0, 0)) for i in range(4)]
     paths = [saved(tmp_path, image, f"{i}.png") for i, image in enumerate(images)]
@@ -110,7 +147,7 @@ def test_stroke_domains_are_inverted_and_others_are_not(tmp_path):
 
 
 def test_augmentation_follows_from_seed_and_index_alone(tmp_path):
-    data, again, other = (dataset(tmp_path, augment(32, "clip"), seed) for seed in (1, 1, 2))
+    data, again, other = (dataset(tmp_path, augment(32), seed) for seed in (1, 1, 2))
     order = [3, 0, 2, 1]
     torch.manual_seed(5)
     first, second = ({i: image for indices, images in load(part, batches, workers, False, CPU)
@@ -118,6 +155,7 @@ def test_augmentation_follows_from_seed_and_index_alone(tmp_path):
                      for part, batches, workers in ((data, [order], 0), (again, [[0], [1, 2, 3]], 2)))
     assert all(torch.equal(first[i], second[i]) for i in range(4))
     assert not torch.equal(first[1], other[1][1])
+    assert first[0].dtype == torch.uint8  # what crosses from process to process is a byte a value
 
 
 def test_unreadable_images_stop_or_are_left_out(tmp_path, capsys):

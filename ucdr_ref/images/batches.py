@@ -25,7 +25,8 @@ from torchvision import transforms
 from ..clip.zero_shot import CLIP_MEAN, CLIP_STD, Transform
 from ..machine.processes import fold
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Mean and standard deviation of the training images' normalisation (D4).
+STATISTICS = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 MAX_PIXELS = 120_000_000  # more is taken for a decompression bomb
 # Raster formats alone: Pillow would hand an EPS, whatever its name, to Ghostscript.
 FORMATS = ("JPEG", "MPO", "JPEG2000", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "ICO")
@@ -97,12 +98,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def augment(image_size: int, normalization: str) -> Transform:
-    """The training transform of both phases; `normalization` clip or imagenet (D4)."""
-    mean, std = (CLIP_MEAN, CLIP_STD) if normalization == "clip" else (IMAGENET_MEAN, IMAGENET_STD)  # D4
+def augment(image_size: int) -> Transform:
+    """The training transform of both phases: RGB image -> uint8 [3, H, W]."""
     return transforms.Compose([
         transforms.RandomResizedCrop(image_size, scale=(0.8, 1.0)), transforms.RandomHorizontalFlip(),
-        transforms.ColorJitter(0.4, 0.4, 0.4, 0.4), transforms.ToTensor(), transforms.Normalize(mean, std)])
+        transforms.ColorJitter(0.4, 0.4, 0.4, 0.4), transforms.PILToTensor()])
 
 
 class ImageDataset(Dataset):
@@ -125,16 +125,17 @@ class ImageDataset(Dataset):
 
 
 def collate(items: list[tuple[int, Tensor | str]]) -> tuple[Tensor, Tensor, list[str]]:
-    """-> indices [b] and images [b, 3, H, W] of the readable ones, and a sentence for each other one."""
+    """-> indices [b] and images uint8 [b, 3, H, W] of the readable ones, and a sentence for each other one."""
     good = [(i, image) for i, image in items if isinstance(image, Tensor)]
-    images = torch.stack([image for _, image in good]) if good else torch.empty(0)
+    images = torch.stack([image for _, image in good]) if good else torch.empty(0, dtype=torch.uint8)
     return torch.tensor([i for i, _ in good], dtype=torch.long), images, [text for _, text in items if isinstance(text, str)]
 
 
 def load(dataset: ImageDataset, batches: Sequence[Sequence[int]], workers: int, skip_bad: bool,
          device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields (indices [b], images [b, 3, H, W] on the CPU, pinned for a GPU) for each list of indices.
+    """Yields (indices [b], images uint8 [b, 3, H, W] on the CPU, pinned for a GPU) for each list of indices.
 
+    Bytes, since they cross from process to process: `normalised` on the device makes of them what a tower takes.
     Unreadable images raise ValueError, or are left out with one line on stderr when `skip_bad`.
     """
     workers = min(workers, len(batches))

@@ -151,8 +151,8 @@ def list_images(root: str) -> list[File]:
                 continue
             if stat.S_ISDIR(status.st_mode):
                 if any(os.path.samestat(status, parent) for parent in parents):
-                    raise ValueError(f"{show(Path(entry.path))}: this link leads back to a folder that it lies "
-                                     "in; remove it")
+                    raise ValueError(f"{show(Path(entry.path))}: this link leads back to a folder that it "
+                                     "lies in; remove it")
                 ahead.append((entry.path, (*parents, status)))
             elif stat.S_ISREG(status.st_mode) and os.path.splitext(entry.name)[1].lower() in ENDINGS:
                 name = os.path.relpath(entry.path, root)
@@ -209,11 +209,9 @@ def read_entry(folder: Path, digest: str) -> Entry:
 
 def renew(cache: Path, digest: str, root: str, files: list[File], entries: list[Entry],
           encode_paths: EncodePaths, say: Callable[[str], None]) -> tuple[Entry, int]:
-    """A new entry with what the old ones hold of `files` and the rest, encoded now; and how many images that
-    were.
+    """A new entry with what the old ones hold of `files` and the rest, encoded now; and the number of the rest.
 
-    Plain writes, mapped only for reading: on a full disk they raise; a write through a map would kill the
-    process.
+    Plain writes, mapped only for reading: on a full disk they raise; writing through a map would kill the process.
     """
     rows: dict[File, np.ndarray | None] = {}  # the features of each image; None for one that cannot be read
     for old in entries:
@@ -238,6 +236,7 @@ def renew(cache: Path, digest: str, root: str, files: list[File], entries: list[
             try:
                 batches = encode_paths([os.path.join(root, name) for name, *_ in new]) if new else []
                 for part, features in encoded_rows(batches, new, say):
+                    assert width in (0, features.shape[1]), f"features of width {width} and {features.shape[1]}"
                     width = features.shape[1]
                     with writing(cache):
                         store.write(features.tobytes())

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..clip.zero_shot import preprocess
+from ..clip.zero_shot import cropped, normalised
 from ..config import Config
 from ..machine.processes import autocast, gather, share
 from .batches import Files, ImageDataset, chunks, load
@@ -17,13 +17,13 @@ from .cache import EncodePaths
 def extract(encode: Callable[[Tensor], Tensor], files: Files, config: Config, image_size: int,
             device: torch.device) -> tuple[Tensor, list[int]]:
     """Features [N, e] of a file list, on the CPU in float32, and the indices of the N readable files, in every process."""
-    dataset = ImageDataset(files, preprocess(image_size), config.stroke_domains)
+    dataset = ImageDataset(files, cropped(image_size), config.stroke_domains)
     features, kept = [], []
     batches = share(chunks(len(files), config.eval_batch))
     for indices, images in load(dataset, batches, config.workers, config.bad_images == "skip", device):
         if len(indices):
             with torch.inference_mode(), autocast(config.precision, device):
-                features.append(encode(images.to(device, non_blocking=True)).float().cpu())
+                features.append(encode(normalised(images.to(device, non_blocking=True))).float().cpu())
             kept += indices.tolist()
     features, kept = gather(features), gather(kept)
     if not kept:
@@ -45,10 +45,10 @@ def path_encoder(encode: Callable[[Tensor], Tensor], image_size: int, config: Co
 
     def encode_paths(paths: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
         files = Files(paths, [""] * len(paths), [domain(path) for path in paths])
-        dataset = ImageDataset(files, preprocess(image_size), (*config.stroke_domains, "strokes"))
+        dataset = ImageDataset(files, cropped(image_size), (*config.stroke_domains, "strokes"))
         for indices, images in load(dataset, chunks(len(paths), config.eval_batch), config.workers, True, device):
             if len(indices):
                 with torch.inference_mode(), autocast(config.precision, device):
-                    yield indices, encode(images.to(device, non_blocking=True)).float()
+                    yield indices, encode(normalised(images.to(device, non_blocking=True))).float()
 
     return encode_paths
