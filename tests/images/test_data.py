@@ -2,7 +2,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +27,7 @@ from ucdr_ref.images.batches import (
 from ucdr_ref.machine.processes import fold
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def saved(tmp_path, image: Image.Image, name: str, **options) -> str:
@@ -55,6 +59,52 @@ def test_every_kind_of_image_becomes_rgb(tmp_path):
         found = open_image(saved(tmp_path, image, name, **options))
         assert found.mode == "RGB" and found.size == (8, 8), name
         assert max(abs(a - b) for a, b in zip(found.getpixel((4, 4)), expected)) <= 6, (name, found.getpixel((4, 4)))
+
+
+def at_once(image: Image.Image) -> Image.Image:
+    """The same conversion of a whole image."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        pixels = np.asarray(image, dtype=np.float64)
+        scale = 1 / 257 if image.mode != "F" else 255.0 if pixels.max(initial=0) <= 1 else 1.0
+        image = Image.fromarray((np.nan_to_num(pixels) * scale).clip(0, 255).round().astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def test_tiles_make_the_same_image(tmp_path, monkeypatch):
+    monkeypatch.setattr("ucdr_ref.images.batches.TILE", 16)
+    random = np.random.default_rng(0)
+    colour = Image.fromarray(random.integers(0, 256, (40, 50, 4), dtype=np.uint8), "RGBA")
+    deep = Image.fromarray(random.integers(0, 2 ** 16, (40, 50), dtype=np.uint16))
+    palette = colour.convert("RGB").convert("P")
+    unit, wide, odd = random.random((40, 50), np.float32), *(random.normal(100, 90, (2, 40, 50)).astype(np.float32))
+    unit[35, 45], odd[3, 4], odd[30, 40] = 1, np.nan, np.inf
+    cases = {"rgba.png": colour, "la.png": colour.convert("LA"), "rgb.png": colour.convert("RGB"), "p.png": palette,
+             "l.png": colour.convert("L"), "deep.png": deep, "deep.tiff": deep, "cmyk.tiff": colour.convert("CMYK"),
+             "unit.tiff": Image.fromarray(unit), "wide.tiff": Image.fromarray(wide), "odd.tiff": Image.fromarray(odd),
+             "big-endian.ppm": deep.convert("I"), "bits.png": colour.convert("1")}
+    options = {"p.png": {"transparency": 3}, "rgb.png": {"transparency": (1, 2, 3)}}
+    for name, image in cases.items():
+        path = saved(tmp_path, image, name, **options.get(name, {}))
+        with Image.open(path) as stored:
+            expected = at_once(stored)
+        assert np.array_equal(np.asarray(open_image(path)), np.asarray(expected)), name
+
+
+def test_small_files_of_many_pixels_take_little_memory(tmp_path):
+    """Eight bytes a pixel for what is read and what is returned, and some; in a process of its own."""
+    cases = [((6000, 5000), "I;16", 30_000), ((10_000_000, 1), "I;16", 30_000), ((5000, 6000), "LA", (9, 128))]
+    paths = [saved(tmp_path, Image.new(mode, size, colour), f"{i}.png", compress_level=1)
+             for i, (size, mode, colour) in enumerate(cases)]
+    code = ("import resource, sys; from ucdr_ref.images.batches import open_image\n"
+            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "before = peak(); print(*(open_image(path).getpixel((0, 0))[0] for path in sys.argv[1:]), peak() - before)")
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, cwd=ROOT)
+    *pixels, growth = map(int, done.stdout.split())
+    assert pixels == [117, 117, 132], done.stderr
+    assert growth * (1 if sys.platform == "darwin" else 1024) < 8 * 30e6 + 100e6
 
 
 def test_exif_rotation_is_applied(tmp_path):

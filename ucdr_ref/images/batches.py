@@ -28,6 +28,7 @@ from ..machine.processes import fold
 # Mean and standard deviation of the training images' normalisation (D4).
 STATISTICS = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 MAX_PIXELS = 120_000_000  # more is taken for a decompression bomb
+TILE = 1024  # side in pixels of what is converted at once
 # Raster formats alone: Pillow would hand an EPS, whatever its name, to Ghostscript.
 FORMATS = ("JPEG", "MPO", "JPEG2000", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "ICO")
 ENDINGS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp",
@@ -77,7 +78,8 @@ def open_image(path: str) -> Image.Image:
             with Image.open(path, formats=known_formats()) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
-                return to_rgb(ImageOps.exif_transpose(image))
+                ImageOps.exif_transpose(image, in_place=True)
+                return to_rgb(image)
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, ArithmeticError, AttributeError,
             MemoryError, RuntimeError, AssertionError, Image.DecompressionBombError) as error:
         # Pillow's decoders raise all of these on damaged files.
@@ -87,11 +89,27 @@ def open_image(path: str) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F" or image.mode.startswith("I"):
-        pixels = np.asarray(image, dtype=np.float64)
-        # 16-bit files come as I or I;16; floating-point ones span 0..1 or 0..255.
-        scale = 1 / 257 if image.mode != "F" else 255.0 if pixels.max(initial=0) <= 1 else 1.0
-        image = Image.fromarray((np.nan_to_num(pixels) * scale).clip(0, 255).round().astype(np.uint8))
+    """Tile by tile, so that the arithmetic of a small file of many pixels does not take gigabytes."""
+    image.load()
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image.copy()
+    (w, h), scale = image.size, 0.0
+    tiles = [(x, y, min(x + TILE, w), min(y + TILE, h)) for y in range(0, h, TILE) for x in range(0, w, TILE)]
+    if image.mode.startswith("I"):
+        scale = 1 / 257  # 16-bit files come as I or I;16
+    elif image.mode == "F":  # spans 0..1 or 0..255
+        scale = 255.0 if np.max([np.asarray(image.crop(tile)).max() for tile in tiles], initial=0) <= 1 else 1.0
+    result = Image.new("RGB", image.size)
+    for tile in tiles:
+        result.paste(tile_to_rgb(image.crop(tile), scale), tile)
+    return result
+
+
+def tile_to_rgb(image: Image.Image, scale: float) -> Image.Image:
+    """`scale`, unless 0, takes the values of a grey image to 0..255."""
+    if scale:
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64)) * scale
+        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
