@@ -6,12 +6,15 @@ index, so a run that was interrupted goes on exactly as it would have.
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import signal
 import stat
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -28,6 +31,7 @@ from ..machine.processes import fold
 # Mean and standard deviation of the training images' normalisation (D4).
 STATISTICS = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 MAX_PIXELS = 120_000_000  # more is taken for a decompression bomb
+STOPS = (signal.SIGINT, signal.SIGTERM)
 TILE = 1024  # side in pixels of what is converted at once
 # Raster formats alone: Pillow would hand an EPS, whatever its name, to Ghostscript.
 FORMATS = ("JPEG", "MPO", "JPEG2000", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "ICO")
@@ -154,23 +158,62 @@ def load(dataset: ImageDataset, batches: Sequence[Sequence[int]], workers: int, 
     """Yields (indices [b], images uint8 [b, 3, H, W] on the CPU, pinned for a GPU) for each list of indices.
 
     Bytes, since they cross from process to process: `normalised` on the device makes of them what a tower takes.
-    Unreadable images raise ValueError, or are left out with one line on stderr when `skip_bad`.
+    Unreadable images raise ValueError, or are left out with one line on stderr when `skip_bad`. The workers end
+    with the generator, and with this process.
     """
     workers = min(workers, len(batches))
-    loader = DataLoader(dataset, batch_sampler=[list(batch) for batch in batches], num_workers=workers, collate_fn=collate,
-                        pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None, worker_init_fn=leave_signals)
-    for indices, images, bad in loader:
-        if bad and not skip_bad:
-            raise ValueError(bad[0])
-        for sentence in bad:
-            print(f"skipped {sentence}", file=sys.stderr)
-        yield indices, images
+    loader = DataLoader(dataset, batch_sampler=[list(batch) for batch in batches], num_workers=workers,
+                        collate_fn=collate, pin_memory=device.type == "cuda",
+                        prefetch_factor=4 if workers else None, worker_init_fn=leave_signals)
+    with signals_held():
+        loaded = iter(loader)
+    try:
+        for indices, images, bad in loaded:
+            if bad and not skip_bad:
+                raise ValueError(bad[0])
+            for sentence in bad:
+                print(f"skipped {sentence}", file=sys.stderr)
+            yield indices, images
+    finally:
+        if workers:  # now: a traceback may keep the iterator alive for long
+            loaded._shutdown_workers()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Around the start of processes, which inherit it: SIGINT and SIGTERM wait until the block is over."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def leave_signals(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach every process of a terminal; the main one finishes its step, so workers must go on."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Ctrl-C and SIGTERM reach every process of a terminal or a job; the main one finishes its step, so workers go on.
+
+    They end when it is gone, whatever they wait for, or when SIGTERM comes from it, as it does at its exit.
+    """
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigtimedwait"):  # Linux
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # an ignored signal could not be waited for
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        threading.Thread(target=end_with_main, args=(os.getppid(),), daemon=True).start()
+
+
+def end_with_main(parent: int) -> None:
+    main = multiprocessing.parent_process()
+    assert main is not None
+    # Workers started later hold the pipe by which `is_alive` knows; the parent's number changes at once.
+    while os.getppid() == parent and main.is_alive():
+        sent = signal.sigtimedwait([signal.SIGTERM], 1)
+        if sent is not None and sent.si_pid == main.pid:
+            break
+    os._exit(0)
 
 
 def chunks(count: int, size: int) -> list[range]:
