@@ -2,18 +2,32 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
-from ucdr_ref.clip.zero_shot import preprocess
-from ucdr_ref.images.batches import Files, ImageDataset, augment, balanced_batches, chunks, load, open_image
+from ucdr_ref.clip.zero_shot import cropped, normalised, preprocess
+from ucdr_ref.images.batches import (
+    STATISTICS,
+    Files,
+    ImageDataset,
+    augment,
+    balanced_batches,
+    chunks,
+    load,
+    open_image,
+)
 from ucdr_ref.machine.processes import fold
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def saved(tmp_path, image: Image.Image, name: str, **options) -> str:
@@ -45,6 +59,52 @@ def test_every_kind_of_image_becomes_rgb(tmp_path):
         found = open_image(saved(tmp_path, image, name, **options))
         assert found.mode == "RGB" and found.size == (8, 8), name
         assert max(abs(a - b) for a, b in zip(found.getpixel((4, 4)), expected)) <= 6, (name, found.getpixel((4, 4)))
+
+
+def at_once(image: Image.Image) -> Image.Image:
+    """The same conversion of a whole image."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        pixels = np.asarray(image, dtype=np.float64)
+        scale = 1 / 257 if image.mode != "F" else 255.0 if pixels.max(initial=0) <= 1 else 1.0
+        image = Image.fromarray((np.nan_to_num(pixels) * scale).clip(0, 255).round().astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def test_tiles_make_the_same_image(tmp_path, monkeypatch):
+    monkeypatch.setattr("ucdr_ref.images.batches.TILE", 16)
+    random = np.random.default_rng(0)
+    colour = Image.fromarray(random.integers(0, 256, (40, 50, 4), dtype=np.uint8), "RGBA")
+    deep = Image.fromarray(random.integers(0, 2 ** 16, (40, 50), dtype=np.uint16))
+    palette = colour.convert("RGB").convert("P")
+    unit, wide, odd = random.random((40, 50), np.float32), *(random.normal(100, 90, (2, 40, 50)).astype(np.float32))
+    unit[35, 45], odd[3, 4], odd[30, 40] = 1, np.nan, np.inf
+    cases = {"rgba.png": colour, "la.png": colour.convert("LA"), "rgb.png": colour.convert("RGB"), "p.png": palette,
+             "l.png": colour.convert("L"), "deep.png": deep, "deep.tiff": deep, "cmyk.tiff": colour.convert("CMYK"),
+             "unit.tiff": Image.fromarray(unit), "wide.tiff": Image.fromarray(wide), "odd.tiff": Image.fromarray(odd),
+             "big-endian.ppm": deep.convert("I"), "bits.png": colour.convert("1")}
+    options = {"p.png": {"transparency": 3}, "rgb.png": {"transparency": (1, 2, 3)}}
+    for name, image in cases.items():
+        path = saved(tmp_path, image, name, **options.get(name, {}))
+        with Image.open(path) as stored:
+            expected = at_once(stored)
+        assert np.array_equal(np.asarray(open_image(path)), np.asarray(expected)), name
+
+
+def test_small_files_of_many_pixels_take_little_memory(tmp_path):
+    """Eight bytes a pixel for what is read and what is returned, and some; in a process of its own."""
+    cases = [((6000, 5000), "I;16", 30_000), ((10_000_000, 1), "I;16", 30_000), ((5000, 6000), "LA", (9, 128))]
+    paths = [saved(tmp_path, Image.new(mode, size, colour), f"{i}.png", compress_level=1)
+             for i, (size, mode, colour) in enumerate(cases)]
+    code = ("import resource, sys; from ucdr_ref.images.batches import open_image\n"
+            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "before = peak(); print(*(open_image(path).getpixel((0, 0))[0] for path in sys.argv[1:]), peak() - before)")
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, cwd=ROOT)
+    *pixels, growth = map(int, done.stdout.split())
+    assert pixels == [117, 117, 132], done.stderr
+    assert growth * (1 if sys.platform == "darwin" else 1024) < 8 * 30e6 + 100e6
 
 
 def test_exif_rotation_is_applied(tmp_path):
@@ -98,6 +158,33 @@ def test_preprocess_equals_the_written_out_computation():
     assert np.abs(preprocess(32)(image).numpy() - expected).max() < 1e-5
 
 
+def test_bytes_normalised_later_have_the_bits_of_torchvisions_chain():
+    """Evaluation and training, in batches and one by one, with either normalisation (D4)."""
+    noise = np.random.default_rng(0).integers(0, 256, (5, 50, 60, 3), dtype=np.uint8)
+    ramp = np.arange(256, dtype=np.uint8).repeat(12).reshape(1, 32, 32, 3).repeat(2, 1)  # every value of a byte
+    images = [Image.fromarray(pixels) for pixels in (*noise, *ramp)]
+    means = {"clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
+             "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])}
+    for transform in (cropped(32), augment(32)):
+        for name, (mean, std) in means.items():
+            before = transforms.Compose([*transform.transforms[:-1], transforms.ToTensor(),
+                                         transforms.Normalize(mean, std)])
+            seeded = [(torch.manual_seed(i), before(image))[1] for i, image in enumerate(images)]
+            pixels = [(torch.manual_seed(i), transform(image))[1] for i, image in enumerate(images)]
+            assert all(part.dtype == torch.uint8 and part.shape == (3, 32, 32) for part in pixels)
+            found = normalised(torch.stack(pixels), *STATISTICS[name])
+            assert found.is_contiguous() and torch.equal(found, torch.stack(seeded))
+            assert torch.equal(normalised(pixels[0], *STATISTICS[name]), seeded[0])
+    assert torch.equal(preprocess(32)(images[0]), normalised(cropped(32)(images[0])))
+    assert preprocess(32)(images[0]).is_contiguous()
+
+
+def test_normalising_leaves_its_argument_alone():
+    images = torch.full((1, 3, 2, 2), 7.0)
+    normalised(images)
+    assert torch.equal(images, torch.full((1, 3, 2, 2), 7.0))
+
+
 def dataset(tmp_path, transform, seed=0) -> ImageDataset:
     images = [Image.new("RGB", (40, 40), (10 * i, 0, 0)) for i in range(4)]
     paths = [saved(tmp_path, image, f"{i}.png") for i, image in enumerate(images)]
@@ -110,7 +197,7 @@ def test_stroke_domains_are_inverted_and_others_are_not(tmp_path):
 
 
 def test_augmentation_follows_from_seed_and_index_alone(tmp_path):
-    data, again, other = (dataset(tmp_path, augment(32, "clip"), seed) for seed in (1, 1, 2))
+    data, again, other = (dataset(tmp_path, augment(32), seed) for seed in (1, 1, 2))
     order = [3, 0, 2, 1]
     torch.manual_seed(5)
     first, second = ({i: image for indices, images in load(part, batches, workers, False, CPU)
@@ -118,6 +205,7 @@ def test_augmentation_follows_from_seed_and_index_alone(tmp_path):
                      for part, batches, workers in ((data, [order], 0), (again, [[0], [1, 2, 3]], 2)))
     assert all(torch.equal(first[i], second[i]) for i in range(4))
     assert not torch.equal(first[1], other[1][1])
+    assert first[0].dtype == torch.uint8  # what crosses from process to process is a byte a value
 
 
 def test_unreadable_images_stop_or_are_left_out(tmp_path, capsys):

@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -122,9 +122,12 @@ def test_a_stale_entry_is_never_used(gallery: Path, change: str) -> None:
     else:
         gallery = gallery.rename(gallery.with_name("elsewhere"))
     index, encoded, _ = build(gallery, key)
-    assert not index.cached and encoded == len(index.paths)
+    whole = change in ("model", "moved")
+    assert not index.cached
+    assert encoded == index.encoded == (5 if whole else 0 if change == "removed" else 1)
     expect_right(index, gallery)
     assert build(gallery, key)[0].cached
+    assert len(entries(gallery)) == (2 if whole else 1)  # the entry of the state before is gone
 
 
 def object_array(path: Path) -> None:
@@ -133,6 +136,18 @@ def object_array(path: Path) -> None:
             return os.mkdir, (str(path.parent.parent / "exploded"),)
 
     np.save(path, np.array([Bomb()], dtype=object), allow_pickle=True)
+
+
+def changed(listing: Path, **changes: Callable) -> None:
+    content = json.loads(listing.read_text())
+    listing.write_text(json.dumps({**content, **{name: change(content[name]) for name, change in changes.items()}}))
+
+
+def claim(features: Path, width: int) -> None:
+    """A sparse file as large as its header says."""
+    with open(features, "r+b") as file:
+        file.write(index_module.npy_header(5, width))
+        file.truncate(10 ** 12)
 
 
 DAMAGE = {
@@ -153,11 +168,14 @@ DAMAGE = {
     "missing list": lambda f, j: j.unlink(),
     "the list is a FIFO": lambda f, j: (j.unlink(), os.mkfifo(j)),
     "other names": lambda f, j: j.write_text(j.read_text().replace("red.png", "rad.png")),
-    "other order": lambda f, j: j.write_text(json.dumps({**json.loads(j.read_text()), "paths": sorted(COLOURS)[::-1]})),
-    "made-up skips": lambda f, j: j.write_text(json.dumps({**json.loads(j.read_text()), "skipped": ["x.png"]})),
+    "other order": lambda f, j: changed(j, files=lambda files: files[::-1]),
+    "made-up skips": lambda f, j: changed(j, skipped=lambda skipped: [["x.png", 1, 2, 3]]),
+    "nothing kept": lambda f, j: changed(j, files=lambda files: []),
+    "a billion rows": lambda f, j: (claim(f, 10 ** 9), changed(j, width=lambda width: 10 ** 9)),
+    "no width": lambda f, j: changed(j, width=lambda width: 0),
 }
 # Tried once more with a checksum that holds.
-FORGED = ["empty features", "truncated", "wrong header", "other shape", "float64", "pickle"]
+FORGED = ["empty features", "truncated", "wrong header", "other shape", "float64", "pickle", "nothing kept", "no width"]
 
 
 @pytest.mark.parametrize(("damage", "forged"), [(name, False) for name in DAMAGE] + [(name, True) for name in FORGED])
@@ -166,7 +184,9 @@ def test_a_broken_entry_is_rebuilt_with_a_notice(gallery: Path, damage: str, for
     features, listing = (entries(gallery)[0] / name for name in ("features.npy", "files.json"))
     DAMAGE[damage](features, listing)
     if forged:
-        listing.write_text(json.dumps({**json.loads(listing.read_text()), "crc32": index_module.checksum(features)}))
+        content = json.loads(listing.read_text())
+        del content["crc32"]
+        listing.write_text(json.dumps({**content, "crc32": index_module.checksum(content, features)}))
     index, encoded, notices = build(gallery)
     assert encoded == 5 and not index.cached
     assert len(notices) == 1 and "broken index" in notices[0] and "\n" not in notices[0]
@@ -221,10 +241,116 @@ def test_listing_takes_images_only(gallery: Path) -> None:
     os.mkfifo(gallery / "fifo.png")
     (gallery / "loop.png").symlink_to("loop.png")
     (gallery / "dangling.png").symlink_to("nowhere.png")
-    (gallery / "sub" / "up").symlink_to(gallery, target_is_directory=True)
     (gallery / "UPPER.JPG").write_bytes(b"x")
     (gallery / "link.png").symlink_to("red.png")
     assert [name for name, *_ in list_images(str(gallery))] == sorted([*COLOURS, "UPPER.JPG", "link.png"])
+
+
+def test_links_to_folders_are_followed_and_loops_refused(gallery: Path, tmp_path: Path) -> None:
+    paint(tmp_path / "elsewhere" / "a.png", (1, 2, 3))
+    (gallery / "once").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (gallery / "sub" / "twice").symlink_to("../once", target_is_directory=True)
+    names = [name for name, *_ in list_images(str(gallery))]
+    assert names == sorted([*COLOURS, "once/a.png", "sub/twice/a.png"])
+    (tmp_path / "elsewhere" / "back").symlink_to(gallery / "sub", target_is_directory=True)
+    with pytest.raises(ValueError, match="sub/twice/back.*leads back to a folder|once/back/twice.*leads back"):
+        list_images(str(gallery))
+
+
+def test_one_added_and_one_touched_of_6000_cost_two(tmp_path: Path) -> None:
+    """The fake encoder's feature is a number that stands in the file."""
+    gallery, calls = tmp_path / "gallery", []
+    for i in range(6000):
+        path = gallery / f"{i % 60}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(i))
+
+    def encode(paths: list[str]) -> Iterator[tuple[range, Tensor]]:
+        for start in range(0, len(paths), 100):
+            part = range(start, min(start + 100, len(paths)))
+            calls.extend(paths[i] for i in part)
+            yield part, torch.tensor([[float(Path(paths[i]).read_text()), 1.0] for i in part])
+
+    assert build_index(gallery, encode, "model", tmp_path / "cache").encoded == len(calls) == 6000
+    calls.clear()
+    (gallery / "7" / "7.png").unlink()
+    (gallery / "8" / "8.png").write_text("-8")
+    (gallery / "7" / "new.png").write_text("-7")
+    index = build_index(gallery, encode, "model", tmp_path / "cache")
+    assert index.encoded == 2 and sorted(calls) == [str(gallery / "7" / "new.png"), str(gallery / "8" / "8.png")]
+    fresh = build_index(gallery, encode, "model", tmp_path / "fresh")
+    assert fresh.encoded == 6000 and index.paths == fresh.paths and np.array_equal(index.features, fresh.features)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, RuntimeError])
+def test_what_stops_the_encoding_keeps_what_is_done(gallery: Path, stop: type[BaseException]) -> None:
+    (gallery / "bad.png").write_bytes(b"no image")
+
+    def encode(paths: list[str]) -> Iterator[tuple[list[int], Tensor]]:
+        for n, batch in enumerate(Encoder()(paths)):
+            if n == 2:
+                raise stop
+            yield batch
+
+    with pytest.raises(stop):
+        build_index(gallery, encode, "model", gallery.parent / "cache")
+    assert len(entries(gallery)) == 1
+    index, encoded, notices = build(gallery, bad="skip")
+    assert (encoded, notices, index.skipped) == (1, [], ["bad.png"])  # an image that was not reached is not a bad one
+    expect_right(index, gallery)
+    assert len(entries(gallery)) == 1
+
+
+def test_it_says_how_far_it_is(gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "SAY_SECONDS", 0)
+    _, _, notices = build(gallery)
+    assert [line.split(",")[0] for line in notices] == [f"{done}/5 images encoded" for done in (1, 3, 5)]
+    assert notices[-1].endswith("0m00s left") and "images/s" in notices[0]
+    assert build(gallery)[2] == []
+
+
+def test_an_unreadable_image_is_tried_again_when_it_changes(gallery: Path) -> None:
+    (gallery / "bad.png").write_bytes(b"no image")
+    tried: list[str] = []
+
+    def encode(paths: list[str]) -> Iterator[tuple[list[int], Tensor]]:
+        tried.extend(os.path.relpath(path, gallery) for path in paths)
+        return Encoder()(paths)
+
+    for change, expected in ((None, ["bad.png", *COLOURS]), (None, []), ("new", ["new.png"]), ("bad", ["bad.png"])):
+        if change:
+            paint(gallery / f"{change}.png", (1, 2, 3))
+        index = build_index(gallery, encode, "model", gallery.parent / "cache", "skip")
+        assert sorted(tried) == sorted(expected)
+        assert index.skipped == ([] if change == "bad" else ["bad.png"])
+        expect_right(index, gallery)
+        tried.clear()
+
+
+def test_an_entry_replaced_while_it_is_read_costs_nothing(gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process puts a newer entry in its place between the listing of the cache and the reading."""
+    build(gallery)
+    paint(gallery / "new.png", (1, 2, 3))
+    read, raced = index_module.read_entry, []
+
+    def slow(folder: Path, digest: str) -> index_module.Entry:
+        if not raced:
+            raced.append(folder)
+            assert build(gallery)[1] == 1
+        return read(folder, digest)
+
+    monkeypatch.setattr(index_module, "read_entry", slow)
+    index, encoded, notices = build(gallery)
+    assert (encoded, notices, index.cached) == (0, [], True) and not raced[0].exists()
+    expect_right(index, gallery)
+
+
+def test_an_index_in_use_survives_its_replacement(gallery: Path) -> None:
+    index, *_ = build(gallery)
+    before = np.array(index.features)
+    paint(gallery / "new.png", (1, 2, 3))
+    build(gallery)
+    assert len(entries(gallery)) == 1 and np.array_equal(index.features, before)
 
 
 def test_strange_names_survive(gallery: Path) -> None:
@@ -280,14 +406,7 @@ def test_simultaneous_builds_all_end_right(gallery: Path) -> None:
     assert (index.cached, encoded, notices) == (True, 0, [])
 
 
-def test_a_build_that_fails_leaves_nothing(gallery: Path) -> None:
-    def encode(paths: list[str]) -> Iterator[tuple[list[int], Tensor]]:
-        yield [0], torch.zeros(1, 3)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build_index(gallery, encode, "model", gallery.parent / "cache")
-    assert entries(gallery) == []
+def test_a_build_that_fails_at_once_leaves_nothing(gallery: Path) -> None:
     with pytest.raises(ValueError, match="sub/blue.png: its features are not finite"):
         build_index(gallery, lambda paths: [(torch.tensor([1]), torch.tensor([[1.0, torch.nan, 0]]))], "model",
                     gallery.parent / "cache")
@@ -295,16 +414,31 @@ def test_a_build_that_fails_leaves_nothing(gallery: Path) -> None:
 
 
 def test_leftovers_of_killed_builds(gallery: Path) -> None:
-    """A half-written folder is never read; it is removed once it is old, and left to its owner before."""
+    """A half-written folder is never read; it is removed once it is old, left to its owner before; the user's own stay."""
     build(gallery)
-    old, young = (gallery.parent / "cache" / f".{name}.tmp" for name in ("old", "young"))
-    for folder in (old, young):
-        shutil.copytree(entries(gallery)[-1], folder)
-    for path in (*old.iterdir(), old):
+    cache, name = gallery.parent / "cache", entries(gallery)[0].name
+    old, young, foreign, file = (cache / f".{name}.tmp" for name in (f"{name[:17]}aaaaaaa0", f"{name[:17]}aaaaaaa1",
+                                                                     "my drafts", f"{name[:17]}aaaaaaa2"))
+    for folder in (old, young, foreign):
+        shutil.copytree(entries(gallery)[-1], folder / "entry")
+    file.touch()
+    for path in (*old.rglob("*"), old, *foreign.rglob("*"), foreign, file):
         os.utime(path, (1, 1))
     paint(gallery / "new.png", (9, 9, 9))
     index, encoded, _ = build(gallery)
-    assert encoded == 6 and not old.exists() and young.exists()
+    assert encoded == 1 and not old.exists() and young.exists() and foreign.exists() and file.exists()
+    expect_right(index, gallery)
+
+
+def test_a_users_folder_beside_the_entries_is_left_alone(gallery: Path) -> None:
+    build(gallery)
+    own = entries(gallery)[0].with_name(entries(gallery)[0].name + " backup")
+    own.mkdir()
+    link = entries(gallery)[0].with_name(entries(gallery)[0].name[:-1] + "_")
+    link.symlink_to(gallery, target_is_directory=True)
+    paint(gallery / "new.png", (9, 9, 9))
+    index, encoded, notices = build(gallery)
+    assert (encoded, notices) == (1, []) and own.exists() and link.is_symlink()
     expect_right(index, gallery)
 
 

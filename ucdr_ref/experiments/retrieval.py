@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..clip.model import CLIP
-from ..clip.zero_shot import ZeroShot
+from ..clip.zero_shot import ZeroShot, normalised
 from ..config import Config
-from ..images.batches import ImageDataset, augment, balanced_batches, load
+from ..images.batches import STATISTICS, ImageDataset, augment, balanced_batches, load
 from ..images.features import Extractor, prototypes
 from ..machine.files import load_state, save_atomic
 from ..machine.processes import fold, gather_rows, main_first, place, share
@@ -199,13 +199,14 @@ def feed(phase: str, protocol: Protocol, config: Config, image_size: int, device
 
     def batches(epoch: int, left: Sequence[list[int]]) -> Iterator[tuple[Batch, list[str]]]:
         shares = [share(batch) for batch in left]
-        transform = augment(image_size, config.train_normalization)
-        dataset = ImageDataset(protocol.train, transform, config.stroke_domains, fold(config.seed, phase, epoch))
+        seed = fold(config.seed, phase, epoch)
+        dataset = ImageDataset(protocol.train, augment(image_size), config.stroke_domains, seed)
         for indices, images in load(dataset, shares, config.workers, config.bad_images == "skip", device):
             images = images.view(-1, 3, image_size, image_size)  # a share may be empty
-            parts = (images, class_ids[indices], domain_ids[indices])
-            batch = Batch(*(part.to(device, non_blocking=True) for part in parts))
-            yield batch, [protocol.train.paths[i] for i in indices]
+            images, classes, domains = (part.to(device, non_blocking=True)
+                                        for part in (images, class_ids[indices], domain_ids[indices]))
+            images = normalised(images, *STATISTICS[config.train_normalization])  # D4
+            yield Batch(images, classes, domains), [protocol.train.paths[i] for i in indices]
 
     epochs = config.source_epochs if phase == "source" else config.target_epochs
     return Feed(epochs, order, batches, lambda batch: cut(batch, phase, config))

@@ -6,12 +6,15 @@ index, so a run that was interrupted goes on exactly as it would have.
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import signal
 import stat
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -25,8 +28,11 @@ from torchvision import transforms
 from ..clip.zero_shot import CLIP_MEAN, CLIP_STD, Transform
 from ..machine.processes import fold
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Mean and standard deviation of the training images' normalisation (D4).
+STATISTICS = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 MAX_PIXELS = 120_000_000  # more is taken for a decompression bomb
+STOPS = (signal.SIGINT, signal.SIGTERM)
+TILE = 1024  # side in pixels of what is converted at once
 # Raster formats alone: Pillow would hand an EPS, whatever its name, to Ghostscript.
 FORMATS = ("JPEG", "MPO", "JPEG2000", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "ICO")
 ENDINGS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp",
@@ -76,7 +82,8 @@ def open_image(path: str) -> Image.Image:
             with Image.open(path, formats=known_formats()) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
-                return to_rgb(ImageOps.exif_transpose(image))
+                ImageOps.exif_transpose(image, in_place=True)
+                return to_rgb(image)
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, ArithmeticError, AttributeError,
             MemoryError, RuntimeError, AssertionError, Image.DecompressionBombError) as error:
         # Pillow's decoders raise all of these on damaged files.
@@ -86,23 +93,38 @@ def open_image(path: str) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F" or image.mode.startswith("I"):
-        pixels = np.asarray(image, dtype=np.float64)
-        # 16-bit files come as I or I;16; floating-point ones span 0..1 or 0..255.
-        scale = 1 / 257 if image.mode != "F" else 255.0 if pixels.max(initial=0) <= 1 else 1.0
-        image = Image.fromarray((np.nan_to_num(pixels) * scale).clip(0, 255).round().astype(np.uint8))
+    """Tile by tile, so that the arithmetic of a small file of many pixels does not take gigabytes."""
+    image.load()
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image.copy()
+    (w, h), scale = image.size, 0.0
+    tiles = [(x, y, min(x + TILE, w), min(y + TILE, h)) for y in range(0, h, TILE) for x in range(0, w, TILE)]
+    if image.mode.startswith("I"):
+        scale = 1 / 257  # 16-bit files come as I or I;16
+    elif image.mode == "F":  # spans 0..1 or 0..255
+        scale = 255.0 if np.max([np.asarray(image.crop(tile)).max() for tile in tiles], initial=0) <= 1 else 1.0
+    result = Image.new("RGB", image.size)
+    for tile in tiles:
+        result.paste(tile_to_rgb(image.crop(tile), scale), tile)
+    return result
+
+
+def tile_to_rgb(image: Image.Image, scale: float) -> Image.Image:
+    """`scale`, unless 0, takes the values of a grey image to 0..255."""
+    if scale:
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64)) * scale
+        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def augment(image_size: int, normalization: str) -> Transform:
-    """The training transform of both phases; `normalization` clip or imagenet (D4)."""
-    mean, std = (CLIP_MEAN, CLIP_STD) if normalization == "clip" else (IMAGENET_MEAN, IMAGENET_STD)  # D4
+def augment(image_size: int) -> Transform:
+    """The training transform of both phases: RGB image -> uint8 [3, H, W]."""
     return transforms.Compose([
         transforms.RandomResizedCrop(image_size, scale=(0.8, 1.0)), transforms.RandomHorizontalFlip(),
-        transforms.ColorJitter(0.4, 0.4, 0.4, 0.4), transforms.ToTensor(), transforms.Normalize(mean, std)])
+        transforms.ColorJitter(0.4, 0.4, 0.4, 0.4), transforms.PILToTensor()])
 
 
 class ImageDataset(Dataset):
@@ -125,33 +147,73 @@ class ImageDataset(Dataset):
 
 
 def collate(items: list[tuple[int, Tensor | str]]) -> tuple[Tensor, Tensor, list[str]]:
-    """-> indices [b] and images [b, 3, H, W] of the readable ones, and a sentence for each other one."""
+    """-> indices [b] and images uint8 [b, 3, H, W] of the readable ones, and a sentence for each other one."""
     good = [(i, image) for i, image in items if isinstance(image, Tensor)]
-    images = torch.stack([image for _, image in good]) if good else torch.empty(0)
+    images = torch.stack([image for _, image in good]) if good else torch.empty(0, dtype=torch.uint8)
     return torch.tensor([i for i, _ in good], dtype=torch.long), images, [text for _, text in items if isinstance(text, str)]
 
 
 def load(dataset: ImageDataset, batches: Sequence[Sequence[int]], workers: int, skip_bad: bool,
          device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields (indices [b], images [b, 3, H, W] on the CPU, pinned for a GPU) for each list of indices.
+    """Yields (indices [b], images uint8 [b, 3, H, W] on the CPU, pinned for a GPU) for each list of indices.
 
-    Unreadable images raise ValueError, or are left out with one line on stderr when `skip_bad`.
+    Bytes, since they cross from process to process: `normalised` on the device makes of them what a tower takes.
+    Unreadable images raise ValueError, or are left out with one line on stderr when `skip_bad`. The workers end
+    with the generator, and with this process.
     """
     workers = min(workers, len(batches))
-    loader = DataLoader(dataset, batch_sampler=[list(batch) for batch in batches], num_workers=workers, collate_fn=collate,
-                        pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None, worker_init_fn=leave_signals)
-    for indices, images, bad in loader:
-        if bad and not skip_bad:
-            raise ValueError(bad[0])
-        for sentence in bad:
-            print(f"skipped {sentence}", file=sys.stderr)
-        yield indices, images
+    loader = DataLoader(dataset, batch_sampler=[list(batch) for batch in batches], num_workers=workers,
+                        collate_fn=collate, pin_memory=device.type == "cuda",
+                        prefetch_factor=4 if workers else None, worker_init_fn=leave_signals)
+    with signals_held():
+        loaded = iter(loader)
+    try:
+        for indices, images, bad in loaded:
+            if bad and not skip_bad:
+                raise ValueError(bad[0])
+            for sentence in bad:
+                print(f"skipped {sentence}", file=sys.stderr)
+            yield indices, images
+    finally:
+        if workers:  # now: a traceback may keep the iterator alive for long
+            loaded._shutdown_workers()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Around the start of processes, which inherit it: SIGINT and SIGTERM wait until the block is over."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def leave_signals(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach every process of a terminal; the main one finishes its step, so workers must go on."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Ctrl-C and SIGTERM reach every process of a terminal or a job; the main one finishes its step, so workers go on.
+
+    They end when it is gone, whatever they wait for, or when SIGTERM comes from it, as it does at its exit.
+    """
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigtimedwait"):  # Linux
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # an ignored signal could not be waited for
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        threading.Thread(target=end_with_main, args=(os.getppid(),), daemon=True).start()
+
+
+def end_with_main(parent: int) -> None:
+    main = multiprocessing.parent_process()
+    assert main is not None
+    # Workers started later hold the pipe by which `is_alive` knows; the parent's number changes at once.
+    while os.getppid() == parent and main.is_alive():
+        sent = signal.sigtimedwait([signal.SIGTERM], 1)
+        if sent is not None and sent.si_pid == main.pid:
+            break
+    os._exit(0)
 
 
 def chunks(count: int, size: int) -> list[range]:

@@ -1,23 +1,25 @@
-"""A gallery folder encoded once, with a cache that is used only for the very images and model it was made from.
+"""A gallery folder encoded once, later only what is new or changed in it, and only by one and the same model.
 
-An entry is a folder `<cache_dir>/<first 16 digits of the fingerprint>-<random>/` with `features.npy` and `files.json`.
-It is built under another name and renamed when complete, its name is never used twice, and nothing in it changes
-afterwards. So a reader sees a whole entry or none, and processes that index one gallery at once leave, at worst, two
-equal entries. Entries of other states of a gallery stay until they are deleted by hand.
+An entry is a folder `<first 16 digits of the index's digest>-<random>/` below the cache folder, with
+`features.npy` and `files.json`, which lists each image's path, size and times. It is built under another name
+and renamed when complete, its name is never used twice, and nothing in it changes afterwards; once a newer
+one holds all of it, it is renamed again and removed. So a reader sees a whole entry or none, and processes
+that index one gallery at once leave, at worst, two equal entries until the next change. The entries of other
+folders and models stay until they are deleted by hand.
 """
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
+import re
 import shutil
 import stat
 import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,34 +35,44 @@ from .batches import ENDINGS
 
 HEADER_BYTES = 128  # of a .npy file that holds a float32 matrix of any size
 BLOCK = 1 << 24  # bytes read at once
+SAY_SECONDS = 10  # between two lines about how far the encoding is
+ENTRY_NAME = re.compile("[0-9a-f]{16}-[a-z0-9_]{8}")
+TEMPORARY_NAME = re.compile(rf"\.{ENTRY_NAME.pattern}\.tmp")
 
+File = tuple[str, int, int, int]  # path below the folder, size, time of modification, time of change in ns
 Batches = Iterable[tuple[Tensor, Tensor]]  # (indices [b], features [b, e])
 EncodePaths = Callable[[list[str]], Batches]
 
 
 @dataclass(frozen=True)
 class Index:
-    """Row i of `features` [g, e] (float32, memory-mapped) belongs to `paths[i]`, relative to `folder`, sorted."""
+    """Row i of `features` [g, e] (float32, memory-mapped) belongs to `paths[i]`, relative to `folder`,
+    sorted.
+    """
 
     folder: str
     paths: list[str]
     features: np.ndarray
     skipped: list[str]  # unreadable images, left out
-    cached: bool  # taken from the cache
+    cached: bool  # as it stood in the cache
+    encoded: int  # images encoded now
 
     def path(self, i: int) -> str:
         return os.path.join(self.folder, self.paths[i])
 
     def search(self, query: Tensor, k: int, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-        """query [q, e] -> (Euclidean distances [q, k], rows [q, k]), exact, nearest first; see `metrics.search`."""
+        """query [q, e] -> (Euclidean distances [q, k], rows [q, k]), exact, nearest first; see
+        `metrics.search`.
+        """
         return search(query, self.features, k, chunk)
 
     def export(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the vectors to `path` (.npy, float32 [g, e]) and beside it `<path without .npy>.paths.txt`, returned.
+        """Writes the vectors to `path` (.npy, float32 [g, e]) and beside it `<path without .npy>.paths.txt`,
+        returned.
 
-        Line i of the text is the relative path of row i, its bytes unchanged except that backslash, newline and
-        carriage return are written as two characters, as in C. Raises ValueError for another ending, WriteError when a
-        file cannot be written.
+        Line i of the text is the relative path of row i, its bytes unchanged except that backslash, newline
+        and carriage return are written as two characters, as in C. Raises ValueError for another ending,
+        WriteError when a file cannot be written.
         """
         target = Path(path)
         if target.suffix != ".npy":
@@ -68,178 +80,279 @@ class Index:
         names = target.with_suffix(".paths.txt")
         escapes = str.maketrans({"\\": r"\\", "\n": r"\n", "\r": r"\r"})
         write_atomic(target, lambda file: np.save(file, self.features, allow_pickle=False))
-        write_atomic(names, lambda file: file.writelines(os.fsencode(p.translate(escapes)) + b"\n" for p in self.paths))
+        lines = (os.fsencode(path.translate(escapes)) + b"\n" for path in self.paths)
+        write_atomic(names, lambda file: file.writelines(lines))
         return names
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A folder of the cache; row i of `features` belongs to `files[i]`."""
+
+    folder: Path
+    files: list[File]
+    skipped: list[File]
+    features: np.ndarray
 
 
 def build_index(folder: str | os.PathLike[str], encode_paths: EncodePaths, key: str,
                 cache_dir: str | os.PathLike[str], bad: str = "error",
                 say: Callable[[str], None] | None = None) -> Index:
-    """The index of all images below `folder`, from the cache, or encoded now and put there.
+    """The index of all images below `folder`, from the cache as far as it goes; the rest is encoded now and
+    put there.
 
-    encode_paths(absolute paths) yields (indices into them [b], features [b, e]) in any order; an index that never comes
-    is an image that it could not read: an error, once the others are cached, or left out with bad="skip". `key`
-    identifies model and preprocessing. An entry is used only if the folder, the relative paths, sizes, times of
-    modification and change, and `key` are the same and its checksum holds. `say` gets a one-line notice about a broken
-    entry (default: stderr).
-    Raises FileNotFoundError for a missing folder; ValueError for one without images, an unreadable image, or features
-    that are not finite; WriteError when the cache cannot be written.
+    encode_paths(absolute paths) yields (indices into them [b], features [b, e]) in any order; an index that
+    never comes is an image that it could not read: an error, once the others are cached, or left out with
+    bad="skip", and not tried again before it changes. `key` identifies model and preprocessing. What is
+    cached is used only for the same folder, relative path, size, times of modification and change, and `key`,
+    out of an entry whose checksum holds. What stops the encoding, such as KeyboardInterrupt, leaves in the
+    cache what was encoded before. `say` gets one-line notices about broken entries and, now and then, about
+    how far it is (default: stderr). Raises FileNotFoundError for a missing folder; ValueError for one without
+    images, an unreadable image, or features that are not finite; WriteError when the cache cannot be written.
     """
     if bad not in ("error", "skip"):
         raise ValueError(f'bad must be "error" or "skip"; got {bad!r}')
     say = say or (lambda line: print(line, file=sys.stderr))
     root, cache = os.path.realpath(folder), Path(cache_dir)
     files = list_images(root)
-    names = [name for name, *_ in files]
-    fingerprint = hashlib.sha256(json.dumps([1, root, key, files]).encode()).hexdigest()
-    index = find(cache, fingerprint, root, names, say)
-    if index is None:
-        with writing(cache):
-            cache.mkdir(parents=True, exist_ok=True)
-            sweep(cache)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{fingerprint[:16]}-", suffix=".tmp", dir=cache))
-        try:
-            batches = encode_paths([os.path.join(root, name) for name in names])
-            entry = fill(temporary, names, batches, fingerprint)
-            index = find(cache, fingerprint, root, names, say)  # another process may have been faster
-            if index is None:
-                final = cache / temporary.name[1:-len(".tmp")]
-                with writing(cache):
-                    os.rename(temporary, final)
-                features = map_features(final / "features.npy")
-                index = Index(root, entry["paths"], features, entry["skipped"], cached=False)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    if index.skipped and bad == "error":
-        raise unreadable(index.skipped, len(names))
-    return index
+    digest = hashlib.sha256(json.dumps([2, root, key]).encode()).hexdigest()
+    entries = sound_entries(cache, digest, say)
+    entry = next((old for old in entries if sorted(old.files + old.skipped) == files), None)
+    cached, encoded = entry is not None, 0
+    if entry is None:
+        entry, encoded = renew(cache, digest, root, files, entries, encode_paths, say)
+    skipped = [name for name, *_ in entry.skipped]
+    if skipped and bad == "error":
+        raise unreadable(skipped, len(files))
+    return Index(root, [name for name, *_ in entry.files], entry.features, skipped, cached, encoded)
 
 
-def list_images(root: str) -> list[tuple[str, int, int, int]]:
-    """(relative path, size, time of modification, time of change in ns) of each image below `root`, sorted by path.
+def list_images(root: str) -> list[File]:
+    """(relative path, size, time of modification, time of change in ns) of each image below `root`, sorted by
+    path.
 
-    An image is a regular file, or a link to one, with one of ENDINGS. Links to folders are not followed; other kinds of
-    file and hidden names are passed over. Raises FileNotFoundError, or ValueError when there is none.
+    An image is a regular file, or a link to one, with one of ENDINGS. Links to folders are followed; other
+    kinds of file and hidden names are passed over. Raises FileNotFoundError, or ValueError when there is no
+    image, a folder cannot be listed, or a link leads back to a folder that it lies in.
     """
     if not os.path.isdir(root):
         raise FileNotFoundError(f"{show(Path(root))}: no such folder; give a folder of images")
     found = []
-    for parent, folders, names in os.walk(root, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if os.path.splitext(name)[1].lower() not in ENDINGS or name.startswith("."):
+    # Folders to be listed, each with what `stat` says of it and of those it lies in.
+    ahead: list[tuple[str, tuple[os.stat_result, ...]]] = [(root, (os.stat(root),))]
+    while ahead:
+        folder, parents = ahead.pop()
+        for entry in listed(folder):
+            if entry.name.startswith("."):
                 continue
-            path = os.path.join(parent, name)
-            with suppress(OSError):  # a dangling link, a loop of links, or removed a moment ago
-                status = os.stat(path)
-                if stat.S_ISREG(status.st_mode):
-                    times = status.st_mtime_ns, status.st_ctime_ns
-                    found.append((os.path.relpath(path, root), status.st_size, *times))
+            try:
+                status = entry.stat()
+            except OSError:  # a dangling link, a loop of links, or removed a moment ago
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                if any(os.path.samestat(status, parent) for parent in parents):
+                    raise ValueError(f"{show(Path(entry.path))}: this link leads back to a folder that it "
+                                     "lies in; remove it")
+                ahead.append((entry.path, (*parents, status)))
+            elif stat.S_ISREG(status.st_mode) and os.path.splitext(entry.name)[1].lower() in ENDINGS:
+                name = os.path.relpath(entry.path, root)
+                found.append((name, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
     if not found:
-        raise ValueError(f"{show(Path(root))}: no images below this folder; expected names such as x.jpg or x.png")
+        raise ValueError(f"{show(Path(root))}: no images below this folder; expected names such as x.jpg or "
+                         "x.png")
     return sorted(found)
 
 
-def find(cache: Path, fingerprint: str, root: str, names: list[str], say: Callable[[str], None]) -> Index | None:
-    """The first sound entry of this fingerprint; broken ones are removed with a notice, since none is ever repaired."""
-    for folder in sorted(cache.glob(f"{fingerprint[:16]}-*")):
+def listed(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise ValueError(f"{show(Path(folder))}: this folder cannot be listed ({error.strerror})") from error
+
+
+def sound_entries(cache: Path, digest: str, say: Callable[[str], None]) -> list[Entry]:
+    """The entries of an index; broken ones are removed with a notice, since none is ever repaired."""
+    entries = []
+    for folder in sorted(cache.glob(f"{digest[:16]}-*")):
+        if not ENTRY_NAME.fullmatch(folder.name) or not folder.is_dir() or folder.is_symlink():
+            continue
         try:
-            entry = json.loads(regular_file(folder / "files.json").read_text(encoding="ascii"))
-            paths, skipped = entry["paths"], entry["skipped"]
-            rest = set(skipped)
-            if entry["fingerprint"] != fingerprint or paths != [name for name in names if name not in rest] \
-                    or len(paths) + len(skipped) != len(names):
-                raise ValueError("it lists other files")
-            if entry["crc32"] != checksum(regular_file(folder / "features.npy")):
-                raise ValueError("the checksum differs")
-            features = map_features(folder / "features.npy")
-            if features.dtype != np.float32 or features.ndim != 2 or len(features) != len(paths):
-                raise ValueError(f"it holds {features.dtype} {list(features.shape)} for {len(paths)} images")
-            return Index(root, paths, features, skipped, cached=True)
+            entries.append(read_entry(folder, digest))
         except Exception as error:  # whatever is wrong with an entry, it can be built anew
+            if not folder.exists():  # another process has just put a newer one in its place
+                return sound_entries(cache, digest, say)
             say(f"{show(folder)}: broken index ({tidy(error)}), removed; the images are encoded again")
-            shutil.rmtree(folder, ignore_errors=True)
-    return None
+            discard(folder)
+    return entries
 
 
-def fill(folder: Path, names: list[str], batches: Batches, fingerprint: str) -> dict[str, Any]:
-    """Writes features as they come, row i for image i, then closes the gaps; returns what files.json holds.
-
-    Plain writes, mapped only for reading: on a full disk they raise; a write through a map would kill the process.
+def read_entry(folder: Path, digest: str) -> Entry:
+    """Raises an exception of any kind unless the entry is whole; no size in it is believed before the file's
+    own.
     """
-    kept, width = np.zeros(len(names), dtype=bool), 0
-    with opened(folder / "features.npy") as file:
-        for indices, features in batches:
-            if len(indices) == 0:
-                continue
-            rows = features.detach().to("cpu").float().numpy().astype("<f4", copy=False)
-            width = width or rows.shape[1]
-            assert rows.shape == (len(indices), width), f"features {rows.shape} for {len(indices)} images of {width}"
-            for i, row in zip(map(int, indices), rows, strict=True):
-                if not np.isfinite(row).all():
-                    raise ValueError(f"{show(Path(names[i]))}: its features are not finite; check the weights and the "
-                                     "precision")
-                with writing(folder.parent):
-                    file.seek(HEADER_BYTES + i * width * 4)
-                    file.write(row.tobytes())
-                kept[i] = True
-        paths, skipped = ([name for name, keep in zip(names, kept) if keep == wanted] for wanted in (True, False))
-        if not paths:
-            raise unreadable(skipped, len(names))
-        with writing(folder.parent):
-            close_gaps(file, np.flatnonzero(kept).tolist(), width)
-            file.flush()
-            os.fsync(file.fileno())
-    entry = {"fingerprint": fingerprint, "crc32": checksum(folder / "features.npy"), "paths": paths, "skipped": skipped}
-    write_atomic(folder / "files.json", lambda file: file.write(json.dumps(entry).encode("ascii")))
-    return entry
+    content = json.loads(regular_file(folder / "files.json").read_text(encoding="ascii"))
+    crc = content.pop("crc32")
+    if content["index"] != digest:
+        raise ValueError("it is of another index")
+    files, skipped = ([(name, *state) for name, *state in content[part]] for part in ("files", "skipped"))
+    path, header = regular_file(folder / "features.npy"), npy_header(len(files), content["width"])
+    if not files or os.stat(path).st_size != HEADER_BYTES + len(files) * content["width"] * 4:
+        raise ValueError(f"it holds {os.stat(path).st_size} bytes for {len(files)} images")
+    with open(path, "rb") as file:
+        if file.read(HEADER_BYTES) != header:
+            raise ValueError("the header of its features is another one")
+    if crc != checksum(content, path):
+        raise ValueError("the checksum differs")
+    return Entry(folder, files, skipped, map_rows(path, len(files), content["width"], HEADER_BYTES))
 
 
-def close_gaps(file: BinaryIO, rows: Sequence[int], width: int) -> None:
-    """Moves `rows` to the front, cuts the rest, and writes the header, without which the file is none."""
-    for new, old in enumerate(rows):
-        if new != old:
-            file.seek(HEADER_BYTES + old * width * 4)
-            row = file.read(width * 4)
-            file.seek(HEADER_BYTES + new * width * 4)
-            file.write(row)
-    file.truncate(HEADER_BYTES + len(rows) * width * 4)
-    header = io.BytesIO()
-    content = {"descr": "<f4", "fortran_order": False, "shape": (len(rows), width)}
-    np.lib.format.write_array_header_1_0(header, content)
-    assert header.tell() == HEADER_BYTES, f"numpy wrote a header of {header.tell()} bytes, {HEADER_BYTES} expected"
-    file.seek(0)
-    file.write(header.getvalue())
+def renew(cache: Path, digest: str, root: str, files: list[File], entries: list[Entry],
+          encode_paths: EncodePaths, say: Callable[[str], None]) -> tuple[Entry, int]:
+    """A new entry with what the old ones hold of `files` and the rest, encoded now; and the number of the rest.
+
+    Plain writes, mapped only for reading: on a full disk they raise; writing through a map would kill the process.
+    """
+    rows: dict[File, np.ndarray | None] = {}  # the features of each image; None for one that cannot be read
+    for old in entries:
+        rows = {**dict.fromkeys(old.skipped), **rows, **dict(zip(old.files, np.asarray(old.features)))}
+    rows = {file: rows[file] for file in files if file in rows}
+    new = [file for file in files if file not in rows]
+    done: list[File] = []  # in the order of their rows in the file `new`
+    width = 0
+    with writing(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        sweep(cache)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{digest[:16]}-", suffix=".tmp", dir=cache))
+    try:
+        with opened(temporary / "new", cache) as store:
+            def publish() -> Entry:
+                if done:
+                    with writing(cache):
+                        store.flush()
+                    rows.update(zip(done, np.asarray(map_rows(temporary / "new", len(done), width, 0))))
+                return write_entry(temporary, digest, {file: rows[file] for file in files if file in rows})
+
+            try:
+                batches = encode_paths([os.path.join(root, name) for name, *_ in new]) if new else []
+                for part, features in encoded_rows(batches, new, say):
+                    assert width in (0, features.shape[1]), f"features of width {width} and {features.shape[1]}"
+                    width = features.shape[1]
+                    with writing(cache):
+                        store.write(features.tobytes())
+                    done += part
+                rows.update(dict.fromkeys(set(new).difference(done)))
+                entry = publish()
+            except WriteError:
+                raise
+            except BaseException:
+                if done:
+                    publish()
+                raise
+        for old in entries:
+            discard(old.folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return entry, len(done)
 
 
-def map_features(path: Path) -> np.ndarray:
-    return np.lib.format.open_memmap(path, mode="r")  # never unpickles: object arrays are refused
+def encoded_rows(batches: Batches, new: list[File],
+                 say: Callable[[str], None]) -> Iterator[tuple[list[File], np.ndarray]]:
+    """The files of each batch and their features, float32 [b, e]; says how far it is."""
+    done, start = 0, time.monotonic()
+    last = start
+    for indices, features in batches:
+        part = [new[int(i)] for i in indices]
+        if not part:
+            continue
+        rows = features.detach().to("cpu").float().numpy().astype("<f4", copy=False)
+        assert rows.ndim == 2 and len(rows) == len(part), f"features {rows.shape} for {len(part)} images"
+        if not np.isfinite(rows).all():
+            name = part[int(np.flatnonzero(~np.isfinite(rows).all(1))[0])][0]
+            raise ValueError(f"{show(Path(name))}: its features are not finite; check the weights and the "
+                             "precision")
+        yield part, rows
+        done, now = done + len(part), time.monotonic()
+        if now - last >= SAY_SECONDS:
+            last, rate = now, done / (now - start)
+            left = int((len(new) - done) / rate)
+            say(f"{done}/{len(new)} images encoded, {rate:.0f} images/s, {left // 60}m{left % 60:02d}s left")
 
 
-def checksum(path: Path) -> int:
-    crc = 0
+def write_entry(temporary: Path, digest: str, rows: dict[File, np.ndarray | None]) -> Entry:
+    """Writes an entry inside `temporary`, then moves it to where it is looked for."""
+    cache, folder = temporary.parent, temporary / "entry"
+    kept = {file: row for file, row in rows.items() if row is not None}
+    skipped = [file for file in rows if file not in kept]
+    if not kept:
+        raise unreadable([name for name, *_ in skipped], len(rows))
+    width, path = len(next(iter(kept.values()))), folder / "features.npy"
+    with writing(cache):
+        folder.mkdir(exist_ok=True)
+    with opened(path, cache) as file, writing(cache):
+        file.write(npy_header(len(kept), width))
+        for row in kept.values():
+            assert len(row) == width, f"features of width {len(row)} and {width} under one key"
+            file.write(row.tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    content = {"index": digest, "width": width, "files": list(kept), "skipped": skipped}
+    content["crc32"] = checksum(content, path)
+    write_atomic(folder / "files.json", lambda file: file.write(json.dumps(content).encode("ascii")))
+    features = map_rows(path, len(kept), width, HEADER_BYTES)  # once it is moved, a newer one may replace it
+    final = cache / temporary.name[1:-len(".tmp")]
+    with writing(cache):
+        os.rename(folder, final)
+    return Entry(final, list(kept), skipped, features)
+
+
+def npy_header(rows: int, width: int) -> bytes:
+    """HEADER_BYTES that make a .npy file of the float32 matrix [rows, width] after them."""
+    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {width}), }}"
+    start = b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little")
+    return start + text.ljust(HEADER_BYTES - 11).encode() + b"\n"
+
+
+def map_rows(path: Path, rows: int, width: int, offset: int) -> np.ndarray:
+    return np.memmap(path, "<f4", "r", offset, (rows, width))
+
+
+def checksum(content: dict[str, Any], path: Path) -> int:
+    """Of what an entry's files.json says and of the bytes of its features."""
+    crc = zlib.crc32(json.dumps(content).encode())
     with open(path, "rb") as file:
         while block := file.read(BLOCK):
             crc = zlib.crc32(block, crc)
     return crc
 
 
+def discard(folder: Path) -> None:
+    """Removes an entry such that nobody meets half of it."""
+    hidden = folder.with_name(f".{folder.name}.tmp")
+    with suppress(OSError):  # another process was faster, or the cache is read-only
+        os.rename(folder, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
 def sweep(cache: Path) -> None:
-    """Removes what killed processes left half-written."""
+    """Removes what killed processes left half-written, known by the names that `mkdtemp` gives."""
     for folder in cache.glob(".*.tmp"):
+        if not TEMPORARY_NAME.fullmatch(folder.name) or not folder.is_dir() or folder.is_symlink():
+            continue
         with suppress(OSError):  # its owner is removing it
-            if time.time() - max(file.stat().st_mtime for file in (folder, *folder.glob("*"))) > STALE_SECONDS:
+            touched = max(file.stat().st_mtime for file in (folder, *folder.rglob("*")))
+            if time.time() - touched > STALE_SECONDS:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
-    with writing(path.parent.parent):
+def opened(path: Path, cache: Path) -> Iterator[BinaryIO]:
+    with writing(cache):
         file = open(path, "w+b")
     try:
         yield file
     finally:
-        with writing(path.parent.parent):  # closing flushes, so it fails once more on a full disk
+        with writing(cache):  # closing flushes, so it fails once more on a full disk
             file.close()
 
 
@@ -248,14 +361,10 @@ def writing(cache: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise WriteError(f"could not write the index in {show(cache)} ({error.strerror or error}); free space or "
-                         "choose another folder for it") from error
+        raise WriteError(f"could not write the index in {show(cache)} ({error.strerror or error}); free "
+                         "space or choose another folder for it") from error
 
 
 def unreadable(skipped: list[str], count: int) -> ValueError:
-    return ValueError(f"{len(skipped)} of {count} images could not be read, the first is {show(Path(skipped[0]))}; "
-                      "remove them, or leave them out with --bad-images skip")
-
-
-def refuse(error: OSError) -> None:
-    raise ValueError(f"{show(Path(error.filename))}: this folder cannot be listed ({error.strerror})") from error
+    return ValueError(f"{len(skipped)} of {count} images could not be read, the first is "
+                      f"{show(Path(skipped[0]))}; remove them, or leave them out with --bad-images skip")

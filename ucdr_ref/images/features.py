@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..clip.model import CLIP
-from ..clip.zero_shot import preprocess
+from ..clip.zero_shot import cropped, normalised
 from ..machine.options import Shared
 from ..machine.processes import autocast, gather, share
 from .batches import Files, ImageDataset, chunks, load
@@ -40,11 +40,12 @@ class Extractor:
         Images of the domains `strokes` are colour-inverted. Unreadable ones raise ValueError unless `skip_bad`. The consumer
         runs outside inference mode and autocast.
         """
-        dataset = ImageDataset(files, preprocess(self.method.clip.image_size), strokes)
+        dataset = ImageDataset(files, cropped(self.method.clip.image_size), strokes)
         for indices, images in load(dataset, batches, self.options.workers, skip_bad, self.device):
             if len(indices):
                 with torch.inference_mode(), autocast(self.options.precision, self.device):
-                    features = self.method.encode(images.to(self.device, non_blocking=True)).float()
+                    inputs = normalised(images.to(self.device, non_blocking=True))
+                    features = self.method.encode(inputs).float()
                 yield indices, features.clone()  # a usual tensor, not an inference one
 
     def features(self, files: Files) -> tuple[Tensor, list[int]]:

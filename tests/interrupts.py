@@ -1,0 +1,112 @@
+"""Stops processes that read images with workers: all of them must end, and none before it is told to.
+
+    python -m tests.interrupts --rounds 50 --seed 0
+
+Each round forks a reader, in a session of its own, and strikes it at a random moment after a forced point. A pipe
+that it and all its workers hold open tells when the last of them is gone. Linux and macOS.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import select
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from tempfile import mkdtemp
+
+import torch
+from PIL import Image
+
+from ucdr_ref.images.batches import Files, ImageDataset, load
+
+SECONDS = 60  # a generous bound for what takes one or two
+POINTS = ("starting", "reading", "idle")
+STRIKES = ("SIGINT to all", "SIGINT to main", "SIGTERM to all", "SIGTERM to main", "SIGKILL to main", "none of it ends a step")
+kept: list[Iterator] = []  # so that only the end of the interpreter closes a generator
+
+
+def slow(image: Image.Image) -> torch.Tensor:
+    time.sleep(0.005)
+    return torch.zeros(3, 200, 200, dtype=torch.uint8)  # more than a pipe holds: workers wait in the middle of writing
+
+
+def read(path: str, point: str, reached: int, steadfast: bool) -> None:
+    """Reads for ever, or, `steadfast` as a training is in a step, a hundred batches whatever signal comes."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if steadfast:
+            signal.signal(number, lambda *_: None)
+        else:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    count = 100 if steadfast else 10 ** 4
+    data = ImageDataset(Files([path] * 4, ["a"] * 4, ["a"] * 4), slow, ())
+    batches = load(data, [range(4)] * count, 2, False, torch.device("cpu"))
+    kept.append(batches)
+    if point == "starting":
+        os.write(reached, b"x")
+    for n, _ in enumerate(batches):
+        if n == 1 and point != "starting":
+            os.write(reached, b"x")
+        if point == "idle" and not steadfast:
+            time.sleep(0.5)
+    if steadfast:
+        os.write(reached, b"all read")
+
+
+def strike(path: str, point: str, kind: str, delay: float) -> None:
+    (held, holding), (reached, reaching) = os.pipe(), os.pipe()
+    steadfast = kind == STRIKES[-1]
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        for end in (held, reached):
+            os.close(end)
+        read(path, point, reaching, steadfast)
+        sys.exit()  # as a script ends: with all that is registered for an exit
+    for end in (holding, reaching):
+        os.close(end)
+    assert os.read(reached, 1) == b"x"
+    time.sleep(delay)
+    if steadfast:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.killpg(pid, number)
+    else:
+        number = signal.Signals[kind.split()[0]]
+        (os.killpg if kind.endswith("all") else os.kill)(pid, number)
+    over, _, _ = select.select([held], [], [], SECONDS)
+    if not over:
+        os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert over, f"{kind}, {point}: some process did not end within {SECONDS} seconds"
+    assert os.read(held, 1) == b""
+    assert os.read(reached, 100) == (b"all read" if steadfast else b""), f"{kind}, {point}: a worker ended too early"
+    for end in (held, reached):
+        os.close(end)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    chance = random.Random(args.seed)
+    folder = mkdtemp(prefix="interrupts.")  # not a context: the readers leave by this function too
+    path = os.path.join(folder, "a.png")
+    Image.new("RGB", (8, 8)).save(path)
+    for n in range(args.rounds):
+        point, kind = POINTS[n % len(POINTS)], STRIKES[n // len(POINTS) % len(STRIKES)]
+        start = time.monotonic()
+        strike(path, point, kind, chance.uniform(0, 0.15))
+        print(f"round {n + 1}/{args.rounds}: {kind}, {point}: over after {time.monotonic() - start:.1f} s", flush=True)
+    shutil.rmtree(folder)
+    print(f"{args.rounds} rounds, no process left")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
