@@ -42,7 +42,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def summary(config: Config, protocol: protocols.Protocol, method: UCDRAdapter | ZeroShot) -> str:
-    lines = [f"train    {len(protocol.train)} images, {len(protocol.class_names)} classes, "
+    lines = [*protocol.notes,
+             f"train    {len(protocol.train)} images, {len(protocol.class_names)} classes, "
              f"{len(protocol.domain_names)} domains ({', '.join(protocol.domain_names)})"]
     for test in ([protocol.validation] if protocol.validation else []) + protocol.tests:
         galleries = ", ".join(f"{name} {len(files)}" for name, files in test.galleries.items())
@@ -93,8 +94,9 @@ def run_ucdr(args: argparse.Namespace, config: Config) -> None:
         extra = describe(config, protocol.class_names, protocol.domain_names, weights)
 
         validate = None
-        if protocol.validation is not None:
-            validate = partial(evaluation.validation_score, method.encode, protocol.validation, config, clip.image_size, device)
+        if protocol.validation is not None and protocol.selected is not None:
+            validate = partial(evaluation.validation_score, method.encode, protocol.validation, protocol.selected, config,
+                               clip.image_size, device)
         if isinstance(method, ZeroShot):
             save_atomic({"method": {}, **extra}, args.run / "best.pt")
         else:

@@ -62,9 +62,11 @@ def score(encode: Encode, test: Test, config: Config, image_size: int, device: t
     return results
 
 
-def validation_score(encode: Encode, test: Test, config: Config, image_size: int, device: torch.device) -> float:
-    """mAP@200 of the validation queries, by which phase 2 keeps its best epoch (D5)."""
-    return next(iter(score(encode, test, config, image_size, device).values()))["metrics"]["mAP@200"]
+def validation_score(encode: Encode, test: Test, selected: tuple[str, str], config: Config, image_size: int,
+                     device: torch.device) -> float:
+    """The metric, in the gallery, by which phase 2 keeps its best epoch: `Protocol.selected` (D5)."""
+    gallery, metric = selected
+    return score(encode, test, config, image_size, device)[gallery]["metrics"][metric]
 
 
 def shown_queries(queries: Files, count: int = 8) -> list[int]:
