@@ -38,7 +38,7 @@ def report(folder: Path, overrides: dict[str, Any], out: Path | None = None, oth
         difference = sorted(set(protocol.class_names) ^ set(state["class_names"]))
         raise ValueError(f"{config.data_root} gives other training classes than {folder} was trained with ("
                          f"{', '.join(difference[:5]) or 'in another order'}); give the run's --data-root, or --other-classes")
-    encoders = {"zero-shot": ZeroShot(method.clip).encode}
+    encoders = {"zero-shot": ZeroShot(method.clip, config.evaluation_features == "normalized").encode}
     if config.method != "zero-shot":
         encoders[config.method] = method.encode
     rows = evaluation.evaluate(encoders, protocol, config, method.clip.image_size, device)

@@ -77,7 +77,7 @@ def run_ucdr(args: argparse.Namespace, config: Config) -> None:
         clip.visual.transformer.compile()
     torch.manual_seed(fold(config.seed, "initial values"))
     if config.method == "zero-shot":
-        method: UCDRAdapter | ZeroShot = ZeroShot(clip)
+        method: UCDRAdapter | ZeroShot = ZeroShot(clip, config.evaluation_features == "normalized")
     else:
         anchors = class_anchors(config, clip, protocol, device)
         method = UCDRAdapter(clip, protocol.class_names, protocol.domain_names, config, anchors).to(device)

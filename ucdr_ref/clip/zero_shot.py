@@ -38,13 +38,14 @@ def class_text_features(clip: CLIP, class_names: Sequence[str], chunk: int = 256
 
 
 class ZeroShot(nn.Module):
-    """CLIP as it is, behind a method's `encode`: the baseline."""
+    """CLIP as it is, behind a method's `encode`: the baseline. Features are L2-normalised, or left as they are (D18)."""
 
-    def __init__(self, clip: CLIP) -> None:
+    def __init__(self, clip: CLIP, normalized: bool = True) -> None:
         super().__init__()
-        self.clip = clip.requires_grad_(False)
+        self.clip, self.normalized = clip.requires_grad_(False), normalized
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """images [b, 3, H, W] -> L2-normalised features [b, e]."""
-        return F.normalize(self.clip.encode_image(images).float(), dim=-1)
+        """images [b, 3, H, W] -> features [b, e]."""
+        features = self.clip.encode_image(images).float()
+        return F.normalize(features, dim=-1) if self.normalized else features  # D18

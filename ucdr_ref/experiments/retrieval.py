@@ -15,7 +15,7 @@ from torch import Tensor
 from ..clip.model import CLIP
 from ..clip.zero_shot import ZeroShot
 from ..config import Config
-from ..images.batches import Files, ImageDataset, augment, balanced_batches, load
+from ..images.batches import Files, ImageDataset, augment, balanced_batches, load, released_batches
 from ..images.features import extract
 from ..machine.files import write_text_atomic
 from ..machine.processes import fold, share
@@ -146,12 +146,15 @@ def feed(phase: str, protocol: Protocol, config: Config, image_size: int, device
     size = config.source_batch if phase == "source" else config.target_batch
 
     def order(epoch: int) -> list[list[int]]:
-        return balanced_batches(domain_ids.tolist(), size, fold(config.seed, phase), epoch, config.balance == "exact")
+        if config.balance == "released":  # D15
+            turn = epoch if phase == "source" else config.source_epochs + epoch
+            return released_batches(domain_ids.tolist(), config.target_batch, size, turn)
+        return balanced_batches(domain_ids.tolist(), size, fold(config.seed, phase), epoch)
 
     def batches(epoch: int, left: Sequence[list[int]]) -> Iterator[tuple[Batch, list[str]]]:
         shares = [share(batch) for batch in left]
         dataset = ImageDataset(protocol.train, augment(image_size, config.train_normalization), config.stroke_domains,
-                               fold(config.seed, phase, epoch))
+                               fold(config.seed, phase, epoch), config.image_reading == "as-is")
         for indices, images in load(dataset, shares, config.workers, config.bad_images == "skip", device):
             images = images.view(-1, 3, image_size, image_size)  # a share may be empty
             batch = (images, class_ids[indices], domain_ids[indices])

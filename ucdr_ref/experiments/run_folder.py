@@ -179,7 +179,7 @@ def check_state(config: Config, state: dict[str, Any], path: Path) -> None:
 def rebuild(config: Config, clip: CLIP, state: dict[str, Any], path: Path, device: torch.device) -> Encoder:
     """The method of a checkpoint, ready to encode."""
     if config.method == "zero-shot":
-        return ZeroShot(clip)
+        return ZeroShot(clip, config.evaluation_features == "normalized")
     if config.method == "sre-clip":
         graph = parse_graph(state["graph"])
         adjacency = normalised_adjacency(graph.edges, len(graph.ids))

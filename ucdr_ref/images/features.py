@@ -17,7 +17,7 @@ from .cache import EncodePaths
 def extract(encode: Callable[[Tensor], Tensor], files: Files, config: Config, image_size: int,
             device: torch.device) -> tuple[Tensor, list[int]]:
     """Features [N, e] of a file list, on the CPU in float32, and the indices of the N readable files, in every process."""
-    dataset = ImageDataset(files, preprocess(image_size), config.stroke_domains)
+    dataset = ImageDataset(files, preprocess(image_size), config.stroke_domains, as_is=config.image_reading == "as-is")
     features, kept = [], []
     batches = share(chunks(len(files), config.eval_batch))
     for indices, images in load(dataset, batches, config.workers, config.bad_images == "skip", device):
@@ -45,7 +45,8 @@ def path_encoder(encode: Callable[[Tensor], Tensor], image_size: int, config: Co
 
     def encode_paths(paths: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
         files = Files(paths, [""] * len(paths), [domain(path) for path in paths])
-        dataset = ImageDataset(files, preprocess(image_size), (*config.stroke_domains, "strokes"))
+        dataset = ImageDataset(files, preprocess(image_size), (*config.stroke_domains, "strokes"),
+                               as_is=config.image_reading == "as-is")
         for indices, images in load(dataset, chunks(len(paths), config.eval_batch), config.workers, True, device):
             if len(indices):
                 with torch.inference_mode(), autocast(config.precision, device):

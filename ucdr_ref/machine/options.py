@@ -41,6 +41,8 @@ class Shared:
                                              "the mixed gallery and never trained on"] = 0.08
     stroke_domains: Annotated[tuple[str, ...], "DOMAIN", "domains of dark strokes on white, colour-inverted everywhere "
                                                          "(D14)"] = ("sketch", "quickdraw", "sketches")
+    image_reading: Annotated[Literal["upright", "as-is"], "D19: images turned as EXIF says and composited over white, or "
+                                                          "opened as they are"] = "upright"
     bad_images: Annotated[Literal["error", "skip"], "unreadable images: stop at the first, or count and go on"] = "error"
     toy_images: Annotated[int, "1 <= x <= 10000", "images drawn per domain and class for --dataset toy"] = 20
     per_class: Annotated[int, "0 <= x", "use at most this many images per domain and class; 0: all"] = 0

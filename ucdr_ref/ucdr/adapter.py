@@ -202,7 +202,8 @@ class UCDRAdapter(nn.Module):
         if config.queue_push == "before":  # D12
             self.queues.push(*entering)
         positives, negatives, valid = self.queues.draw(batch.class_ids, config.triplet_pairs)
-        triplet = losses.triplet(f, positives, negatives, valid, config.margin, config.triplet_distance == "squared")
+        everyone = gather_rows(valid) if config.triplet_mean == "paired" else None  # D17
+        triplet = losses.triplet(f, positives, negatives, valid, config.margin, config.triplet_distance == "squared", everyone)
         if config.queue_push == "after":  # D12
             self.queues.push(*entering)
         return {"loss": align + triplet, "align": align, "triplet": triplet}

@@ -22,6 +22,8 @@ class Options:
     ud_gallery: Annotated[Literal["held-back", "trained"], "D7: U^dCDR gallery: images kept from training, or a draw of "
                                                            "those trained on"] = "held-back"
     triplet_distance: Annotated[Literal["squared", "plain"], "D8: squared or plain Euclidean"] = "squared"
+    triplet_mean: Annotated[Literal["batch", "paired"], "D17: L-triplet's mean over the batch, or over the images that have "
+                                                        "a pair"] = "batch"
     momentum_start: Annotated[
         Literal["online", "random"], "D9: the momentum prompts start as a copy, or at random"] = "online"
     train_classes: Annotated[Literal["train", "train+val"], "D10: training classes, with the validation classes (as ProS) "
