@@ -45,7 +45,8 @@ FIELDS = dict(read_fields())
 VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {},
     "released": dict(mask="none", feature_token=1, evaluation_features="raw", train_normalization="imagenet", selection="test",
-                     query_feature="patch", ud_gallery="trained", triplet_distance="plain", momentum_start="random",
+                     query_feature="patch", ud_gallery="trained", triplet_distance="plain", triplet_mean="paired",
+                     image_reading="as-is", momentum_start="random",
                      queue_push="before", stroke_domains=("sketch", "quickdraw"), balance="released",
                      structure_pairs="diagonal", test_attention="batch", retention_scale="scaled", bank_ring="released",
                      structure_classes=100, sre_report="best-test"),
@@ -142,6 +143,8 @@ def resolve(flags: Mapping[str, Any], preset: str | None = None, fast: bool = Fa
     if values.get("method") == "sre-clip":
         variant = {name: value for name, value in variant.items() if name != "stroke_domains"}  # D14 is the other method's
     merged = {**values, **variant, **{name: value for name, value in flags.items() if name in FIELDS}}
+    if variant and merged["selection"] != "validation" and merged["dataset"] in ("sketchy", "tuberlin"):
+        merged.setdefault("train_classes", "train+val")  # D10: released runs hold validation classes out on DomainNet alone
     return from_dict(merged)
 
 

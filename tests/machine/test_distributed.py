@@ -41,9 +41,9 @@ sys.exit(code)
 
 
 def uneven(world: Path, run: Path, *more: str) -> list[str]:
-    """The released grouping makes batches of 7 and 9, and smaller last ones, which two processes cannot halve."""
-    return flags(world, run, "--source-batch", "7", "--target-batch", "9", "--target-epochs", "2", "--balance", "released",
-                 "--save-every", "2", "--eval-batch", "5", "--device", "cpu", *more)
+    """The released grouping makes batches of 7, and last ones of 1, which two processes cannot halve."""
+    return flags(world, run, "--source-batch", "7", "--target-batch", "7", "--target-epochs", "2", "--balance", "released",
+                 "--triplet-mean", "paired", "--save-every", "2", "--eval-batch", "5", "--device", "cpu", *more)
 
 
 def launch(driver: Path, number: int, at: int, arguments: list[str]) -> subprocess.CompletedProcess:
@@ -74,8 +74,8 @@ def test_two_processes_equal_one_through_kill_and_stop(world, tmp_path, monkeypa
     stopped = launch(driver, 15, 6, uneven(world, two))  # SIGTERM
     assert stopped.returncode != 0 and "stopped by another process in phase" in stopped.stderr, stopped.stderr
     assert "stopped by SIGTERM in phase" in stopped.stderr and len(log(two)) == 8
-    # A batch of 7, one of 1 and one of 9 as shares: even one that is empty changes nothing.
-    for rank, sizes in (("0", [3, 3, 3, 0, 4, 4]), ("1", [4, 4, 4, 1, 5, 5])):
+    # Batches of 7 and one of 1 as shares: even one that is empty changes nothing.
+    for rank, sizes in (("0", [3, 3, 3, 0, 3, 3]), ("1", [4, 4, 4, 1, 4, 4])):
         assert [int(size) for size in re.findall(rf"batch {rank} (\d+)", stopped.stderr)] == sizes
 
     calls = []

@@ -42,3 +42,18 @@ def test_plain_triplet_has_a_finite_gradient_at_distance_zero():
     f = unit(1, 8).requires_grad_()
     losses.triplet(f, f.detach()[:, None], unit(1, 1, 8), torch.tensor([True]), 5.0, squared=False).backward()
     assert torch.isfinite(f.grad).all() and f.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("valid", [[True, False, True, True, False], [False] * 5])
+def test_the_released_triplet_mean_is_over_images_with_a_pair(valid):
+    torch.manual_seed(0)
+    f, positives, negatives, flags = unit(5, 8), unit(5, 3, 8), unit(5, 3, 8), torch.tensor(valid)
+    slow = 0.0
+    for i in range(5):
+        for j in range(3):
+            slow += valid[i] * max(0, math.dist(f[i], positives[i, j]) ** 2 - math.dist(f[i], negatives[i, j]) ** 2 + 0.2) / 3
+    slow /= max(1, sum(valid))
+    assert losses.triplet(f, positives, negatives, flags, 0.2, everyone=flags).item() == pytest.approx(slow, rel=1e-5)
+    shares = [losses.triplet(f[part], positives[part], negatives[part], flags[part], 0.2, everyone=flags)
+              for part in (slice(0, 2), slice(2, 5))]  # two processes, whose values count 2 and 3 times
+    assert (2 * shares[0] + 3 * shares[1]).item() / 5 == pytest.approx(slow, rel=1e-5)

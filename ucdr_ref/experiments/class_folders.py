@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +175,8 @@ def features(folders: Sequence[Folder], graph: Graph, clip: CLIP, config: Config
     unreadable image, unless --bad-images skip.
     """
     model = [file_digest(config.weights), config.heads, config.precision, sorted(config.stroke_domains)]
+    if config.image_reading != "upright":  # D19; without it the key is that of earlier versions
+        model.append(config.image_reading)
     key = hashlib.sha256(json.dumps(model).encode()).hexdigest()
     number = {name: k for k, name in enumerate(graph.names[: graph.classes])}
     encoder = Extractor(ZeroShot(clip, normalized=False), config, device)
@@ -218,7 +220,19 @@ def feed(source: Features, target: Features, config: Config, device: torch.devic
             yield (Batch(source.take(s).to(device), source.labels[s].to(device), target.take(t).to(device), i),
                    [source.paths[k] for k in s.tolist()] + [target.paths[k] for k in t.tolist()])
 
-    return Feed(-(-config.sre_iterations // EPOCH), order, batches)
+    epochs = -(-config.sre_iterations // EPOCH)
+    return Feed(epochs, order, batches, validates=partial(evaluates, config.sre_iterations))
+
+
+def evaluates(iterations: int, epochs: int) -> bool:
+    """Whether the released code evaluates on the test images after this many epochs of the loop (S6): where a
+    multiple of a tenth of the iterations is passed, but not at the end. A run of one epoch is evaluated there.
+
+    3,000 iterations: after 300, 600, ... 2,700.
+    """
+    done = epochs * EPOCH
+    passed = 10 * done // iterations > 10 * (done - EPOCH) // iterations
+    return passed and (done < iterations or epochs == 1)
 
 
 def drawn(config: Config) -> Config:

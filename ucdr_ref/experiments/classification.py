@@ -35,6 +35,7 @@ from .run_folder import check_sizes
 
 __all__ = ["build", "check", "evaluate", "page", "prepare", "rebuild", "table", "tested", "write_results"]
 
+TEST_BATCH = 512  # the released code's batch of test images, which attend to each other (S2)
 COLUMNS = {"zsl": "ZSL", "unseen": "unseen", "seen": "seen", "h": "H"}
 TEXT, PROTOTYPES = "zero-shot", "prototypes"  # baselines
 SCORES = "test_scores.jsonl"
@@ -165,12 +166,24 @@ def ridge_logits(ridge: Ridge, target: Features) -> Tensor:
     return torch.cat([ridge.logits(target.take(part).to(home)).cpu() for part in torch.arange(len(target)).split(4096)])
 
 
+def test_batches(labels: Tensor, unseen: list[int], released: bool, size: int) -> list[Tensor]:
+    """Which rows pass at once. Released (S2): images of unseen and of seen classes apart, class by class, 512 at
+    once; else `size` at once in the order of the rows, which makes no difference to an image that attends to itself.
+    """
+    if not released:
+        return list(torch.arange(len(labels)).split(size))
+    of_unseen = torch.isin(labels, torch.tensor(unseen))
+    by_class = labels.argsort(stable=True)
+    return [part for wanted in (True, False) for part in by_class[of_unseen[by_class] == wanted].split(TEST_BATCH)]
+
+
 def logits(method: SRECLIP, target: Features, device: torch.device) -> Tensor:
-    """Test-time logits [n, c] in batches of the training size, in the order of the paths: classes in a row (S2)."""
+    """Test-time logits [n, c] of the rows, in batches of `test_batches`."""
     training = method.training
     method.eval()
-    parts = torch.arange(len(target)).split(method.config.sre_batch)
-    found = torch.cat([method.logits(target.take(part).to(device)).cpu() for part in parts])
+    config, found = method.config, torch.empty(len(target), len(method.class_names))
+    for rows in test_batches(target.labels, method.unseen_ids.tolist(), config.test_attention == "batch", config.sre_batch):
+        found[rows] = method.logits(target.take(rows).to(device)).float().cpu()
     method.train(training)
     return found
 

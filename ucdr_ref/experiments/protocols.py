@@ -5,19 +5,33 @@ Every list is sorted and every draw has its own seeded generator, so a split is 
 from __future__ import annotations
 
 import json
-import os
 import random
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from ..clip.tensorfile import regular_file
 from ..config import Config
-from ..images.batches import ENDINGS, Files
+from ..images.batches import Files
+from ..sre.graph import duplicates
+from .datasets import (
+    DATASETS,
+    UD_CLASSES,
+    UD_SHARE,
+    UD_SHARE_QUICKDRAW,
+    Dataset,
+    alias_list,
+    class_list,
+    compared,
+    folder_key,
+    some,
+)
+from .trees import Tree, match, merge_spellings, only_listed, scan
 
-DOMAINNET_DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
-Tree = dict[str, dict[str, list[str]]]  # domain -> class -> sorted paths
+__all__ = ["DOMAINNET_DOMAINS", "Protocol", "Test", "build", "class_list", "folder_split", "scan"]
+DOMAINNET_DOMAINS = tuple(DATASETS["domainnet"].domains)
+Choose = Callable[[str, int, list[str]], list[str]]  # (class, its place in the list, paths) -> some of the paths, in their order
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,8 @@ class Protocol:
     validation: Test | None
     tests: list[Test]
     gallery_domain: str
+    selected: tuple[str, str] | None = None  # gallery and metric of `validation` that choose the epoch (D5); None: the last
+    notes: list[str] = field(default_factory=list)  # what was found and what is not used, for people
 
     def digests(self) -> dict[str, str]:
         """A digest of every file list, so that two runs can be seen to use the same images."""
@@ -49,83 +65,62 @@ class Protocol:
         return {name: files.digest(self.root) for name, files in lists.items()}
 
 
-def class_list(name: str) -> list[str]:
-    """A class list of `splits/`, one name a line."""
-    return (Path(__file__).parent / "splits" / f"{name}.txt").read_text(encoding="utf-8").split()
-
-
-def scan(root: str, domains: Sequence[str] | None = None) -> Tree:
-    """Images of `<root>/<domain>/<class>/*`, sorted; all domain folders, or those named.
-
-    Raises FileNotFoundError for a missing root or domain, ValueError for a class folder without images, naming them.
-    """
-    if not os.path.isdir(root):
-        raise FileNotFoundError(f"--data-root {root}: no such folder; expected <root>/<domain>/<class>/<image>")
-    present = sorted(entry.name for entry in os.scandir(root) if os.path.isdir(entry) and not entry.name.startswith("."))
-    for domain in domains or ():
-        if domain not in present:
-            raise FileNotFoundError(f"{root}: no domain folder {domain!r}; there are {', '.join(present) or 'none'}. "
-                                    "Did the archive unpack one level too deep?")
-    tree: Tree = {}
-    for domain in domains or present:
-        tree[domain] = {}
-        for folder in sorted(entry.path for entry in os.scandir(os.path.join(root, domain)) if os.path.isdir(entry)):
-            if os.path.basename(folder).startswith("."):
-                continue
-            paths = sorted(entry.path for entry in os.scandir(folder)
-                           if os.path.splitext(entry.name)[1].lower() in ENDINGS and not entry.name.startswith("."))
-            if not paths:
-                raise ValueError(f"{folder}: a class folder without images; fill it or remove it")
-            tree[domain][os.path.basename(folder)] = paths
-    tree = {domain: classes for domain, classes in tree.items() if classes}
-    if not tree:
-        raise ValueError(f"{root}: found no images in <domain>/<class>/*; did the archive unpack one level too deep?")
-    return tree
-
-
-def canonical(name: str) -> str:
-    """Class names are compared without case and punctuation: `t-shirt`, `t_shirt` and `T shirt` are one class."""
-    return re.sub(r"[^0-9a-z]+", "_", name.lower()).strip("_")
-
-
-def match(tree: Tree, expected: Sequence[str], title: str) -> Tree:
-    """The tree with folders renamed to the benchmark's class names; ValueError when a domain lacks some."""
-    renamed: Tree = {}
-    for domain, classes in tree.items():
-        by_name = {canonical(name): paths for name, paths in classes.items()}
-        missing = [name for name in expected if canonical(name) not in by_name]
-        if missing:
-            raise ValueError(f"{title}, domain {domain}: found {len(classes)} classes, expected {len(expected)}; "
-                             f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''} missing. Did the archive unpack one "
-                             "level too deep?")
-        renamed[domain] = {name: by_name[canonical(name)] for name in expected}
-    return renamed
-
-
-def pick(tree: Tree, domain: str, classes: Sequence[str], share: float = 1.0, seed: object = 0, rest: bool = False) -> Files:
-    """Images of a domain's classes: all, or a seeded draw of at least one per class; `rest` gives what the draw leaves."""
+def pick(tree: Tree, domain: str, classes: list[str], choose: Choose | None = None) -> Files:
+    """Images of a domain's classes, class by class: all, or those that `choose` leaves."""
     paths, labels = [], []
-    for name in classes:
+    for place, name in enumerate(classes):
         found = tree[domain].get(name, [])
-        if share < 1.0:
-            count = min(len(found), max(1, round(share * len(found))))
-            drawn = set(random.Random(f"{seed}/{domain}/{name}").sample(found, count))
-            found = [path for path in found if (path in drawn) != rest]
+        if choose is not None and found:
+            found = choose(name, place, found)
         paths += found
         labels += [name] * len(found)
     return Files(paths, labels, [domain] * len(paths))
 
 
+def drawn(paths: list[str], count: int, seed: str) -> list[str]:
+    chosen = set(random.Random(seed).sample(paths, count))
+    return [path for path in paths if path in chosen]
+
+
+def released_order(paths: list[str], place: int) -> list[str]:
+    """The order in which the released code takes a class's files: numpy's permutation by the class's place (D7)."""
+    return [paths[i] for i in np.random.RandomState(place).permutation(len(paths))]
+
+
+def held_back(config: Config, domain: str) -> Choose:
+    """For the mixed gallery: n - int((1 - holdback) n) images of a class, at least one (D10)."""
+    def choose(name: str, place: int, paths: list[str]) -> list[str]:
+        trained = int((1 - config.holdback) * len(paths))
+        if config.ud_gallery == "trained":  # D7
+            kept = set(released_order(paths, place)[trained:])
+            return [path for path in paths if path in kept]
+        return drawn(paths, max(1, len(paths) - trained), f"{config.split_seed}/holdback/{domain}/{name}")
+
+    return choose
+
+
+def ud_sample(config: Config, domain: str) -> Choose:
+    """U^dCDR's sample of a class: a quarter, or a tenth where the queries are of quickdraw."""
+    share = UD_SHARE_QUICKDRAW if config.held_out == "quickdraw" else UD_SHARE
+
+    def choose(name: str, place: int, paths: list[str]) -> list[str]:
+        if config.ud_gallery == "trained":  # D7: begins like the training draw, so all of it was trained on
+            return sorted(released_order(paths, place)[:int(share * len(paths))])
+        return drawn(paths, max(1, round(share * len(paths))), f"{config.split_seed}/ud/{domain}/{name}")
+
+    return choose
+
+
 def thin(tree: Tree, per_class: int, seed: int) -> Tree:
     """At most `per_class` images of each class in each domain (0: all), drawn by seed."""
-    def draw(domain: str, name: str, paths: list[str]) -> list[str]:
-        return sorted(random.Random(f"{seed}/thin/{domain}/{name}").sample(paths, min(len(paths), per_class or len(paths))))
-
-    return {domain: {name: draw(domain, name, paths) for name, paths in classes.items()} for domain, classes in tree.items()}
+    return {domain: {name: drawn(paths, min(len(paths), per_class or len(paths)), f"{seed}/thin/{domain}/{name}")
+                     for name, paths in classes.items()} for domain, classes in tree.items()}
 
 
-def assemble(config: Config, tree: Tree, splits: dict[str, list[str]], gallery: str, seen: str) -> Protocol:
+def assemble(config: Config, tree: Tree, splits: dict[str, list[str]], gallery: str, seen: str, metric: str = "mAP@200",
+             notes: list[str] | None = None) -> Protocol:
     """The protocol of a class split (train, val, test), a held-out query domain and a gallery domain."""
+    notes = [] if notes is None else notes
     held_out = None if config.held_out == "none" else config.held_out
     for flag, domain in (("--held-out", held_out), ("--gallery", gallery), ("--seen", seen)):
         if domain is not None and domain not in tree:
@@ -135,47 +130,70 @@ def assemble(config: Config, tree: Tree, splits: dict[str, list[str]], gallery: 
     if seen == held_out:
         raise ValueError(f"--seen {seen} is held out; name a source domain for the validation queries")
     train, val, test = splits["train"], splits["val"], splits["test"]
-    if config.train_classes == "train+val" or config.selection != "validation":  # D5, D10
-        if config.train_classes == "train+val" and config.selection == "validation":
+    if config.train_classes == "train+val":  # D10
+        if config.selection == "validation":
             raise ValueError("--train-classes train+val leaves no validation classes; add --selection last")
-        if config.train_classes == "train+val" or config.dataset in ("sketchy", "tuberlin"):
-            train, val = train + val, []
+        train, val = train + val, []
     sources = sorted(domain for domain in tree if domain != held_out)
     if len(sources) < 2 and held_out is None:
         raise ValueError(f"{config.data_root}: only the domain {sources}; at least two are needed")
 
     tests: list[Test] = []
-    kept: Files | None = None
+    kept = Files([], [], [])
     if held_out is None:
         tests.append(Test("UcCDR", seen, pick(tree, seen, test), {"unseen": pick(tree, gallery, test)}))
     else:
-        kept = pick(tree, gallery, train, config.holdback, f"{config.seed}/holdback")
+        kept = pick(tree, gallery, train, held_back(config, gallery))
         unseen = pick(tree, gallery, test)
         tests.append(Test("UCDR", held_out, pick(tree, held_out, test), {"unseen": unseen, "mixed": unseen + kept}))
-        first = train[:45]
-        ud_gallery = kept.keep([i for i, name in enumerate(kept.classes) if name in set(first)])  # D7
-        if config.ud_gallery == "trained":  # D7
-            ud_gallery = pick(tree, gallery, first, 0.25, f"{config.seed}/ud")
-            kept_paths = set(kept.paths)
-            ud_gallery = ud_gallery.keep([i for i, path in enumerate(ud_gallery.paths) if path not in kept_paths])
-        share = 0.10 if held_out == "quickdraw" else 0.25
-        tests.append(Test("UdCDR", held_out, pick(tree, held_out, first, share, f"{config.seed}/ud"), {"seen": ud_gallery}))
+        first = train[:UD_CLASSES]
+        ud_query, of_first = pick(tree, held_out, first, ud_sample(config, held_out)), set(first)
+        ud_gallery = pick(tree, gallery, first, ud_sample(config, gallery)) if config.ud_gallery == "trained" \
+            else kept.keep([i for i, name in enumerate(kept.classes) if name in of_first])  # D7
+        if config.ud_gallery == "trained" and not (ud_query and ud_gallery):
+            notes.append("note     UdCDR is left out: the released draw takes int(p n) images of a class, which is none here")
+        else:
+            tests.append(Test("UdCDR", held_out, ud_query, {"seen": ud_gallery}))
     for item in tests:
         check(item)
 
-    trained = Files([], [], [])
+    trained, kept_paths = Files([], [], []), set(kept.paths)
     for domain in sources:
-        trained += (pick(tree, domain, train, config.holdback, f"{config.seed}/holdback", rest=True)
-                    if kept is not None and domain == gallery else pick(tree, domain, train))
-    names = [name for name in train if name in set(trained.classes)]
+        files = pick(tree, domain, train)
+        trained += files.keep([i for i, path in enumerate(files.paths) if path not in kept_paths]) if domain == gallery else files
+    present = set(trained.classes)
+    names = [name for name in train if name in present]
     if len(names) < 2:
         raise ValueError(f"{config.data_root}: {len(names)} training classes have images in {', '.join(sources)}; at least two "
                          "are needed")
-    validation = tests[0] if config.selection == "test" else None  # D5
-    if config.selection == "validation":
-        validation = Test("validation", seen, pick(tree, seen, val), {"unseen": pick(tree, gallery, val)})
-        check(validation)
-    return Protocol(config.data_root, names, sources, trained, validation, tests, gallery)
+    validation, selected = select(config, tests, Test("validation", seen, pick(tree, seen, val),
+                                                      {"unseen": pick(tree, gallery, val)}), metric, notes)
+    if config.variant == "released" and config.prompt_length > 1:
+        notes.append(f"note     the released code cannot run with p = {config.prompt_length} (D16): here a class or domain has p "
+                     "rows, as the paper says")
+    return Protocol(config.data_root, names, sources, trained, validation, tests, gallery, selected, notes)
+
+
+def select(config: Config, tests: list[Test], validation: Test, metric: str,
+           notes: list[str]) -> tuple[Test | None, tuple[str, str] | None]:
+    """The queries, and the gallery and metric, by which the epoch is chosen (D5); a line when they cannot choose."""
+    if config.selection == "last":
+        return None, None
+    chosen = validation
+    if config.selection == "test":  # D5: the mixed gallery where there is one
+        chosen = tests[0]
+    elif config.selection == "test-ud":
+        if tests[-1].protocol != "UdCDR":
+            raise ValueError("--selection test-ud: this protocol has no U^dCDR queries; choose test, validation or last")
+        chosen = tests[-1]
+    name = "mixed" if "mixed" in chosen.galleries else next(iter(chosen.galleries))
+    chosen = replace(chosen, galleries={name: chosen.galleries[name]})
+    check(chosen)
+    classes = len(set(chosen.galleries[name].classes))
+    if classes < 2:
+        notes.append(f"note     {classes} class cannot choose an epoch, since every ranking of it is right: the last is kept")
+        return chosen, None
+    return chosen, (name, metric)
 
 
 def check(test: Test) -> None:
@@ -188,10 +206,10 @@ def check(test: Test) -> None:
 
 
 def folder_split(config: Config, tree: Tree) -> dict[str, list[str]]:
-    """train, val, test class names of a folder dataset: from --class-split, or 70/10/20 % drawn by seed."""
+    """train, val, test class names of a folder dataset: from --class-split, or 70/10/20 % drawn by --split-seed."""
     present = sorted({name for classes in tree.values() for name in classes})
     if not config.class_split:
-        order = random.Random(f"{config.seed}/classes").sample(present, len(present))
+        order = random.Random(f"{config.split_seed}/classes").sample(present, len(present))
         if len(order) < 4:
             raise ValueError(f"{config.data_root}: {len(order)} classes cannot be split in three; at least 4 are needed")
         test, val = max(1, len(order) // 5), max(1, len(order) // 10)
@@ -204,55 +222,45 @@ def folder_split(config: Config, tree: Tree) -> dict[str, list[str]]:
     except (OSError, ValueError, TypeError, StopIteration, AssertionError, RecursionError):
         raise ValueError(f"--class-split {config.class_split}: expected a JSON file with lists of class names under train (or "
                          "seen), val (or val_unseen) and test (or unseen)") from None
-    everything = [name for names in splits.values() for name in names]
-    if len(everything) != len(set(everything)):
-        raise ValueError(f"--class-split {config.class_split}: {sorted({n for n in everything if everything.count(n) > 1})[:5]} "
-                         "stand in more than one part")
-    missing = sorted(set(everything) - set(present))
+    everything = [folder_key(name) for names in splits.values() for name in names]
+    if twice := duplicates(everything):
+        raise ValueError(f"--class-split {config.class_split}: {some(sorted(twice), 5)} stand in more than one part, or twice "
+                         "in one")
+    spelt = {folder_key(name): name for name in present}
+    missing = sorted(name for name in everything if folder_key(name) not in spelt)
     if missing:
-        raise ValueError(f"--class-split {config.class_split}: no folder in {config.data_root} for {', '.join(missing[:5])}")
-    return splits
+        raise ValueError(f"--class-split {config.class_split}: no folder in {config.data_root} for {some(missing, 5)}")
+    return {part: [spelt[folder_key(name)] for name in names] for part, names in splits.items()}
 
 
 def build(config: Config) -> Protocol:
     """The protocol of the config's dataset. Raises ValueError or FileNotFoundError when the data does not fit."""
-    root = config.data_root
-    if config.domains and config.dataset != "folder":
-        raise ValueError(f"--domains {' '.join(config.domains)}: --dataset {config.dataset} has its own; leave the flag out")
-    if config.dataset == "domainnet":
-        splits = {part: class_list(f"domainnet-{part}") for part in ("train", "val", "test")}
-        assert [len(splits[part]) for part in ("train", "val", "test")] == [245, 55, 45]
-        gallery, seen = "real", "painting" if config.held_out != "painting" else "infograph"
-        tree = match(scan(root, DOMAINNET_DOMAINS), sorted(sum(splits.values(), [])), "DomainNet")
-    elif config.dataset == "sketchy":
-        everything, test = class_list("sketchy-all"), class_list(f"sketchy-test-{config.sketchy_split}")
-        assert len(everything) == 125 and len(test) == {"eccv": 21, "random": 25}[config.sketchy_split]
-        rest = [name for name in everything if name not in set(test)]
-        val = sorted(random.Random(f"{config.seed}/val").sample(rest, 11))
-        splits = {"train": [name for name in rest if name not in set(val)], "val": val, "test": test}
-        gallery, seen = "extended_photo", "sketch"
-        tree = match(scan(root, (seen, gallery)), everything, "Sketchy")
-    elif config.dataset == "tuberlin":
-        gallery, seen = "images", "sketches"
-        tree = scan(root, (seen, gallery))
-        test, val = class_list("tuberlin-test"), class_list("tuberlin-val")
-        named = {canonical(name) for name in test + val}
-        others = [name for name in tree[gallery] if canonical(name) not in named]
-        if len(others) != 200:
-            raise ValueError(f"TU-Berlin, domain {gallery}: found {len(tree[gallery])} classes, expected 250 with all test and "
-                             "validation classes. Did the archive unpack one level too deep?")
-        splits = {"train": others, "val": val, "test": test}
-        tree = match(tree, others + val + test, "TU-Berlin")
+    root, notes = config.data_root, list[str]()
+    row: Dataset | None = DATASETS.get(f"sketchy/{config.sketchy_split}" if config.dataset == "sketchy" else config.dataset)
+    for flag, given, where in (("--domains", " ".join(config.domains), "folder"), ("--file-lists", config.file_lists, "domainnet")):
+        if given and config.dataset != where:
+            raise ValueError(f"{flag} {given} is for --dataset {where}, and this is {config.dataset}; leave the flag out")
+    if row is not None:
+        splits = row.splits()
+        gallery, seen = row.gallery, next(name for name in row.seen if name != config.held_out)
+        tree = scan(root, row.domains, notes)
+        if config.file_lists:
+            tree = only_listed(tree, root, config.file_lists)
+        aliases = {domain: alias_list(name) for domain, name in row.aliases.items()}
+        tree = match(tree, sum(splits.values(), []), row.title, notes, aliases)
     else:
-        tree = scan(root, config.domains)
+        tree = merge_spellings(scan(root, {name: (name,) for name in config.domains}, notes), notes)
         if config.dataset == "toy":
             from ..demo.drawing import SPLIT
             splits = {part: list(SPLIT[part]) for part in ("train", "val", "test")}
-            tree = match(tree, sum(splits.values(), []), "the drawn data")
+            tree = match(tree, sum(splits.values(), []), "the drawn data", notes, {})
         else:
             splits = folder_split(config, tree)
         gallery = next((name for name in ("real", "photo", "photos", "images") if name in tree), sorted(tree)[0])
         gallery = config.gallery or gallery
         seen = next((name for name in sorted(tree) if name not in (gallery, config.held_out)), gallery)
+    counts = {domain: (sum(map(len, classes.values())), len(classes)) for domain, classes in tree.items()}
+    notes += compared(counts, row)
     gallery, seen = config.gallery or gallery, config.seen or seen
-    return assemble(config, thin(tree, config.per_class, config.seed), splits, gallery, seen)
+    metric = row.metric if row else "mAP@200"
+    return assemble(config, thin(tree, config.per_class, config.split_seed), splits, gallery, seen, metric, notes)

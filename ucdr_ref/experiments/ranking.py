@@ -83,9 +83,10 @@ def score(rows: Rows, test: Test, center: bool = False) -> dict[str, dict[str, A
     return results
 
 
-def validation_score(rows: Rows, test: Test) -> float:
-    """mAP@200 of the validation queries, by which phase 2 keeps its best epoch (D5)."""
-    return next(iter(score(rows, test).values()))["metrics"]["mAP@200"]
+def validation_score(rows: Rows, test: Test, selected: tuple[str, str]) -> float:
+    """The metric, in the gallery, by which phase 2 keeps its best epoch: `Protocol.selected` (D5)."""
+    gallery, metric = selected
+    return score(rows, test)[gallery]["metrics"][metric]
 
 
 def shown_queries(queries: Files, count: int = 8) -> list[int]:

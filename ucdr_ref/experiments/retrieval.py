@@ -12,7 +12,7 @@ from torch import Tensor
 from ..clip.model import CLIP
 from ..clip.zero_shot import ZeroShot, normalised
 from ..config import Config
-from ..images.batches import STATISTICS, ImageDataset, augment, balanced_batches, load
+from ..images.batches import STATISTICS, ImageDataset, augment, balanced_batches, load, released_batches
 from ..images.features import Extractor, prototypes
 from ..machine.files import load_state, save_atomic
 from ..machine.processes import fold, gather_rows, main_first, place, share
@@ -61,14 +61,14 @@ def build(config: Config, protocol: Protocol, clip: CLIP, device: torch.device) 
     table = FeatureTable(Extractor(method, config, device))
 
     def validate() -> float:
-        assert protocol.validation is not None
+        assert protocol.validation is not None and protocol.selected is not None
         table.rows.clear()  # the method has learnt
-        return validation_score(table.of, protocol.validation)
+        return validation_score(table.of, protocol.validation, protocol.selected)
 
     def start(folder: Path) -> Training:
         if isinstance(method, ClosedFormAdapter):
             method.form = fit_form(config, protocol, FeatureTable(Extractor(ZeroShot(clip), config, device)))
-        return Training(feeds, validate if protocol.validation is not None else None, config, config.patience)
+        return Training(feeds, validate if protocol.selected is not None else None, config, config.patience)
 
     def finish(folder: Path) -> None:
         """--closed-form 1: the form of the trained adapter's own features goes into best.pt."""
@@ -94,11 +94,11 @@ def fit_form(config: Config, protocol: Protocol, table: FeatureTable) -> ClosedF
                              for names, labels in ((protocol.class_names, files.classes),
                                                    (protocol.domain_names, files.domains)))
     measured = measure(features, class_ids, domain_ids, len(protocol.domain_names))
-    strength, validation = config.whitening, protocol.validation
+    strength, validation, selected = config.whitening, protocol.validation, protocol.selected
     if not strength:
         strength = 3.0  # on a plateau that spans 1 to 10
-        if config.selection == "validation" and validation is not None:
-            strength = choose_strength(measured, lambda form: validation_score(formed(table, form), validation))
+        if config.selection == "validation" and validation is not None and selected is not None:
+            strength = choose_strength(measured, lambda form: validation_score(formed(table, form), validation, selected))
     return measured.form(strength)
 
 
@@ -142,7 +142,8 @@ def adapter(config: Config, clip: CLIP, class_names: list[str], domain_names: li
 
 
 def summary(protocol: Protocol, method: Any) -> str:
-    lines = [f"train    {len(protocol.train)} images, {len(protocol.class_names)} classes, "
+    lines = [*protocol.notes,
+             f"train    {len(protocol.train)} images, {len(protocol.class_names)} classes, "
              f"{len(protocol.domain_names)} domains ({', '.join(protocol.domain_names)})"]
     for test in ([protocol.validation] if protocol.validation else []) + protocol.tests:
         galleries = ", ".join(f"{name} {len(files)}" for name, files in test.galleries.items())
@@ -195,12 +196,16 @@ def feed(phase: str, protocol: Protocol, config: Config, image_size: int, device
     size = config.source_batch if phase == "source" else config.target_batch
 
     def order(epoch: int) -> list[list[int]]:
-        return balanced_batches(domain_ids.tolist(), size, fold(config.seed, phase), epoch, config.balance == "exact")
+        if config.balance == "released":  # D15
+            turn = epoch if phase == "source" else config.source_epochs + epoch
+            return released_batches(domain_ids.tolist(), config.target_batch, size, turn)
+        return balanced_batches(domain_ids.tolist(), size, fold(config.seed, phase), epoch)
 
     def batches(epoch: int, left: Sequence[list[int]]) -> Iterator[tuple[Batch, list[str]]]:
         shares = [share(batch) for batch in left]
         seed = fold(config.seed, phase, epoch)
-        dataset = ImageDataset(protocol.train, augment(image_size), config.stroke_domains, seed)
+        as_is = config.image_reading == "as-is"  # D19
+        dataset = ImageDataset(protocol.train, augment(image_size), config.stroke_domains, seed, as_is)
         for indices, images in load(dataset, shares, config.workers, config.bad_images == "skip", device):
             images = images.view(-1, 3, image_size, image_size)  # a share may be empty
             images, classes, domains = (part.to(device, non_blocking=True)

@@ -69,9 +69,10 @@ def known_formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def open_image(path: str) -> Image.Image:
+def open_image(path: str, as_is: bool = False) -> Image.Image:
     """Any image that Pillow reads as RGB: first frame, upright, transparency over white, 16 bits scaled to 8.
 
+    `as_is` (D19): Pillow's own conversion, neither turned by EXIF nor composited: what is transparent shows.
     Raises ValueError that names the file when it is not a readable image.
     """
     try:
@@ -82,6 +83,8 @@ def open_image(path: str) -> Image.Image:
             with Image.open(path, formats=known_formats()) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+                if as_is:  # D19
+                    return image.convert("RGB")
                 ImageOps.exif_transpose(image, in_place=True)
                 return to_rgb(image)
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, ArithmeticError, AttributeError,
@@ -130,13 +133,14 @@ def augment(image_size: int) -> Transform:
 class ImageDataset(Dataset):
     """Item i: the transformed image, or the sentence that says why it cannot be read."""
 
-    def __init__(self, files: Files, transform: Transform, stroke_domains: Sequence[str], seed: int = 0) -> None:
-        self.files, self.transform, self.seed = files, transform, seed
+    def __init__(self, files: Files, transform: Transform, stroke_domains: Sequence[str], seed: int = 0,
+                 as_is: bool = False) -> None:
+        self.files, self.transform, self.seed, self.as_is = files, transform, seed, as_is
         self.stroke_domains = frozenset(stroke_domains)
 
     def __getitem__(self, i: int) -> tuple[int, Tensor | str]:
         try:
-            image = open_image(self.files.paths[i])
+            image = open_image(self.files.paths[i], self.as_is)  # D19
         except ValueError as error:
             return i, str(error)
         if self.files.domains[i] in self.stroke_domains:
@@ -220,13 +224,38 @@ def chunks(count: int, size: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def balanced_batches(domain_ids: Sequence[int], batch: int, seed: int, epoch: int, exact: bool = True) -> list[list[int]]:
-    """Domain-balanced order of one epoch: as many batches as the smallest domain allows, each with as many images per domain.
+def balanced_batches(domain_ids: Sequence[int], batch: int, seed: int, epoch: int) -> list[list[int]]:
+    """Domain-balanced order of one epoch: as many batches as the smallest domain allows, each with as many images
+    per domain.
 
-    With s domains a batch holds (batch // s) * s images. Not `exact` (D15): those groups are concatenated and cut at `batch`,
-    so that with 4 domains and batches of 50 they drift apart, and one shuffle serves the whole run.
-    Raises ValueError when the batch is smaller than the number of domains, or a domain too small to fill its share once.
+    With s domains a batch holds (batch // s) * s images. Raises ValueError when the batch is smaller than the
+    number of domains.
     """
+    members, share, rounds = domain_shares(domain_ids, batch)
+    orders = []
+    for domain, indices in members.items():
+        generator = torch.Generator().manual_seed(fold(seed, "order", epoch, domain))
+        orders.append([indices[j] for j in torch.randperm(len(indices), generator=generator).tolist()])
+    return [[i for order in orders for i in order[g * share:(g + 1) * share]] for g in range(rounds)]
+
+
+def released_batches(domain_ids: Sequence[int], sampled: int, batch: int, turn: int) -> list[list[int]]:
+    """The released order of the run's pass number `turn`, phase 1's passes counted first (D15).
+
+    Each domain is shuffled once, with seed 0 whatever the run's. A stream takes sampled // s images of each of
+    the s domains in turn, going on in a domain where the pass before stopped and from its end to its beginning,
+    and is cut at `batch`. `sampled` is phase 2's batch in both phases. Raises ValueError as `balanced_batches`.
+    """
+    members, share, rounds = domain_shares(domain_ids, sampled)
+    orders = [[indices[j] for j in np.random.RandomState(0).permutation(len(indices))] for indices in members.values()]
+    first = turn * rounds * share  # images taken of each domain before this pass
+    stream = [order[(first + g * share + k) % len(order)] for g in range(rounds) for order in orders for k in range(share)]
+    return [stream[start:start + batch] for start in range(0, len(stream), batch)]
+
+
+def domain_shares(domain_ids: Sequence[int], batch: int) -> tuple[dict[int, list[int]], int, int]:
+    """{domain: its indices}, the images of each domain in a round of at most `batch`, and the rounds that the
+    smallest domain allows; ValueError when the batch is smaller than the number of domains."""
     members: dict[int, list[int]] = {}
     for i, domain in enumerate(domain_ids):
         members.setdefault(domain, []).append(i)
@@ -236,12 +265,4 @@ def balanced_batches(domain_ids: Sequence[int], batch: int, seed: int, epoch: in
                          f"--target-batch to {len(members)} or more")
     smallest = min(len(indices) for indices in members.values())
     share = min(share, smallest)
-    orders = []
-    for domain, indices in sorted(members.items()):
-        generator = torch.Generator().manual_seed(fold(seed, "order", epoch if exact else 0, domain))  # D15
-        orders.append([indices[j] for j in torch.randperm(len(indices), generator=generator).tolist()])
-    groups = [[i for order in orders for i in order[g * share:(g + 1) * share]] for g in range(smallest // share)]
-    if exact:
-        return groups
-    flat = [i for group in groups for i in group]
-    return [flat[start:start + batch] for start in range(0, len(flat), batch)]  # D15
+    return dict(sorted(members.items())), share, smallest // share

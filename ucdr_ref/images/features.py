@@ -40,7 +40,8 @@ class Extractor:
         Images of the domains `strokes` are colour-inverted. Unreadable ones raise ValueError unless `skip_bad`. The consumer
         runs outside inference mode and autocast.
         """
-        dataset = ImageDataset(files, cropped(self.method.clip.image_size), strokes)
+        as_is = self.options.image_reading == "as-is"
+        dataset = ImageDataset(files, cropped(self.method.clip.image_size), strokes, as_is=as_is)
         for indices, images in load(dataset, batches, self.options.workers, skip_bad, self.device):
             if len(indices):
                 with torch.inference_mode(), autocast(self.options.precision, self.device):

@@ -25,13 +25,15 @@ from .journal import Journal, ProgressLine, Run, Stateful, opened
 class Feed:
     """What a phase iterates over. `load` yields (batch, its files) for the batches of an epoch's order that are left.
 
-    `cut` gives what passes at once of a batch, to save memory, each with its share of the images.
+    `cut` gives what passes at once of a batch, to save memory, each with its share of the images. `validates` says after how
+    many epochs a score is taken.
     """
 
     epochs: int
     order: Callable[[int], Sequence[Any]]
     load: Callable[[int, Sequence[Any]], Iterator[tuple[Any, list[str]]]]
     cut: Callable[[Any], list[tuple[Any, float]]] = lambda batch: [(batch, 1.0)]
+    validates: Callable[[int], bool] = lambda epochs: True
 
 
 class Method(Stateful, typing.Protocol):
@@ -103,7 +105,7 @@ def fit(method: Method, phase: str, feed: Feed, validate: Callable[[], float] | 
             if stop:
                 raise journal.stopped(phase)
         progress.epoch, progress.step = progress.epoch + 1, 0
-        if validate is not None:
+        if validate is not None and feed.validates(progress.epoch):
             found = processes.gather([validate()])[0]
             progress.stale = 0 if found > progress.best else progress.stale + 1
             if found > progress.best:

@@ -208,7 +208,9 @@ class UCDRAdapter(nn.Module):
             self.queues.push(*entering)
         positives, negatives, valid = self.queues.draw(batch.class_ids, config.triplet_pairs,
                                                            self.place(len(batch.images)))
-        triplet = losses.triplet(f, positives, negatives, valid, config.margin, config.triplet_distance == "squared")
+        squared = config.triplet_distance == "squared"
+        everyone = self.join(valid) if config.triplet_mean == "paired" else None  # D17
+        triplet = losses.triplet(f, positives, negatives, valid, config.margin, squared, everyone)
         if config.queue_push == "after":  # D12
             self.queues.push(*entering)
         return {"loss": align + triplet, "align": align, "triplet": triplet}
