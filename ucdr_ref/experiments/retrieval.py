@@ -150,7 +150,7 @@ def feed(phase: str, protocol: Protocol, config: Config, image_size: int, device
         shares = [share(batch) for batch in left]
         dataset = ImageDataset(protocol.train, augment(image_size), config.stroke_domains,
                                fold(config.seed, phase, epoch))
-        for indices, images in load(dataset, shares, config.workers, config.bad_images == "skip", device):
+        for indices, images, _ in load(dataset, shares, config.workers, config.bad_images == "skip", device):
             images = images.view(-1, 3, image_size, image_size)  # a share may be empty
             images, classes, domains = (part.to(device, non_blocking=True)
                                         for part in (images, class_ids[indices], domain_ids[indices]))

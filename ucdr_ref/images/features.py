@@ -16,11 +16,13 @@ from .cache import EncodePaths
 
 def extract(encode: Callable[[Tensor], Tensor], files: Files, config: Config, image_size: int,
             device: torch.device) -> tuple[Tensor, list[int]]:
-    """Features [N, e] of a file list, on the CPU in float32, and the indices of the N readable files, in every process."""
+    """Features [N, e] of a file list, on the CPU in float32, and the indices of the N readable files, in
+    every process.
+    """
     dataset = ImageDataset(files, cropped(image_size), config.stroke_domains)
     features, kept = [], []
     batches = share(chunks(len(files), config.eval_batch))
-    for indices, images in load(dataset, batches, config.workers, config.bad_images == "skip", device):
+    for indices, images, _ in load(dataset, batches, config.workers, config.bad_images == "skip", device):
         if len(indices):
             with torch.inference_mode(), autocast(config.precision, device):
                 features.append(encode(normalised(images.to(device, non_blocking=True))).float().cpu())
@@ -32,21 +34,20 @@ def extract(encode: Callable[[Tensor], Tensor], files: Files, config: Config, im
 
 
 def path_encoder(encode: Callable[[Tensor], Tensor], image_size: int, config: Config, device: torch.device,
-                 invert: str = "auto") -> EncodePaths:
+                 invert: str = "domain") -> EncodePaths:
     """encode_paths(paths) -> (indices [b], features [b, .]) batch by batch; unreadable images are left out.
 
-    invert: whether the images are dark strokes on white: yes, no, or auto, where a folder on the path named like a stroke
-    domain says so (D14).
+    invert: as `ImageDataset` takes it; the domain is a folder on the path that is named like a stroke domain
+    (D14).
     """
     def domain(path: str) -> str:
-        if invert == "auto":
-            return next((part for part in Path(path).parts[:-1] if part in config.stroke_domains), "")  # D14
-        return "strokes" if invert == "yes" else ""
+        return next((part for part in Path(path).parts[:-1] if part in config.stroke_domains), "")  # D14
 
     def encode_paths(paths: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
         files = Files(paths, [""] * len(paths), [domain(path) for path in paths])
-        dataset = ImageDataset(files, cropped(image_size), (*config.stroke_domains, "strokes"))
-        for indices, images in load(dataset, chunks(len(paths), config.eval_batch), config.workers, True, device):
+        dataset = ImageDataset(files, cropped(image_size), config.stroke_domains, invert=invert)
+        batches = chunks(len(paths), config.eval_batch)
+        for indices, images, _ in load(dataset, batches, config.workers, True, device):
             if len(indices):
                 with torch.inference_mode(), autocast(config.precision, device):
                     yield indices, encode(normalised(images.to(device, non_blocking=True))).float()
