@@ -33,7 +33,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--export", type=Path, metavar="FILE.npy", help="write the gallery's vectors, and their paths beside it")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--invert-query", default="auto", choices=("auto", "yes", "no"),
-                        help="queries are dark strokes on white; auto: when they lie in a folder named like a stroke domain")
+                        help="queries are dark strokes on white; auto: those that look like it")
     parser.add_argument("--invert-gallery", default="auto", choices=("auto", "yes", "no"), help="the same for the gallery")
     parser.add_argument("--cache", type=Path, help="where feature indexes are kept (default: RUN/index)")
     parser.add_argument("--other-weights", action="store_true", help="search although the CLIP weights are not the run's")

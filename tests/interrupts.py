@@ -2,8 +2,8 @@
 
     python -m tests.interrupts --rounds 50 --seed 0
 
-Each round forks a reader, in a session of its own, and strikes it at a random moment after a forced point. A pipe
-that it and all its workers hold open tells when the last of them is gone. Linux and macOS.
+Each round forks a reader, in a session of its own, and strikes it at a random moment after a forced point. A
+pipe that it and all its workers hold open tells when the last of them is gone. For Linux.
 """
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ from ucdr_ref.images.batches import Files, ImageDataset, load
 
 SECONDS = 60  # a generous bound for what takes one or two
 POINTS = ("starting", "reading", "idle")
-STRIKES = ("SIGINT to all", "SIGINT to main", "SIGTERM to all", "SIGTERM to main", "SIGKILL to main", "none of it ends a step")
+STRIKES = ("SIGINT to all", "SIGINT to main", "SIGTERM to all", "SIGTERM to main", "SIGKILL to main",
+           "none of it ends a step")
 kept: list[Iterator] = []  # so that only the end of the interpreter closes a generator
 
 
 def slow(image: Image.Image) -> torch.Tensor:
     time.sleep(0.005)
-    return torch.zeros(3, 200, 200, dtype=torch.uint8)  # more than a pipe holds: workers wait in the middle of writing
+    return torch.zeros(3, 200, 200, dtype=torch.uint8)
 
 
 def read(path: str, point: str, reached: int, steadfast: bool) -> None:
@@ -84,13 +85,15 @@ def strike(path: str, point: str, kind: str, delay: float) -> None:
     os.waitpid(pid, 0)
     assert over, f"{kind}, {point}: some process did not end within {SECONDS} seconds"
     assert os.read(held, 1) == b""
-    assert os.read(reached, 100) == (b"all read" if steadfast else b""), f"{kind}, {point}: a worker ended too early"
+    told = os.read(reached, 100)
+    assert told == (b"all read" if steadfast else b""), f"{kind}, {point}: a worker ended too early"
     for end in (held, reached):
         os.close(end)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -102,7 +105,8 @@ def main() -> int:
         point, kind = POINTS[n % len(POINTS)], STRIKES[n // len(POINTS) % len(STRIKES)]
         start = time.monotonic()
         strike(path, point, kind, chance.uniform(0, 0.15))
-        print(f"round {n + 1}/{args.rounds}: {kind}, {point}: over after {time.monotonic() - start:.1f} s", flush=True)
+        seconds = time.monotonic() - start
+        print(f"round {n + 1}/{args.rounds}: {kind}, {point}: over after {seconds:.1f} s", flush=True)
     shutil.rmtree(folder)
     print(f"{args.rounds} rounds, no process left")
     return 0

@@ -15,13 +15,14 @@ import train
 from tests.helpers import flags, tiny_state_dict, touch_images
 from ucdr_ref.clip.load import load_clip
 from ucdr_ref.clip.model import CLIP
-from ucdr_ref.clip.zero_shot import CLIP_MEAN, CLIP_STD, ZeroShot, preprocess
+from ucdr_ref.clip.zero_shot import ZeroShot, preprocess
 from ucdr_ref.config import PRESETS, resolve
 from ucdr_ref.demo.drawing import SPLIT
+from ucdr_ref.experiments import ranking
 from ucdr_ref.experiments import retrieval as experiments
 from ucdr_ref.experiments.datasets import DATASETS, class_list
 from ucdr_ref.experiments.protocols import Protocol, build
-from ucdr_ref.images.batches import IMAGENET_MEAN, IMAGENET_STD, Files, open_image
+from ucdr_ref.images.batches import STATISTICS, Files, open_image
 from ucdr_ref.machine.files import load_state
 from ucdr_ref.metrics import retrieval
 
@@ -119,10 +120,10 @@ def test_what_chooses_the_epoch_is_named(trees):
 
 def test_the_validation_score_is_the_named_gallerys_and_metrics(world, tmp_path, monkeypatch):
     found = {"unseen": {"metrics": {"mAP@200": 0.1, "mAP@all": 0.2}}, "mixed": {"metrics": {"mAP@200": 0.3, "mAP@all": 0.4}}}
-    monkeypatch.setattr(experiments, "score", lambda *_: found)
+    monkeypatch.setattr(ranking, "score", lambda *_: found)
     for gallery in found:
         for metric, value in found[gallery]["metrics"].items():
-            assert experiments.validation_score(None, None, (gallery, metric), None, 0, None) == value
+            assert ranking.validation_score(None, None, (gallery, metric)) == value
 
 
 def test_one_validation_class_chooses_nothing_and_the_last_epoch_is_kept(world, tmp_path, capsys):
@@ -174,7 +175,7 @@ def test_p_above_1_has_no_released_value(trees):
 
 # what the released options change in training and evaluation
 
-@pytest.mark.parametrize("normalization,mean,std", [("clip", CLIP_MEAN, CLIP_STD), ("imagenet", IMAGENET_MEAN, IMAGENET_STD)])
+@pytest.mark.parametrize("normalization,mean,std", [(name, *values) for name, values in STATISTICS.items()])
 def test_training_images_are_normalised_as_asked(normalization, mean, std, tmp_path):
     Image.new("RGB", (40, 40)).save(tmp_path / "black.png")  # which no jitter changes
     files = Files([str(tmp_path / "black.png")] * 2, ["a"] * 2, ["x", "y"])

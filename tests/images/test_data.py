@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torchvision import transforms
 
 from ucdr_ref.clip.zero_shot import cropped, normalised, preprocess
+from ucdr_ref.demo.drawing import write_dataset
 from ucdr_ref.images.batches import (
     STATISTICS,
     Files,
@@ -21,6 +22,7 @@ from ucdr_ref.images.batches import (
     augment,
     balanced_batches,
     chunks,
+    is_strokes,
     load,
     open_image,
 )
@@ -209,11 +211,59 @@ def test_stroke_domains_are_inverted_and_others_are_not(tmp_path):
     assert [data[i][1].tolist() for i in range(4)] == [[255, 255, 255], [10, 0, 0], [235, 255, 255], [30, 0, 0]]
 
 
+def test_inversion_by_look_or_by_word_is_reported(tmp_path):
+    sketch, photo = Image.new("RGB", (64, 64), "white"), Image.effect_noise((64, 64), 60).convert("RGB")
+    ImageDraw.Draw(sketch).line((8, 8, 50, 40), fill="black", width=3)
+    files = Files([saved(tmp_path, sketch, "a.png"), saved(tmp_path, photo, "b.png")], ["x"] * 2, ["real", "sketch"])
+    for invert, expected in (("auto", [True, False]), ("yes", [True, True]), ("no", [False, False]),
+                             ("domain", [False, True])):
+        data = ImageDataset(files, cropped(64), ("sketch",), invert=invert)
+        (_, images, inverted), = load(data, [[0, 1]], 0, False, CPU)
+        assert inverted.tolist() == expected
+        for pixels, plain, flag in zip(images, (sketch, photo), expected):
+            plain = torch.from_numpy(np.array(plain)).permute(2, 0, 1)
+            assert torch.equal(pixels, 255 - plain if flag else plain)
+    with pytest.raises(ValueError, match="invert 'maybe'"):
+        ImageDataset(files, cropped(64), (), invert="maybe")
+
+
+def taken_for_strokes(root: Path) -> dict[str, float]:
+    """Of each domain of `<root>/<domain>/<class>/<image>`, the share of images that are taken for strokes."""
+    domains = sorted(path for path in root.iterdir() if path.is_dir())
+    return {domain.name: float(np.mean([is_strokes(open_image(str(path))) for path in sorted(domain.glob("*/*"))]))
+            for domain in domains}
+
+
+def test_drawn_strokes_are_told_from_pictures(tmp_path):
+    write_dataset(tmp_path, per_class=1)
+    share = taken_for_strokes(tmp_path)
+    assert share.keys() == {"sketch", "quickdraw", "clipart", "infograph", "painting", "real"}
+    for domain, value in share.items():
+        assert value >= 0.93 if domain in ("sketch", "quickdraw") else value <= 0.02, (domain, value)
+
+
+@pytest.mark.skipif(not os.environ.get("UCDR6"), reason="set UCDR6 to the folder of that data set")
+def test_real_strokes_are_told_from_pictures():
+    """Thin black icons and clip art in outlines are ambiguous: nobody could tell them from a neat sketch."""
+    share = taken_for_strokes(Path(os.environ["UCDR6"]))
+    most = {"photo": 0.005, "render3d": 0.01, "clipart": 0.08, "icon": 0.12}
+    for domain, value in share.items():
+        assert value >= 0.99 if domain in ("sketch", "quickdraw") else value <= most[domain], (domain, value)
+
+
+def test_light_strokes_on_a_dark_ground_stay(tmp_path):
+    for ink, paper, expected in (("black", "white", True), ("white", "black", False), ("grey", "white", False),
+                                 ("red", "white", False), ("white", "white", False)):
+        image = Image.new("RGB", (200, 150), paper)
+        ImageDraw.Draw(image).line((20, 20, 150, 120), fill=ink, width=5)
+        assert is_strokes(image) == expected, (ink, paper)
+
+
 def test_augmentation_follows_from_seed_and_index_alone(tmp_path):
     data, again, other = (dataset(tmp_path, augment(32), seed) for seed in (1, 1, 2))
     order = [3, 0, 2, 1]
     torch.manual_seed(5)
-    first, second = ({i: image for indices, images in load(part, batches, workers, False, CPU)
+    first, second = ({i: image for indices, images, _ in load(part, batches, workers, False, CPU)
                       for i, image in zip(indices.tolist(), images)}
                      for part, batches, workers in ((data, [order], 0), (again, [[0], [1, 2, 3]], 2)))
     assert all(torch.equal(first[i], second[i]) for i in range(4))
@@ -226,8 +276,10 @@ def test_unreadable_images_stop_or_are_left_out(tmp_path, capsys):
     (tmp_path / "1.png").write_bytes(b"broken")
     with pytest.raises(ValueError, match="1.png"):
         list(load(data, [[0, 1, 2]], 0, False, CPU))
-    (indices, images), = load(data, [[0, 1, 2]], 0, True, CPU)
-    assert indices.tolist() == [0, 2] and len(images) == 2
+    (indices, images, inverted), = load(data, [[0, 1, 2]], 0, True, CPU)
+    assert indices.tolist() == [0, 2] and len(images) == 2 and inverted.tolist() == [True, True]
+    (indices, _, inverted), = load(data, [[1]], 0, True, CPU)
+    assert len(indices) == len(inverted) == 0
     assert "1.png" in capsys.readouterr().err
 
 

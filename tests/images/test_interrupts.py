@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(sys.platform != "linux", reason="workers follow their parent on Linux alone")
 def test_workers_end_with_their_parent_and_not_before():
     done = subprocess.run([sys.executable, "-m", "tests.interrupts", "--rounds", "18"], capture_output=True, text=True,
                           timeout=900, cwd=Path(__file__).resolve().parents[2],

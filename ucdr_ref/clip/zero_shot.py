@@ -1,4 +1,4 @@
-"""CLIP as it is: its image transform, its text for a class, and the zero-shot baseline as a method's `encode`."""
+"""CLIP as it is: its image transform, its text for a class, and zero-shot CLIP behind a method's `encode`."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

@@ -205,8 +205,8 @@ def feed(phase: str, protocol: Protocol, config: Config, image_size: int, device
         shares = [share(batch) for batch in left]
         seed = fold(config.seed, phase, epoch)
         as_is = config.image_reading == "as-is"  # D19
-        dataset = ImageDataset(protocol.train, augment(image_size), config.stroke_domains, seed, as_is)
-        for indices, images in load(dataset, shares, config.workers, config.bad_images == "skip", device):
+        dataset = ImageDataset(protocol.train, augment(image_size), config.stroke_domains, seed, as_is=as_is)
+        for indices, images, _ in load(dataset, shares, config.workers, config.bad_images == "skip", device):
             images = images.view(-1, 3, image_size, image_size)  # a share may be empty
             images, classes, domains = (part.to(device, non_blocking=True)
                                         for part in (images, class_ids[indices], domain_ids[indices]))

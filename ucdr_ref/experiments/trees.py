@@ -28,7 +28,8 @@ def scan(root: str, domains: Mapping[str, Sequence[str]] | None = None, notes: l
     places = {name: locate(root, name, candidates, present) for name, candidates in domains.items()} \
         if domains else {os.path.basename(path): path for path in present}
     tree: Tree = {}
-    nested, unknown = [], []
+    nested: list[str] = []
+    unknown: list[str] = []
     for domain, place in places.items():
         above, classes = enter(place, top), contents(place)[2]
         if (unchanged := os.path.join(place, AUGMENTED)) in classes:
@@ -65,7 +66,9 @@ def locate(root: str, domain: str, candidates: Sequence[str], present: list[str]
 
 def contents(folder: str) -> tuple[list[str], list[str], list[str]]:
     """Sorted paths of the images, the other files and the folders in a folder; hidden names are passed over."""
-    images, others, folders = [], [], []
+    images: list[str] = []
+    others: list[str] = []
+    folders: list[str] = []
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue

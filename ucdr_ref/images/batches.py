@@ -1,7 +1,7 @@
 """Images from disk to batches: reading, transforms, stroke inversion, domain-balanced batches.
 
-Nothing here keeps a random state: what an image or an order looks like follows from the seed, the phase, the epoch and the
-index, so a run that was interrupted goes on exactly as it would have.
+Nothing here keeps a random state: what an image or an order looks like follows from the seed, the phase, the
+epoch and the index, so a run that was interrupted goes on exactly as it would have.
 """
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 TILE = 1024  # side in pixels of what is converted at once
 # Raster formats alone: Pillow would hand an EPS, whatever its name, to Ghostscript.
 FORMATS = ("JPEG", "MPO", "JPEG2000", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "ICO")
-ENDINGS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp",
-                     ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico"))
+ENDINGS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".apng", ".webp", ".avif", ".gif",
+                     ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico"))
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def open_image(path: str, as_is: bool = False) -> Image.Image:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("not a regular file")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's size warning is an error below; broken EXIF is no reason to speak
+            # Pillow's warning about size is an error below; broken EXIF is no reason to speak.
+            warnings.simplefilter("ignore")
             with Image.open(path, formats=known_formats()) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
@@ -87,12 +88,13 @@ def open_image(path: str, as_is: bool = False) -> Image.Image:
                     return image.convert("RGB")
                 ImageOps.exif_transpose(image, in_place=True)
                 return to_rgb(image)
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, ArithmeticError, AttributeError,
-            MemoryError, RuntimeError, AssertionError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, ArithmeticError,
+            AttributeError, MemoryError, RuntimeError, AssertionError, Image.DecompressionBombError) as error:
         # Pillow's decoders raise all of these on damaged files.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         name = os.fsencode(path)
-        raise ValueError(f"{name!r}: not a readable image ({reason}); remove it or run with --bad-images skip") from None
+        raise ValueError(f"{name!r}: not a readable image ({reason}); remove it or run with --bad-images "
+                         "skip") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -105,7 +107,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         scale = 1 / 257  # 16-bit files come as I or I;16
     elif image.mode == "F":  # spans 0..1 or 0..255
-        scale = 255.0 if np.max([np.asarray(image.crop(tile)).max() for tile in tiles], initial=0) <= 1 else 1.0
+        largest = np.max([np.asarray(image.crop(tile)).max() for tile in tiles], initial=0)
+        scale = 255.0 if largest <= 1 else 1.0
     result = Image.new("RGB", image.size)
     for tile in tiles:
         result.paste(tile_to_rgb(image.crop(tile), scale), tile)
@@ -130,56 +133,94 @@ def augment(image_size: int) -> Transform:
         transforms.ColorJitter(0.4, 0.4, 0.4, 0.4), transforms.PILToTensor()])
 
 
+def is_strokes(image: Image.Image) -> bool:
+    """Whether an RGB image is drawn in dark strokes on a light ground, by a simple rule on a thumbnail of 64
+    x 64.
+
+    It is without colour (at most 2 % of the pixels have channels that differ by more than 32), its ground is
+    light (above 200 are 70 % of the pixels and 85 % of those at the border), and its ink is little but there
+    (below 128 are 0.2 to 16 %). Black-and-white clip art in outlines and thin black icons are strokes to this
+    rule as well.
+    """
+    pixels = np.asarray(image.resize((64, 64), Image.Resampling.BOX)).astype(np.int16)
+    grey, coloured = pixels.mean(2), np.ptp(pixels, axis=2) > 32
+    border = np.concatenate([grey[0], grey[-1], grey[1:-1, 0], grey[1:-1, -1]])
+    light = (grey > 200).mean() >= 0.7 and (border > 200).mean() >= 0.85
+    return bool(coloured.mean() <= 0.02 and light and 0.002 <= (grey < 128).mean() <= 0.16)
+
+
+Item = tuple[int, Tensor | str, bool]
+
+
 class ImageDataset(Dataset):
-    """Item i: the transformed image, or the sentence that says why it cannot be read."""
+    """Item i: i, the transformed image or the sentence that says why it cannot be read, whether it was
+    inverted.
+
+    invert: "domain" turns images of the stroke domains into light strokes on a dark ground (D14), "auto"
+    those that look like strokes (`is_strokes`), "yes" all, "no" none. as_is: as `open_image` takes it.
+    """
 
     def __init__(self, files: Files, transform: Transform, stroke_domains: Sequence[str], seed: int = 0,
-                 as_is: bool = False) -> None:
-        self.files, self.transform, self.seed, self.as_is = files, transform, seed, as_is
+                 invert: str = "domain", as_is: bool = False) -> None:
+        if invert not in ("domain", "auto", "yes", "no"):
+            raise ValueError(f"invert {invert!r}: expected domain, auto, yes or no")
+        self.files, self.transform, self.seed = files, transform, seed
+        self.invert, self.as_is = invert, as_is
         self.stroke_domains = frozenset(stroke_domains)
 
-    def __getitem__(self, i: int) -> tuple[int, Tensor | str]:
+    def __getitem__(self, i: int) -> Item:
         try:
             image = open_image(self.files.paths[i], self.as_is)  # D19
         except ValueError as error:
-            return i, str(error)
-        if self.files.domains[i] in self.stroke_domains:
-            image = ImageOps.invert(image)  # D14
+            return i, str(error), False
+        inverted = self.invert == "yes"
+        if self.invert == "domain":
+            inverted = self.files.domains[i] in self.stroke_domains  # D14
+        elif self.invert == "auto":
+            inverted = is_strokes(image)
+        if inverted:
+            image = ImageOps.invert(image)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(fold(self.seed, i))  # the CPU's alone: a fifth of an item's time is saved
-            return i, self.transform(image)
+            # The CPU's generator alone: a fifth of an item's time is saved.
+            torch.default_generator.manual_seed(fold(self.seed, i))
+            return i, self.transform(image), inverted
 
 
-def collate(items: list[tuple[int, Tensor | str]]) -> tuple[Tensor, Tensor, list[str]]:
-    """-> indices [b] and images uint8 [b, 3, H, W] of the readable ones, and a sentence for each other one."""
-    good = [(i, image) for i, image in items if isinstance(image, Tensor)]
-    images = torch.stack([image for _, image in good]) if good else torch.empty(0, dtype=torch.uint8)
-    return torch.tensor([i for i, _ in good], dtype=torch.long), images, [text for _, text in items if isinstance(text, str)]
+def collate(items: list[Item]) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+    """-> of readable images, indices [b], images uint8 [b, 3, H, W], inverted bool [b]; a sentence for
+    others.
+    """
+    good = [(i, image, inverted) for i, image, inverted in items if isinstance(image, Tensor)]
+    images = torch.stack([image for _, image, _ in good]) if good else torch.empty(0, dtype=torch.uint8)
+    indices = torch.tensor([i for i, _, _ in good], dtype=torch.long)
+    inverted = torch.tensor([flag for _, _, flag in good], dtype=torch.bool)
+    return indices, images, inverted, [text for _, text, _ in items if isinstance(text, str)]
 
 
 def load(dataset: ImageDataset, batches: Sequence[Sequence[int]], workers: int, skip_bad: bool,
-         device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields (indices [b], images uint8 [b, 3, H, W] on the CPU, pinned for a GPU) for each list of indices.
+         device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yields (indices [b], images uint8 [b, 3, H, W], inverted bool [b]) for each list of indices.
 
-    Bytes, since they cross from process to process: `normalised` on the device makes of them what a tower takes.
-    Unreadable images raise ValueError, or are left out with one line on stderr when `skip_bad`. The workers end
-    with the generator, and with this process.
+    They are on the CPU, pinned for a GPU. Bytes, since they cross from process to process: `normalised` on
+    the device makes of them what a tower takes. Unreadable images raise ValueError, or are left out with one
+    line on stderr when `skip_bad`. The workers end with the generator, and with this process.
     """
     workers = min(workers, len(batches))
     loader = DataLoader(dataset, batch_sampler=[list(batch) for batch in batches], num_workers=workers,
                         collate_fn=collate, pin_memory=device.type == "cuda",
                         prefetch_factor=4 if workers else None, worker_init_fn=leave_signals)
-    with signals_held():
-        loaded = iter(loader)
+    loaded = None
     try:
-        for indices, images, bad in loaded:
+        with signals_held():
+            loaded = iter(loader)
+        for indices, images, inverted, bad in loaded:
             if bad and not skip_bad:
                 raise ValueError(bad[0])
             for sentence in bad:
                 print(f"skipped {sentence}", file=sys.stderr)
-            yield indices, images
+            yield indices, images, inverted
     finally:
-        if workers:  # now: a traceback may keep the iterator alive for long
+        if workers and loaded is not None:  # now: a traceback may keep the iterator alive for long
             loaded._shutdown_workers()  # type: ignore[attr-defined]
 
 
@@ -197,9 +238,11 @@ def signals_held() -> Iterator[None]:
 
 
 def leave_signals(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach every process of a terminal or a job; the main one finishes its step, so workers go on.
+    """Ctrl-C and SIGTERM reach every process of a terminal or job; the main one finishes its step, so workers
+    go on.
 
-    They end when it is gone, whatever they wait for, or when SIGTERM comes from it, as it does at its exit.
+    On Linux they end when it is gone, whatever they wait for, and when it sends them SIGTERM, as it does at
+    its exit.
     """
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)

@@ -209,9 +209,9 @@ def read_entry(folder: Path, digest: str) -> Entry:
 
 def renew(cache: Path, digest: str, root: str, files: list[File], entries: list[Entry],
           encode_paths: EncodePaths, say: Callable[[str], None]) -> tuple[Entry, int]:
-    """A new entry with what the old ones hold of `files` and the rest, encoded now; and the number of the rest.
+    """A new entry with what the old ones hold of `files` and the rest, encoded now; and the rest's number.
 
-    Plain writes, mapped only for reading: on a full disk they raise; writing through a map would kill the process.
+    Plain writes, mapped only for reading: on a full disk they raise; one to a map would kill the process.
     """
     rows: dict[File, np.ndarray | None] = {}  # the features of each image; None for one that cannot be read
     for old in entries:
@@ -236,7 +236,7 @@ def renew(cache: Path, digest: str, root: str, files: list[File], entries: list[
             try:
                 batches = encode_paths([os.path.join(root, name) for name, *_ in new]) if new else []
                 for part, features in encoded_rows(batches, new, say):
-                    assert width in (0, features.shape[1]), f"features of width {width} and {features.shape[1]}"
+                    assert width in (0, features.shape[1]), f"features of width {width}, {features.shape[1]}"
                     width = features.shape[1]
                     with writing(cache):
                         store.write(features.tobytes())

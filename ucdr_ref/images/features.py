@@ -34,20 +34,20 @@ class Extractor:
     device: torch.device
 
     def stream(self, files: Files, batches: Sequence[Sequence[int]], skip_bad: bool,
-               strokes: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
-        """(indices [b], features [b, e]) of the readable images of each batch of indices, in their order.
+               invert: str = "domain") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(indices [b], features [b, e], inverted [b]) of the readable images of each batch of indices.
 
-        Images of the domains `strokes` are colour-inverted. Unreadable ones raise ValueError unless `skip_bad`. The consumer
-        runs outside inference mode and autocast.
+        invert: which images have their colours inverted, as `ImageDataset` takes it. Unreadable ones raise ValueError
+        unless `skip_bad`. The consumer runs outside inference mode and autocast.
         """
-        as_is = self.options.image_reading == "as-is"
-        dataset = ImageDataset(files, cropped(self.method.clip.image_size), strokes, as_is=as_is)
-        for indices, images in load(dataset, batches, self.options.workers, skip_bad, self.device):
+        options, as_is = self.options, self.options.image_reading == "as-is"
+        dataset = ImageDataset(files, cropped(self.method.clip.image_size), options.stroke_domains, invert=invert, as_is=as_is)
+        for indices, images, inverted in load(dataset, batches, options.workers, skip_bad, self.device):
             if len(indices):
-                with torch.inference_mode(), autocast(self.options.precision, self.device):
+                with torch.inference_mode(), autocast(options.precision, self.device):
                     inputs = normalised(images.to(self.device, non_blocking=True))
                     features = self.method.encode(inputs).float()
-                yield indices, features.clone()  # a usual tensor, not an inference one
+                yield indices, features.clone(), inverted  # a usual tensor, not an inference one
 
     def features(self, files: Files) -> tuple[Tensor, list[int]]:
         """Features [n, e] on the CPU and the indices of the n readable files, in every process.
@@ -57,7 +57,7 @@ class Extractor:
         features, kept = [], []
         batches = share(chunks(len(files), self.options.eval_batch))
         skip_bad = self.options.bad_images == "skip"
-        for indices, rows in self.stream(files, batches, skip_bad, self.options.stroke_domains):
+        for indices, rows, _ in self.stream(files, batches, skip_bad):
             features.append(rows.cpu())
             kept += indices.tolist()
         features, kept = gather(features), gather(kept)
@@ -65,21 +65,19 @@ class Extractor:
             raise ValueError(f"none of the {len(files)} images could be read; the first is {files.paths[0]}")
         return torch.cat(features), kept
 
-    def of_paths(self, invert: str = "auto") -> EncodePaths:
+    def of_paths(self, invert: str = "domain", flags: bool = False) -> EncodePaths:
         """encode_paths(paths) -> (indices [b], features [b, e]) batch by batch; unreadable images are left out.
 
-        invert: whether the images are dark strokes on white: yes, no, or auto, where a folder on the path named like a
-        stroke domain says so (D14).
+        invert: as in `stream`; an image's domain is a folder on its path that is named like a stroke domain (D14).
+        flags: one more column tells which images were inverted, [b, e + 1].
         """
         def domain(path: str) -> str:
-            if invert == "auto":
-                return next((part for part in Path(path).parts[:-1] if part in self.options.stroke_domains), "")  # D14
-            return "strokes" if invert == "yes" else ""
+            return next((part for part in Path(path).parts[:-1] if part in self.options.stroke_domains), "")  # D14
 
         def encode_paths(paths: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
             files = Files(paths, [""] * len(paths), [domain(path) for path in paths])
-            batches = chunks(len(paths), self.options.eval_batch)
-            return self.stream(files, batches, True, (*self.options.stroke_domains, "strokes"))
+            for indices, rows, inverted in self.stream(files, chunks(len(paths), self.options.eval_batch), True, invert):
+                yield indices, torch.cat([rows.cpu(), inverted[:, None].float()], dim=1) if flags else rows
 
         return encode_paths
 
