@@ -19,7 +19,7 @@ from ..machine.processes import fold, gather_rows, main_first, place, share
 from ..training.journal import load_own_state
 from ..training.loop import Feed
 from ..ucdr.adapter import Batch, UCDRAdapter
-from ..ucdr.closed_form import ClosedForm, ClosedFormAdapter, choose_strength, measure
+from ..ucdr.closed_form import ClosedForm, ClosedFormAdapter, Measured, choose_strength, measure
 from . import protocols
 from .contract import Experiment, Method, Training
 from .page import retrieval_page as page
@@ -87,13 +87,18 @@ def nothing_removed(e: int, s: int) -> ClosedForm:
     return ClosedForm(torch.zeros(e), torch.zeros(e, max(0, s - 1)), torch.zeros(e, e))
 
 
-def fit_form(config: Config, protocol: Protocol, table: FeatureTable) -> ClosedForm:
-    """The closed form of the features of the training images; lambda as --whitening says, or chosen on validation classes."""
+def measured_form(protocol: Protocol, table: FeatureTable) -> Measured:
+    """The closed form of the features of the training images, before lambda is chosen."""
     features, files = table.of(protocol.train)
     class_ids, domain_ids = (torch.tensor([names.index(name) for name in labels], device=features.device)
                              for names, labels in ((protocol.class_names, files.classes),
                                                    (protocol.domain_names, files.domains)))
-    measured = measure(features, class_ids, domain_ids, len(protocol.domain_names))
+    return measure(features, class_ids, domain_ids, len(protocol.domain_names))
+
+
+def fit_form(config: Config, protocol: Protocol, table: FeatureTable) -> ClosedForm:
+    """The closed form of the features of the training images; lambda as --whitening says, or chosen on validation classes."""
+    measured = measured_form(protocol, table)
     strength, validation, selected = config.whitening, protocol.validation, protocol.selected
     if not strength:
         strength = 3.0  # on a plateau that spans 1 to 10
