@@ -1,0 +1,161 @@
+"""The closed forms as experiments: trained in one pass, evaluated beside CLIP, resumed, and on top of a trained adapter."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import evaluate
+import train
+from tests.experiments.test_sre_cli import flags as sre_flags
+from tests.experiments.test_sre_cli import scene  # noqa: F401, a fixture
+from tests.helpers import flags, refused
+from ucdr_ref.config import Config
+from ucdr_ref.experiments.experiment import restore
+from ucdr_ref.experiments.ranking import FeatureTable
+from ucdr_ref.experiments.retrieval import prepare
+from ucdr_ref.images.batches import Files
+from ucdr_ref.images.features import Extractor
+from ucdr_ref.machine.files import load_state
+from ucdr_ref.metrics import retrieval
+from ucdr_ref.ucdr import closed_form
+
+CPU = torch.device("cpu")
+
+
+def rows(folder: Path) -> dict[tuple[str, str], dict]:
+    found = json.loads((folder / "results.json").read_text())["rows"]
+    return {(row["method"], row.get("gallery_name", "")): row for row in found}
+
+
+@pytest.fixture(scope="module")
+def form_run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "form"
+    assert train.main(flags(world, folder, "--method", "closed-form", "--whitening", "3")) == 0
+    return folder
+
+
+def features(config: Config, encode_of: Path, files: Files) -> torch.Tensor:
+    _, method, _ = restore(encode_of, {}, CPU)
+    return FeatureTable(Extractor(method, config, CPU)).of(files)[0]
+
+
+def test_a_closed_form_run_is_the_form_of_its_training_images(form_run, world, tmp_path):
+    assert train.main(flags(world, tmp_path / "zs", "--method", "zero-shot")) == 0
+    config, method, _ = restore(form_run, {}, CPU)
+    protocol = prepare(config)[1]
+    z = features(config, tmp_path / "zs", protocol.train)
+    class_ids = torch.tensor([protocol.class_names.index(name) for name in protocol.train.classes])
+    domain_ids = torch.tensor([protocol.domain_names.index(name) for name in protocol.train.domains])
+    form = closed_form.measure(z, class_ids, domain_ids, 2).form(3.0)
+    torch.testing.assert_close(method.form.whitening, form.whitening)
+    test = protocol.tests[0]
+    query, gallery = (form(features(config, tmp_path / "zs", files)) for files in (test.query, test.galleries["unseen"]))
+    names = sorted(set(test.query.classes))
+    labels = [torch.tensor([names.index(name) for name in files.classes]) for files in (test.query, test.galleries["unseen"])]
+    found = rows(form_run)
+    expected = retrieval(query, labels[0], gallery, labels[1])["mAP@all"]
+    assert found["closed-form", "unseen"]["mAP@all"] == pytest.approx(expected, abs=1e-6)
+    moved = [F.normalize(part - part.mean(dim=0), dim=1) for part in (query, gallery)]
+    expected = retrieval(moved[0], labels[0], moved[1], labels[1])["mAP@all"]
+    row = found["closed-form, centred", "unseen"]
+    assert row["mAP@all"] == pytest.approx(expected, abs=1e-6) and row["transductive"]
+    assert not found["closed-form", "unseen"]["transductive"] and ("zero-shot, centred", "mixed") in found
+
+
+def test_the_same_command_again_and_an_evaluation_give_the_same(form_run, world, tmp_path):
+    before = load_state(form_run / "best.pt")["method"]
+    first = rows(form_run)
+    assert train.main(flags(world, form_run, "--method", "closed-form", "--whitening", "3")) == 0
+    again = load_state(form_run / "best.pt")["method"]
+    assert before.keys() == again.keys() == {"form.mean", "form.subspace", "form.whitening"}
+    assert all(torch.equal(before[name], again[name]) for name in before)
+    assert evaluate.main(["--run", str(form_run), "--out", str(tmp_path), "--workers", "0"]) == 0
+    assert rows(tmp_path) == first == rows(form_run)
+
+
+def test_lambda_is_chosen_without_the_test_classes(world, tmp_path, monkeypatch):
+    seen = []
+    choose = closed_form.choose_strength
+
+    def noting(measured, score):
+        strength = choose(measured, score)
+        seen.append(strength)
+        return strength
+
+    monkeypatch.setattr("ucdr_ref.experiments.retrieval.choose_strength", noting)
+    assert train.main(flags(world, tmp_path / "chosen", "--method", "closed-form")) == 0
+    assert len(seen) == 1 and seen[0] in closed_form.STRENGTHS
+    assert train.main(flags(world, tmp_path / "last", "--method", "closed-form", "--selection", "last")) == 0
+    assert train.main(flags(world, tmp_path / "three", "--method", "closed-form", "--whitening", "3")) == 0
+    assert len(seen) == 1  # no validation classes, or a given lambda: nothing is chosen
+    a, b = (load_state(tmp_path / name / "best.pt")["method"] for name in ("last", "three"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_adapters_own_closed_form_is_a_row_and_outlives_a_resume(world, tmp_path):
+    run = tmp_path / "run"
+    command = flags(world, run, "--closed-form", "1", "--whitening", "3")
+    assert train.main(command) == 0
+    found = rows(run)
+    assert {"zero-shot", "ucdr-adapter", "ucdr-adapter, closed form", "ucdr-adapter, closed form, centred"} <= {
+        method for method, _ in found}
+    state = load_state(run / "best.pt")
+    assert train.main(command) == 0  # finished: nothing is trained or fitted again
+    again = load_state(run / "best.pt")
+    assert all(torch.equal(state["form"][name], again["form"][name]) for name in state["form"])
+    plain = tmp_path / "plain"
+    assert train.main(flags(world, plain)) == 0
+    assert rows(plain)["ucdr-adapter", "unseen"] == found["ucdr-adapter", "unseen"]  # the adapter itself is as without
+
+
+def test_with_closed_form_adds_a_row_to_any_run(world, tmp_path, form_run):
+    assert train.main(flags(world, tmp_path / "zs", "--method", "zero-shot", "--whitening", "3")) == 0
+    call = ["--run", str(tmp_path / "zs"), "--out", str(tmp_path / "out"), "--workers", "0"]
+    assert evaluate.main([*call, "--with-closed-form"]) == 0
+    key = ("closed-form", "mixed")
+    assert rows(tmp_path / "out")[key]["mAP@all"] == pytest.approx(rows(form_run)[key]["mAP@all"], abs=1e-6)
+
+
+def test_one_source_domain_leaves_no_subspace(world, tmp_path):
+    run = tmp_path / "one"
+    assert train.main(flags(world, run, "--method", "closed-form", "--domains", "photo", "sketch", "--gallery", "photo")) == 0
+    assert load_state(run / "best.pt")["method"]["form.subspace"].shape == (32, 0)
+
+
+def test_a_closed_form_of_another_width_is_refused(form_run, tmp_path, capsys):
+    state = load_state(form_run / "best.pt")
+    state["method"]["form.whitening"] = torch.eye(7)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    torch.save(state, broken / "best.pt")
+    refused(capsys, evaluate.main(["--run", str(broken)]), "form.whitening", "7")
+
+
+def test_ridge_is_the_closed_form_of_classification(scene, tmp_path):  # noqa: F811
+    run = tmp_path / "ridge"
+    assert train.main(sre_flags(scene, run, "--method", "closed-form")) == 0
+    found = rows(run)
+    assert {name for name, _ in found} == {"zero-shot", "zero-shot, calibrated", "closed-form", "closed-form, calibrated"}
+    state = load_state(run / "best.pt")
+    assert state["method"].keys() == {"form.weights", "form.anchors"} and state["strength"] > 0
+    assert evaluate.main(["--run", str(run), "--out", str(tmp_path / "out"), "--workers", "0"]) == 0
+    assert rows(tmp_path / "out") == found
+    assert train.main(sre_flags(scene, tmp_path / "sre", "--sre-iterations", "10")) == 0
+    call = ["--run", str(tmp_path / "sre"), "--out", str(tmp_path / "beside"), "--workers", "0", "--with-closed-form"]
+    assert evaluate.main(call) == 0
+    assert rows(tmp_path / "beside")["closed-form", ""]["instance"] == found["closed-form", ""]["instance"]
+
+
+def test_centring_changes_what_sre_clip_sees_and_is_kept_in_evaluation(scene, tmp_path):  # noqa: F811
+    results = {}
+    for name, more in (("plain", []), ("centred", ["--sre-center", "1"])):
+        assert train.main(sre_flags(scene, tmp_path / name, "--sre-iterations", "20", *more)) == 0
+        results[name] = rows(tmp_path / name)
+        assert evaluate.main(["--run", str(tmp_path / name), "--out", str(tmp_path / "again"), "--workers", "0"]) == 0
+        assert rows(tmp_path / "again") == results[name]
+    weights = [load_state(tmp_path / name / "best.pt")["method"]["adapter.query.weight"] for name in results]
+    assert not torch.equal(*weights)
