@@ -114,7 +114,8 @@ def run_sre(args: argparse.Namespace, config: Config) -> None:
         config = sre_data.drawn(config)
     graph, unseen = sre_data.graph_and_unseen(config)
     names, sources = graph.names[:graph.classes], sre_data.scan_sources(config, graph, unseen)
-    targets = [sre_data.scan_folder("--target", config.target, graph)]
+    targets = [sre_data.scan_folder("--target", config.target, graph,
+                                                     sre_data.read_folder_ids(config.folder_ids))]
     clip = load_clip(config.weights, config.heads or None, verify=not args.no_verify).to(device)
     vectors = node_vectors(graph, clip, config.class_vectors)
     torch.manual_seed(fold(config.seed, "initial values"))

@@ -5,8 +5,9 @@ import csv
 import io
 import json
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +19,10 @@ from ..clip.tensorfile import file_digest
 from ..clip.zero_shot import class_text_features
 from ..config import Config
 from ..machine.files import write_atomic, write_text_atomic
-from ..metrics import zero_shot_accuracy
+from ..metrics import predicted_accuracy
 from ..sre.adapter import SRECLIP
 from ..sre.graph import Graph, parse_graph
-from .class_folders import Features, features, scan_folder
+from .class_folders import Features, features, read_folder_ids, scan_folder
 
 COLUMNS = {"zsl": "ZSL", "unseen": "unseen", "seen": "seen", "h": "H"}
 TEXT, PROTOTYPES = "zero-shot", "prototypes"  # baselines
@@ -43,12 +44,14 @@ def baseline(clip: CLIP, graph: Graph, source: Features) -> tuple[str, Tensor]:
     return PROTOTYPES, F.normalize(sums, dim=1)
 
 
-def baseline_logits(target: Features, anchors: Tensor) -> Tensor:
-    """Cosines [n, c] with the anchors [c, e]; a class without an anchor is never predicted."""
-    cosines = F.normalize(target.take(torch.arange(len(target))), dim=1) @ anchors.T
-    return cosines.masked_fill(~anchors.any(dim=1), -torch.inf)
+def baseline_scores(target: Features, anchors: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows [b] and their cosines [b, c] with the anchors [c, e]; a class without an anchor is never predicted."""
+    for rows in torch.arange(len(target)).split(CHUNK):
+        cosines = F.normalize(target.take(rows), dim=1) @ anchors.T
+        yield rows, cosines.masked_fill(~anchors.any(dim=1), -torch.inf)
 
 
+CHUNK = 4096  # images whose scores are held at once
 TEST_BATCH = 512  # the released code's batch of test images, which attend to each other (S2)
 
 
@@ -63,31 +66,53 @@ def test_batches(labels: Tensor, unseen: list[int], released: bool, size: int) -
     return [part for wanted in (True, False) for part in by_class[of_unseen[by_class] == wanted].split(TEST_BATCH)]
 
 
-def logits(method: SRECLIP, target: Features, device: torch.device) -> Tensor:
-    """Test-time logits [n, c] of the rows, in batches of `test_batches`."""
+def method_scores(method: SRECLIP, target: Features, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows [b] of `test_batches` and their test-time logits [b, c]."""
     training = method.training
     method.eval()
-    config, found = method.config, torch.empty(len(target), len(method.class_names))
-    for rows in test_batches(target.labels, method.unseen_ids.tolist(), config.test_attention == "batch", config.sre_batch):
-        found[rows] = method.logits(target.take(rows).to(device)).float().cpu()
+    config, unseen = method.config, method.unseen_ids.tolist()
+    with torch.no_grad():
+        classes = method.class_embeddings().T / config.sre_temperature
+        for rows in test_batches(target.labels, unseen, config.test_attention == "batch", config.sre_batch):
+            yield rows, method.encode_features(target.take(rows).to(device)) @ classes
     method.train(training)
-    return found
 
 
-def accuracies(scores: Tensor, target: Features, unseen: list[int]) -> dict[str, dict[str, float | None]]:
-    """`zero_shot_accuracy` of logits [n, c], None where there is nothing to count or to predict."""
-    result = zero_shot_accuracy(scores, target.labels, unseen)
-    no_zsl = bool(scores[:, unseen].isinf().all())
+class Predicted(NamedTuple):
+    """Of n images: what is left of their scores, of which there may be more than fit into memory."""
+
+    everywhere: Tensor  # [n], class among all
+    among_unseen: Tensor  # [n], class among the unseen ones
+    zsl: bool  # whether an unseen class can be predicted at all
+
+
+def predict(scores: Iterable[tuple[Tensor, Tensor]], n: int, unseen: list[int]) -> Predicted:
+    """The predictions of scores that come as rows [b] and scores [b, c]."""
+    everywhere, among_unseen, zsl = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long), False
+    for rows, found in scores:
+        of_unseen = found[:, unseen]
+        everywhere[rows] = found.argmax(dim=1).cpu()
+        among_unseen[rows] = torch.tensor(unseen)[of_unseen.argmax(dim=1).cpu()]
+        zsl = zsl or not bool(of_unseen.isinf().all())
+    return Predicted(everywhere, among_unseen, zsl)
+
+
+def accuracies(predicted: Predicted, labels: Tensor, unseen: list[int], c: int) -> dict[str, dict[str, float | None]]:
+    """`zero_shot_accuracy` of predictions for labels [n], None where there is nothing to count or to predict."""
+    is_unseen = torch.isin(torch.arange(c), torch.tensor(unseen))
+    result = predicted_accuracy(predicted.everywhere, predicted.among_unseen, labels, is_unseen)
 
     def known(name: str, value: float) -> float | None:
-        return None if math.isnan(value) or (name == "zsl" and no_zsl) else value
+        return None if math.isnan(value) or (name == "zsl" and not predicted.zsl) else value
 
     return {average: {name: known(name, value) for name, value in values.items()} for average, values in result.items()}
 
 
 def test_score(method: SRECLIP, target: Features, device: torch.device, folder: Path) -> float:
     """H (instance) on the test images, noted in the run folder: the released code's choice of what to report (S6)."""
-    found = accuracies(logits(method, target, device), target, method.unseen_ids.tolist())
+    unseen = method.unseen_ids.tolist()
+    predicted = predict(method_scores(method, target, device), len(target), unseen)
+    found = accuracies(predicted, target.labels, unseen, len(method.class_names))
     path = folder / SCORES
     # The log knows how many evaluations came before; later lines are of a run that was killed and has gone back.
     count = (folder / "log.jsonl").read_bytes().count(b'"validation_mAP"')
@@ -110,14 +135,17 @@ def evaluate(folder: Path, config: Config, method: SRECLIP, state: dict[str, Any
              device: torch.device) -> list[dict[str, Any]]:
     """Rows of baseline and method: accuracies in 0..1 under `instance` and `class`, and `details` for the files."""
     graph, unseen = parse_graph(state["graph"]), list(state["unseen_ids"])
-    target = features([scan_folder("--target", config.target, graph)], graph, method.clip, config,
+    ids = read_folder_ids(config.folder_ids)
+    target = features([scan_folder("--target", config.target, graph, ids)], graph, method.clip, config,
                       file_digest(config.weights), folder / "features", device)
     about = {"images": len(target), "classes": len(target.labels.unique())}
     rows: list[dict[str, Any]] = []
-    predicted = {state["baseline"]: baseline_logits(target, state["anchors"]), "sre-clip": logits(method, target, device)}
-    for name, scores in predicted.items():
-        details = {"logits": scores, "labels": target.labels, "names": graph.names[: graph.classes], "unseen": unseen}
-        rows.append({"method": name, **about, **accuracies(scores, target, unseen), "details": details})
+    scores = {state["baseline"]: baseline_scores(target, state["anchors"]), "sre-clip": method_scores(method, target, device)}
+    for name, parts in scores.items():
+        predicted = predict(parts, len(target), unseen)
+        details = {"predicted": predicted, "labels": target.labels, "names": graph.names[: graph.classes], "unseen": unseen}
+        found = accuracies(predicted, target.labels, unseen, graph.classes)
+        rows.append({"method": name, **about, **found, "details": details})
     if config.sre_report == "best-test":  # S6
         count, best = best_scores(folder)
         rows.append({"method": "best-test", "evaluations": count, **about, **best})
@@ -150,8 +178,7 @@ def write_results(rows: list[dict[str, Any]], folder: Path, about: dict[str, Any
     writer.writerow(["method", "class", "split", "images", "accuracy", "accuracy_among_unseen"])
     pictures = []
     for row in (row for row in rows if "details" in row):
-        scores, labels, names, unseen = row["details"].values()
-        predicted, among = scores.argmax(dim=1), torch.tensor(unseen)[scores[:, unseen].argmax(dim=1)]
+        (predicted, among, _), labels, names, unseen = row["details"].values()
         for k, name in enumerate(names):
             mine = labels == k
             if mine.any():
