@@ -323,16 +323,22 @@ def zero_shot_accuracy(logits: Tensor, labels: Tensor,
     `h` = 2US / (U + S). Under `instance` averaged over images, under `class` over the classes that have images.
     NaN where there is no image.
     """
-    logits, labels = logits.cpu(), labels.cpu()
-    c = logits.shape[1]
-    is_unseen = torch.zeros(c, dtype=torch.bool)
+    is_unseen = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
     is_unseen[torch.as_tensor(unseen_ids, dtype=torch.long)] = True
-    of_unseen = is_unseen[labels]
-    everywhere = logits.argmax(dim=1) == labels
-    among_unseen = logits.masked_fill(~is_unseen, -torch.inf).argmax(dim=1) == labels
+    among_unseen = logits.masked_fill(~is_unseen, -torch.inf).argmax(dim=1)
+    return predicted_accuracy(logits.argmax(dim=1), among_unseen, labels, is_unseen)
 
-    def accuracy(hits: Tensor, images: Tensor, by_class: bool) -> float:
-        hits, classes = hits[images].double(), labels[images]
+
+def predicted_accuracy(everywhere: Tensor, among_unseen: Tensor, labels: Tensor,
+                       is_unseen: Tensor) -> dict[str, dict[str, float]]:
+    """`zero_shot_accuracy` of predictions: the class of each image among all classes [b] and among the unseen ones
+    [b], labels [b], and which classes are unseen [c].
+    """
+    everywhere, among_unseen, labels, is_unseen = (part.cpu() for part in (everywhere, among_unseen, labels, is_unseen))
+    of_unseen, c = is_unseen[labels], len(is_unseen)
+
+    def accuracy(predicted: Tensor, images: Tensor, by_class: bool) -> float:
+        hits, classes = (predicted == labels)[images].double(), labels[images]
         if not by_class:
             return float(hits.mean())
         counts = torch.bincount(classes, minlength=c)

@@ -12,12 +12,15 @@ import torch
 from PIL import Image
 
 import train
-from tests.helpers import tiny_state_dict
+from tests.helpers import refused, tiny_state_dict
 from ucdr_ref.config import PRESETS, resolve
-from ucdr_ref.experiments import retrieval
+from ucdr_ref.experiments import class_folders, retrieval
+from ucdr_ref.experiments.class_folders import SHIPPED
 from ucdr_ref.experiments.datasets import DATASETS, alias_list, class_list, compared, folder_key
 from ucdr_ref.experiments.protocols import DOMAINNET_DOMAINS, Protocol, build
 from ucdr_ref.experiments.trees import scan
+from ucdr_ref.sre.graph import Graph
+from ucdr_ref.sre.wordnet import save_graph
 
 DOMAINNET = [name for part in ("train", "val", "test") for name in class_list(f"domainnet-{part}")]
 TUBERLIN = [name for part in ("train", "val", "test") for name in class_list(f"tuberlin-{part}")]
@@ -225,3 +228,105 @@ def test_deeper_images_and_unknown_endings_are_counted_links_followed_and_loops_
     put(tmp_path / "deep", "photo/a", ["only"], 1)
     with pytest.raises(ValueError, match="a: a class folder without images, but .*only.0.png lies deeper"):
         scan(str(tmp_path / "deep"))
+
+
+# SRE-CLIP
+
+def sre_call(root: Path, archives: dict[str, Path], *more: str) -> list[str]:
+    return ["--weights", str(archives["clip.pt"]), "--run", str(root / "run"), "--sre-iterations", "2", "--sre-batch", "8",
+            "--sre-hidden", "16", "--sre-bank", "12", "--workers", "0", "--device", "cpu", *more]
+
+
+def test_animals_as_published_with_further_source_folders(archives, tmp_path, capsys):
+    lines = (SHIPPED / "awa2.txt").read_text().splitlines()[1:]
+    names = {split: [line.split()[2] for line in lines if line.startswith(split)] for split in ("seen", "unseen")}
+    assert [len(part) for part in names.values()] == [40, 10]
+    everything = [name.replace("_", "+") for part in names.values() for name in part]
+    put(tmp_path, "Animals_with_Attributes2/JPEGImages", everything, 1)
+    (tmp_path / "Animals_with_Attributes2" / "classes.txt").touch()
+    put(tmp_path, "web", [*names["seen"], "unicorn", names["unseen"][0]], 1)
+    (tmp_path / "models3d").symlink_to(tmp_path / "web")
+    call = sre_call(tmp_path, archives, "--preset", "i2awa", "--source", str(tmp_path / "web"), str(tmp_path / "models3d"),
+                    "--target", str(tmp_path / "Animals_with_Attributes2"))
+    refused(capsys, train.main([*call, "--dry-run", "--strict-source", "1"]), "no seen class: sheep, unicorn", "--strict-source")
+    assert train.main([*call, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("2 class folders outside the seen classes are not used: sheep, unicorn") == 2
+    assert "40 images, 40 classes" in said and "50 images, 50 classes" in said and "without a source image" not in said
+    assert train.main(call) == 0 and len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 2
+    graph, unseen = class_folders.graph_and_unseen(resolve({}, "i2awa"))
+    root, inner = ((class_folders.scan_folder("--target", str(tmp_path / "Animals_with_Attributes2" / part), graph))
+                   for part in ("", "JPEGImages"))
+    assert root == inner  # and so have one digest
+
+
+# 59 of ILSVRC's classes in a row and the other crane: their ids, as in its list.
+BIRDS = """02002556 white_stork|02002724 black_stork|02006656 spoonbill|02007558 flamingo|02009229 little_blue_heron
+02009912 American_egret|02011460 bittern|02012849 crane|02013706 limpkin|02017213 European_gallinule|02018207 American_coot
+02018795 bustard|02025239 ruddy_turnstone|02027492 red-backed_sandpiper|02028035 redshank|02033041 dowitcher
+02037110 oystercatcher|02051845 pelican|02056570 king_penguin|02058221 albatross|02066245 grey_whale|02071294 killer_whale
+02074367 dugong|02077923 sea_lion|02085620 Chihuahua|02085782 Japanese_spaniel|02085936 Maltese_dog|02086079 Pekinese
+02086240 Shih-Tzu|02086646 Blenheim_spaniel|02086910 papillon|02087046 toy_terrier|02087394 Rhodesian_ridgeback
+02088094 Afghan_hound|02088238 basset|02088364 beagle|02088466 bloodhound|02088632 bluetick|02089078 black-and-tan_coonhound
+02089867 Walker_hound|02089973 English_foxhound|02090379 redbone|02090622 borzoi|02090721 Irish_wolfhound
+02091032 Italian_greyhound|02091134 whippet|02091244 Ibizan_hound|02091467 Norwegian_elkhound|02091635 otterhound
+02091831 Saluki|02092002 Scottish_deerhound|02092339 Weimaraner|02093256 Staffordshire_bullterrier
+02093428 American_Staffordshire_terrier|02093647 Bedlington_terrier|02093754 Border_terrier|02093859 Kerry_blue_terrier
+02093991 Irish_terrier|02094114 Norfolk_terrier|03126707 crane"""
+WEB = [("n" + line.split()[0], line.split()[1]) for line in BIRDS.replace("\n", "|").split("|")]
+
+
+def test_webvision_folders_are_classes_by_id(archives, tmp_path, capsys):
+    assert len(WEB) == 60 and [name for _, name in WEB].count("crane") == 2
+    ids, names = zip(*WEB)
+    nodes = [*(name.replace("_", " ") for name in names), "animal", "artifact"]
+    edges = [(k, 60 if k < 59 else 61) for k in range(60)]
+    save_graph(Graph([*ids, "n00015388", "n00021939"], nodes, [[name] for name in nodes], edges, 60, "notice"),
+               tmp_path / "graph.json")
+    put(tmp_path, "ILSVRC", [*ids[:40], "n01440764"], 1)
+    put(tmp_path, "webvision", [f"q{k + 1:04d}" for k in range(61)], 1)  # two queries ask for the last class
+    info = tmp_path / "info"
+    info.mkdir()
+    (info / "synsets.txt").write_text("".join(f"{synset} {name}, and other names\n" for synset, name in WEB))
+    (info / "queries_synsets_map.txt").write_text("".join(f"{k + 1} {min(k + 1, 60)}\n" for k in range(61)))
+    (tmp_path / "unseen.txt").write_text("\n".join(ids[40:]))
+    call = sre_call(tmp_path, archives, "--preset", "i2webv", "--graph", str(tmp_path / "graph.json"), "--unseen",
+                    str(tmp_path / "unseen.txt"), "--source", str(tmp_path / "ILSVRC"), "--target", str(tmp_path / "webvision"))
+    refused(capsys, train.main(call), "none of the graph's 60 classes: q0001, q0002")
+    call += ["--folder-ids", str(info)]
+    assert train.main([*call, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "60 classes (20 unseen)" in said and "61 images, 60 classes" in said and "not used: n01440764" in said
+    assert train.main(call) == 0
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["rows"][0]["classes"] == 60
+
+    graph, unseen = class_folders.graph_and_unseen(resolve({"graph": str(tmp_path / "graph.json"),
+                                                            "unseen": str(tmp_path / "unseen.txt")}, "i2webv"))
+    assert unseen == list(range(40, 60))
+    target = class_folders.scan_folder("--target", str(tmp_path / "webvision"), graph, class_folders.read_folder_ids(str(info)))
+    assert target.labels == [*range(60), 59]  # the cranes are two classes
+    put(tmp_path, "tidy", ids, 1)
+    tidy = class_folders.scan_folder("--target", str(tmp_path / "tidy"), graph)
+    assert tidy.labels == list(range(60))
+    (tmp_path / "unseen.txt").write_text("crane\n")
+    with pytest.raises(ValueError, match="unseen.txt: crane names several classes; give the id too"):
+        class_folders.graph_and_unseen(resolve({"graph": str(tmp_path / "graph.json"), "unseen": str(tmp_path / "unseen.txt")},
+                                               "i2webv"))
+    with pytest.raises(ValueError, match="none of the graph's 60 classes: crane;"):
+        put(tmp_path, "named", ["crane"], 1)
+        class_folders.scan_folder("--target", str(tmp_path / "named"), graph)
+
+
+@pytest.mark.parametrize("text,message", [("q0001\n", "line 1: 'q0001'; expected `folder nX"), ("a n1\n", "expected `folder nX"),
+                                          ("a n00000001\nb c\n", "line 2: 'b c'")])
+def test_mistakes_in_folder_ids_are_named(text, message, tmp_path):
+    (tmp_path / "ids.txt").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        class_folders.read_folder_ids(str(tmp_path / "ids.txt"))
+    (tmp_path / "synsets.txt").write_text("n00000001 a\n")
+    for numbers in ("1 0", "1 2", "1 -1", "x 1"):
+        (tmp_path / "queries_synsets_map.txt").write_text(f"1 1\n{numbers}\n")
+        with pytest.raises(ValueError, match="line 2: .*; expected two numbers, the second of 1 to 1"):
+            class_folders.read_folder_ids(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="absent"):
+        class_folders.read_folder_ids(str(tmp_path / "absent"))

@@ -288,14 +288,17 @@ def test_ctrl_c_in_the_evaluation_is_one_line(world, tmp_path, finished, monkeyp
 def test_test_scores_of_a_killed_run_count_once(tmp_path, monkeypatch):
     """The note of an evaluation that the last checkpoint does not know of is replaced, not kept beside the new one (S6)."""
     scores = iter([{"instance": {"h": value}} for value in (0.1, 0.2, 0.3, 0.4)])
-    monkeypatch.setattr(sre_evaluation, "logits", lambda *_: None)
+    monkeypatch.setattr(sre_evaluation, "predict", lambda *_: None)
     monkeypatch.setattr(sre_evaluation, "accuracies", lambda *_: next(scores))
 
     class Method:
-        unseen_ids = torch.tensor([0])
+        unseen_ids, class_names = torch.tensor([0]), ["a"]
 
     class Target:
         labels = None
+
+        def __len__(self) -> int:
+            return 0
 
     found = []
     for known in (0, 1, 1, 2):  # killed after the second evaluation

@@ -19,6 +19,7 @@ from PIL import Image
 import train
 from tests.helpers import flags
 from ucdr_ref.config import Config
+from ucdr_ref.experiments.classification import predict
 from ucdr_ref.experiments.page import (
     MOST_CLASSES,
     classification_page,
@@ -108,7 +109,7 @@ def classification_rows(classes: int) -> list[dict[str, Any]]:
     for method, wrong in (("zero-shot", 5), ("sre-clip", 2)):
         predicted = labels.clone()
         predicted[:wrong] = classes - 1
-        details = {"logits": torch.eye(classes)[predicted], "labels": labels, "names": names, "unseen": [classes - 1]}
+        details = {"predicted": predict(iter([(torch.arange(len(labels)), torch.eye(classes)[predicted])]), len(labels), classes, [classes - 1]), "labels": labels, "names": names, "unseen": [classes - 1]}
         rows.append({"method": method, "images": len(labels), "classes": classes, "instance": accuracies,
                      "class": accuracies, "details": details})
     return [*rows, {key: value for key, value in rows[1].items() if key != "details"} | {"method": "best-test"}]

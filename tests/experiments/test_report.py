@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageFont, ImageOps
 
 from ucdr_ref.experiments import report
+from ucdr_ref.experiments.classification import predict
 from ucdr_ref.experiments.report import (
     BADGE,
     FRAME,
@@ -192,7 +193,7 @@ def classification_row(classes: int) -> dict[str, Any]:
     predicted = labels.clone()
     predicted[classes + 1] = classes - 1
     names = (HOSTILE + [f"class {i}" for i in range(classes)])[:classes]
-    details = {"logits": torch.eye(classes)[predicted], "labels": labels, "names": names, "unseen": [classes - 1]}
+    details = {"predicted": predict(iter([(torch.arange(len(labels)), torch.eye(classes)[predicted])]), len(labels), classes, [classes - 1]), "labels": labels, "names": names, "unseen": [classes - 1]}
     return {"method": "sre-clip", "details": details}
 
 

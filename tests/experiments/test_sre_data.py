@@ -130,8 +130,10 @@ def test_mistakes_in_folders(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="--source .*absent: no such folder"):
         sre_data.scan_folder("--source", str(tmp_path / "absent"), GRAPH)
     good = image_folder(tmp_path / "good", "cow/1.png", "t-shirt/1.png")
-    with pytest.raises(ValueError, match="unseen classes: cow;"):
-        sre_data.scan_sources(Config(source=(good,), target=good), GRAPH, [0, 2])
+    with pytest.raises(ValueError, match="--source .*good holds folders that are no seen class: cow;"):
+        sre_data.scan_sources(Config(source=(good,), target=good, strict_source=1), GRAPH, [0, 2])
+    with pytest.raises(ValueError, match="no folder bears the name of a seen class; there are cow, t-shirt"):
+        sre_data.scan_sources(Config(source=(good,), target=good), GRAPH, [1, 2])
     for config in (Config(source=(good,)), Config(target=good)):
         with pytest.raises(ValueError, match="give --source DIR .* and --target DIR"):
             sre_data.scan_sources(config, GRAPH, [0])

@@ -78,6 +78,7 @@ def test_missing_and_identical_vectors_are_named() -> None:
     with pytest.raises(ValueError, match="'persian cat' and 'siamese cat' have identical"):
         check_vectors(twin, names, 3)
     check_vectors(vectors[[0, 1, 2, 1]], names, 3)  # an ancestor may share
+    check_vectors(twin, names, 3, [(k, 3 + k) for k in range(3)])  # so may classes that the graph tells apart
     for value in (0.0, float("nan")):
         vectors[0] = value
         with pytest.raises(ValueError, match=r"without a class vector: chihuahua \("):

@@ -98,10 +98,18 @@ def test_class_list_errors(tmp_path: Path) -> None:
     path = tmp_path / "c.txt"
     with pytest.raises(FileNotFoundError, match="c.txt does not exist"):
         read_classes(path)
-    for lines, message in ((["# only"], "lists no class"), (["seen n00000001"], "gives no class name"),
+    for lines, message in ((["# only"], "lists no class"), (["n00000001 crane", "n00000001"], "twice: n00000001"),
                            (["cow", "polar_bear", "horse", "Polar bear"], "twice: polar bear")):
         with pytest.raises(ValueError, match=message):
             read_classes(write_classes(path, *lines))
+
+
+def test_ids_tell_classes_of_one_name_apart_and_need_no_name(tmp_path: Path) -> None:
+    ids = write_wordnet(tmp_path / "wn")
+    lines = read_classes(write_classes(tmp_path / "c.txt", f"seen {ids['dog']} dog", f"unseen {ids['frank']} dog", ids["pet"]))
+    assert [line.name for line in lines] == ["dog", "dog", ""]
+    graph = build_graph(WordNet(tmp_path / "wn"), lines)
+    assert graph.ids[:3] == [ids["dog"], ids["frank"], ids["pet"]] and graph.names[:3] == ["dog", "dog", "pet"]
 
 
 def test_classes_missing_in_wordnet_are_all_listed(tmp_path: Path) -> None:

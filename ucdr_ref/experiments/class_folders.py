@@ -7,9 +7,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..clip.model import CLIP
-from ..clip.tensorfile import file_digest
+from ..clip.tensorfile import file_digest, regular_file
 from ..clip.zero_shot import ZeroShot
 from ..config import Config
 from ..images.batches import Files
 from ..images.cache import build_index, list_images
 from ..images.features import Extractor
 from ..machine.processes import fold
-from ..sre.adapter import EPOCH, Batch, unseen_indices
-from ..sre.graph import Graph, canonical, duplicates, load_graph
-from ..sre.wordnet import read_classes
+from ..sre.adapter import EPOCH, Batch, check_unseen, unseen_indices
+from ..sre.graph import Graph, canonical, duplicates, load_graph, require_classes
+from ..sre.wordnet import SYNSET_ID, ClassLine, read_classes
 from ..training.loop import Feed
+from .datasets import folder_key, some
 
 SHIPPED = Path(__file__).parent.parent / "sre" / "graphs"
 
@@ -39,6 +41,8 @@ class Folder:
 
     root: str
     files: Files  # classes are the graph's names; the one domain is the root's own name
+    labels: list[int]  # class indices: two classes may have one name
+    skipped: list[str] = field(default_factory=list)  # class folders of a source outside the seen classes
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,8 @@ class Features:
 def graph_and_unseen(config: Config) -> tuple[Graph, list[int]]:
     """The class graph, and the indices of its unseen classes.
 
-    `--graph` names a shipped graph or a file. `--unseen` is a file of names, or a whole class list of lines `seen|unseen
-    nXXXXXXXX name`, whose classes must then be the graph's first nodes; a shipped graph brings its list.
+    `--graph` names a shipped graph or a file. `--unseen` is a file of names or ids, or a whole class list of lines
+    `seen|unseen nXXXXXXXX name`, whose classes must then be the graph's first nodes; a shipped graph brings its list.
     Raises FileNotFoundError or ValueError in one sentence, also when no class is unseen.
     """
     shipped = sorted(path.stem for path in SHIPPED.glob("*.json"))
@@ -94,11 +98,33 @@ def graph_and_unseen(config: Config) -> tuple[Graph, list[int]]:
     if unseen_file is None:
         raise ValueError("no class is unseen: give --unseen FILE, one class name a line")
     lines = read_classes(unseen_file)
-    whole = any(line.split == "seen" for line in lines)
-    names = [line.name for line in lines if line.split == "unseen" or not whole]
-    path = SHIPPED / f"{config.graph}.json" if known else config.graph
-    graph = load_graph(path, [line.name for line in lines] if whole else None)
-    return graph, unseen_indices(graph.names[: graph.classes], names)
+    graph = load_graph(SHIPPED / f"{config.graph}.json" if known else config.graph)
+    names = graph.names[: graph.classes]
+    if any(line.split == "seen" for line in lines):  # a whole class list
+        listed = [line.name or name for line, name in zip_longest(lines, names[: len(lines)])]  # a line may give its id alone
+        require_classes(graph, listed, str(config.graph))
+        if wrong := [line.id for line, synset in zip(lines, graph.ids) if line.id not in (None, synset)]:
+            raise ValueError(f"{unseen_file}: {wrong[0]} is not the id that {config.graph} has in its place; build the graph "
+                             "from this very list")
+        indices = [k for k, line in enumerate(lines) if line.split == "unseen"]
+    else:
+        indices = listed_classes(lines, graph, str(unseen_file))
+    check_unseen(torch.tensor(indices, dtype=torch.long), names)
+    return graph, indices
+
+
+def listed_classes(lines: Sequence[ClassLine], graph: Graph, origin: str) -> list[int]:
+    """Indices of the classes of a list, by WordNet id where a line gives one, else by name; ValueError names those
+    that are no class, or more than one."""
+    names, place = graph.names[: graph.classes], {synset: k for k, synset in enumerate(graph.ids[: graph.classes])}
+    if unknown := [line.id for line in lines if line.id and line.id not in place]:
+        raise ValueError(f"{origin}: ids that are not among the graph's {graph.classes} classes: {some(unknown)}")
+    several = set(duplicates([canonical(name) for name in names]))
+    named = [line.name for line in lines if not line.id]
+    if unclear := [name for name in named if canonical(name) in several]:
+        raise ValueError(f"{origin}: {some(unclear)} names several classes; give the id too, `nXXXXXXXX name`")
+    by_name = unseen_indices(names, named) if named else []
+    return sorted({place[line.id] for line in lines if line.id} | set(by_name))
 
 
 def graph_digest(graph: Graph, unseen: Sequence[int]) -> str:
@@ -107,50 +133,90 @@ def graph_digest(graph: Graph, unseen: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def class_folders(graph: Graph) -> dict[str, str]:
-    """{a folder's `folder_key`: class name}. A folder bears a class's name or WordNet id; a name of two classes is none."""
-    names = graph.names[: graph.classes]
-    keys = [folder_key(name) for name in names]
-    twice = set(duplicates(keys))
-    return {**{key: name for key, name in zip(keys, names) if key not in twice}, **dict(zip(graph.ids, names))}
+def class_folders(graph: Graph, ids: Mapping[str, str]) -> dict[str, int]:
+    """{a folder's `folder_key`: class index}. A folder bears a class's name or WordNet id, or stands in `ids`, {folder:
+    WordNet id}; a name of two classes is none."""
+    keys = [folder_key(name) for name in graph.names[: graph.classes]]
+    twice, place = set(duplicates(keys)), {synset: k for k, synset in enumerate(graph.ids[: graph.classes])}
+    given = {folder_key(folder): place[synset] for folder, synset in ids.items() if synset in place}
+    return {**{key: k for k, key in enumerate(keys) if key not in twice}, **place, **given}
 
 
-def folder_key(name: str) -> str:
-    """Case, spaces, `_`, `+` and `-` do not matter."""
-    return canonical(name.replace("-", " "))
+def read_folder_ids(path: str) -> dict[str, str]:
+    """--folder-ids: {folder: WordNet id} of a file with lines `folder nXXXXXXXX`, or of WebVision's `info` folder.
+
+    There `synsets.txt` has an id at the start of each line, and `queries_synsets_map.txt` lines `1 1`: images of
+    query 1, in folder q0001, belong to the first synset. Raises FileNotFoundError or ValueError that names the line.
+    """
+    if not path:
+        return {}
+    info, ids = os.path.isdir(path), list[str]()
+    if info:
+        synsets = regular_file(Path(path) / "synsets.txt").read_text(encoding="utf-8").splitlines()
+        ids = [line.split(maxsplit=1)[0] for line in synsets if line.strip()]
+    file, found = regular_file(Path(path) / "queries_synsets_map.txt" if info else path), dict[str, str]()
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            folder, synset = line.rsplit(maxsplit=1)
+            if info:
+                folder, synset = f"q{int(folder):04d}", ids[range(1, len(ids) + 1).index(int(synset))]
+            if not SYNSET_ID.fullmatch(synset):
+                raise ValueError
+        except ValueError:
+            form = f"two numbers, the second of 1 to {len(ids)}" if info else "`folder nXXXXXXXX`"
+            raise ValueError(f"--folder-ids {file}, line {number}: {line[:80]!r}; expected {form}") from None
+        found[folder] = synset
+    return found
 
 
-def scan_folder(flag: str, root: str, graph: Graph) -> Folder:
-    """Lists `<root>/<class>/*` without opening an image.
+def scan_folder(flag: str, root: str, graph: Graph, ids: Mapping[str, str] | None = None,
+                only: Collection[int] | None = None) -> Folder:
+    """Lists `<root>/<class>/*` (AwA2: `<root>/JPEGImages/<class>/*`) without opening an image.
 
-    Raises FileNotFoundError for a missing folder, ValueError for one without images, images outside a class folder, and
-    folders that are no class of the graph, which it lists.
+    ids: as `class_folders` has them. only: class indices; other folders are left out and stand in `skipped`.
+    Raises FileNotFoundError for a missing folder, ValueError for one without images, images outside a class folder,
+    and, without `only`, folders that are no class of the graph, which it lists.
     """
     if not os.path.isdir(root):
         raise FileNotFoundError(f"{flag} {root}: no such folder; expected <folder>/<class>/<image>")
+    if os.path.isdir(below := os.path.join(root, "JPEGImages")):
+        root = below
     names = [name for name, *_ in list_images(os.path.realpath(root))]
     if stray := [name for name in names if os.path.dirname(name) == ""]:
         raise ValueError(f"{flag} {root}: {stray[0]} lies in no class folder; expected <folder>/<class>/<image>")
-    folders, known = [name.split(os.sep)[0] for name in names], class_folders(graph)
+    known = class_folders(graph, ids or {})
+    folders = [name.split(os.sep)[0] for name in names]
     found = {name: known.get(folder_key(name)) for name in sorted(set(folders))}
-    if unknown := [name for name, label in found.items() if label is None]:
-        raise ValueError(f"{flag} {root}: folders that are none of the graph's {graph.classes} classes: "
-                         f"{', '.join(unknown)}; rename or remove them, or build a graph with these classes")
+    if only is not None:
+        found = {name: label if label in only else None for name, label in found.items()}
+    skipped = [name for name, label in found.items() if label is None]
+    if only is None and skipped:
+        raise ValueError(f"{flag} {root}: folders that are none of the graph's {graph.classes} classes: {some(skipped)}; "
+                         "rename or remove them, or build a graph with these classes")
+    if len(skipped) == len(found):
+        raise ValueError(f"{flag} {root}: no folder bears the name of a seen class; there are {some(skipped)}")
     real = os.path.realpath(root)
-    paths, domain = [os.path.join(real, name) for name in names], os.path.basename(real)
-    return Folder(root, Files(paths, [str(found[name]) for name in folders], [domain] * len(paths)))
+    rows = [(os.path.join(real, name), found[folder]) for name, folder in zip(names, folders)]
+    used = [(path, label) for path, label in rows if label is not None]
+    files = Files([path for path, _ in used], [graph.names[label] for _, label in used], [os.path.basename(real)] * len(used))
+    return Folder(root, files, [label for _, label in used], skipped)
 
 
 def scan_sources(config: Config, graph: Graph, unseen: Sequence[int]) -> list[Folder]:
-    """All `--source` folders; ValueError when there is none, or when unseen classes have labelled images."""
+    """All `--source` folders, without class folders outside the seen classes.
+
+    ValueError when there is no source, and with --strict-source when there are such class folders.
+    """
     if not config.source or not config.target:
         raise ValueError("SRE-CLIP needs labelled and unlabelled images: give --source DIR [DIR ...] and --target DIR")
-    folders = [scan_folder("--source", root, graph) for root in config.source]
-    hidden = {graph.names[k] for k in unseen}
+    seen = set(range(graph.classes)) - set(unseen)
+    folders = [scan_folder("--source", root, graph, read_folder_ids(config.folder_ids), seen) for root in config.source]
     for folder in folders:
-        if wrong := sorted(hidden & set(folder.files.classes)):
-            raise ValueError(f"--source {folder.root} holds images of unseen classes: {', '.join(wrong)}; take them out of "
-                             "the folder or of --unseen")
+        if folder.skipped and config.strict_source:
+            raise ValueError(f"--source {folder.root} holds folders that are no seen class: {some(folder.skipped)}; take "
+                             "them out, or leave out --strict-source")
     return folders
 
 
@@ -158,12 +224,14 @@ def summary(sources: Sequence[Folder], targets: Sequence[Folder], graph: Graph, 
     """Counts of nodes, classes and images, and the seen classes that no source image is labelled with."""
     lines = [f"graph    {graph.classes} classes ({len(unseen)} unseen), {len(graph.ids)} nodes, {len(graph.edges)} edges"]
     for part, folders in (("source", sources), ("target", targets)):
-        lines += [f"{part}   {len(folder.files)} images, {len(set(folder.files.classes))} classes ({folder.root})"
+        lines += [f"{part}   {len(folder.files)} images, {len(set(folder.labels))} classes ({folder.root})"
                   for folder in folders]
-    labelled = {name for folder in sources for name in folder.files.classes}
-    bare = [name for k, name in enumerate(graph.names[: graph.classes]) if k not in unseen and name not in labelled]
+    lines += [f"note     {folder.root}: {len(folder.skipped)} class folders outside the seen classes are not used: "
+              f"{some(folder.skipped)}" for folder in sources if folder.skipped]
+    labelled = {label for folder in sources for label in folder.labels}
+    bare = [name for k, name in enumerate(graph.names[: graph.classes]) if k not in {*unseen, *labelled}]
     if bare:
-        lines.append(f"note     seen classes without a source image: {', '.join(bare)}")
+        lines.append(f"note     seen classes without a source image: {some(bare)}")
     return "\n".join(lines)
 
 
@@ -178,17 +246,17 @@ def features(folders: Sequence[Folder], graph: Graph, clip: CLIP, config: Config
     if config.image_reading != "upright":  # D19; without it the key is that of earlier versions
         model.append(config.image_reading)
     key = hashlib.sha256(json.dumps(model).encode()).hexdigest()
-    number = {name: k for k, name in enumerate(graph.names[: graph.classes])}
     encoder = Extractor(ZeroShot(clip, normalized=False), config, device)
     parts, paths, labels, skipped = [], [], [], 0
     for folder in folders:
         index = build_index(folder.root, encoder.of_paths(), key, cache, config.bad_images)
-        label = dict(zip(folder.files.paths, folder.files.classes))
+        label = dict(zip(folder.files.paths, folder.labels))
         found = [index.path(row) for row in range(len(index.paths))]
-        parts.append(index.features)
+        used = [row for row, path in enumerate(found) if path in label]
+        parts.append(index.features if len(used) == len(found) else index.features[used])
         skipped += len(index.skipped)
-        paths += found
-        labels += [number[label[path]] for path in found]
+        paths += [found[row] for row in used]
+        labels += [label[found[row]] for row in used]
     found_features = Features(parts, paths, torch.tensor(labels), skipped)
     return found_features.centred() if config.sre_center else found_features
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from ..config import Config
 from ..images.features import prototypes
 from ..machine.files import write_text_atomic
 from ..machine.processes import world
-from ..metrics import zero_shot_accuracy
+from ..metrics import predicted_accuracy
 from ..sre.adapter import SRECLIP, check_unseen
 from ..sre.class_vectors import node_vectors
 from ..sre.closed_form import Ridge, calibrated, fit
@@ -35,11 +36,15 @@ from .run_folder import check_sizes
 
 __all__ = ["build", "check", "evaluate", "page", "prepare", "rebuild", "table", "tested", "write_results"]
 
+CHUNK = 4096  # images whose scores are held at once
 TEST_BATCH = 512  # the released code's batch of test images, which attend to each other (S2)
 COLUMNS = {"zsl": "ZSL", "unseen": "unseen", "seen": "seen", "h": "H"}
 TEXT, PROTOTYPES = "zero-shot", "prototypes"  # baselines
 SCORES = "test_scores.jsonl"
 PUBLISHED = {"awa2": "published (I2AwA, instance): unseen 69.7, seen 88.0, H 77.7, an ablation line in the released code"}
+
+
+Scores = Iterator[tuple[Tensor, Tensor]]  # rows [b] of n images, and their scores [b, c]
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,11 @@ def prepare(config: Config) -> tuple[Config, Data]:
         config = class_folders.drawn(config)
     graph, unseen = class_folders.graph_and_unseen(config)
     sources = class_folders.scan_sources(config, graph, unseen)
-    return config, Data(graph, unseen, sources, [class_folders.scan_folder("--target", config.target, graph)])
+    return config, Data(graph, unseen, sources, [target_folder(config, graph)])
+
+
+def target_folder(config: Config, graph: Graph) -> Folder:
+    return class_folders.scan_folder("--target", config.target, graph, class_folders.read_folder_ids(config.folder_ids))
 
 
 def build(config: Config, data: Data, clip: CLIP, device: torch.device) -> Experiment:
@@ -154,54 +163,87 @@ def baseline(clip: CLIP, graph: Graph, source: Features) -> tuple[str, Tensor]:
     return PROTOTYPES, F.normalize(prototypes(parts, len(names)), dim=1)
 
 
-def baseline_logits(target: Features, anchors: Tensor) -> Tensor:
-    """Cosines [n, c] with the anchors [c, e]; a class without an anchor is never predicted."""
-    cosines = F.normalize(target.take(torch.arange(len(target))), dim=1) @ anchors.T
+def scores_of(logits: Callable[[Tensor], Tensor], target: Features) -> Scores:
+    """Rows [b] and scores [b, c] of the target's features, CHUNK images at once."""
+    for rows in torch.arange(len(target)).split(CHUNK):
+        yield rows, logits(target.take(rows))
+
+
+def baseline_logits(anchors: Tensor, features: Tensor) -> Tensor:
+    """Cosines [b, c] with the anchors [c, e]; a class without an anchor is never predicted."""
+    cosines = F.normalize(features, dim=1) @ anchors.T
     return cosines.masked_fill(~anchors.any(dim=1), -torch.inf)
 
 
-def ridge_logits(ridge: Ridge, target: Features) -> Tensor:
-    """Cosines [n, c] with the class vectors, on the ridge's own device."""
-    home = ridge.weights.device
-    return torch.cat([ridge.logits(target.take(part).to(home)).cpu() for part in torch.arange(len(target)).split(4096)])
-
-
 def test_batches(labels: Tensor, unseen: list[int], released: bool, size: int) -> list[Tensor]:
-    """Which rows pass at once. Released (S2): images of unseen and of seen classes apart, class by class, 512 at
-    once; else `size` at once in the order of the rows, which makes no difference to an image that attends to itself.
+    """Which rows pass at once.
+
+    Released (S2): images of unseen and of seen classes apart, class by class, 512 at once; else `size` at once in the order
+    of the rows, which makes no difference to an image that attends to itself.
     """
     if not released:
         return list(torch.arange(len(labels)).split(size))
     of_unseen = torch.isin(labels, torch.tensor(unseen))
     by_class = labels.argsort(stable=True)
-    return [part for wanted in (True, False) for part in by_class[of_unseen[by_class] == wanted].split(TEST_BATCH)]
+    kinds = [by_class[of_unseen[by_class] == wanted] for wanted in (True, False)]
+    return [part for kind in kinds for part in kind.split(TEST_BATCH) if len(part)]
 
 
-def logits(method: SRECLIP, target: Features, device: torch.device) -> Tensor:
-    """Test-time logits [n, c] of the rows, in batches of `test_batches`."""
-    training = method.training
+def method_scores(method: SRECLIP, target: Features, device: torch.device) -> Scores:
+    """Rows [b] of `test_batches` and their test-time logits [b, c]."""
+    training, config, unseen = method.training, method.config, method.unseen_ids.tolist()
     method.eval()
-    config, found = method.config, torch.empty(len(target), len(method.class_names))
-    for rows in test_batches(target.labels, method.unseen_ids.tolist(), config.test_attention == "batch", config.sre_batch):
-        found[rows] = method.logits(target.take(rows).to(device)).float().cpu()
+    with torch.no_grad():
+        classes = method.class_embeddings().T / config.sre_temperature
+        for rows in test_batches(target.labels, unseen, config.test_attention == "batch", config.sre_batch):
+            yield rows, method.encode_features(target.take(rows).to(device)) @ classes
     method.train(training)
-    return found
 
 
-def accuracies(scores: Tensor, target: Features, unseen: list[int]) -> dict[str, dict[str, float | None]]:
-    """`zero_shot_accuracy` of logits [n, c], None where there is nothing to count or to predict."""
-    result = zero_shot_accuracy(scores, target.labels, unseen)
-    no_zsl = bool(scores[:, unseen].isinf().all())
+class Predicted(NamedTuple):
+    """What is left of the scores of n images, which may be more than fit into memory: per image the best class of each kind."""
+
+    everywhere: Tensor  # [n], the best class among all
+    classes: Tensor  # [n, 2], the best seen and the best unseen class
+    scores: Tensor  # [n, 2], their scores, float64
+    zsl: bool  # whether an unseen class can be predicted at all
+
+    def calibrated(self, kappa: float) -> Predicted:
+        """With a share kappa of unseen predictions, see `closed_form.calibrated`."""
+        balanced = calibrated(self.scores, [1], kappa)
+        best = balanced.argmax(dim=1, keepdim=True)
+        return self._replace(everywhere=self.classes.gather(1, best).squeeze(1))
+
+
+def predict(scores: Scores, n: int, c: int, unseen: list[int]) -> Predicted:
+    """The predictions of scores over c classes for n images."""
+    is_unseen = torch.isin(torch.arange(c), torch.tensor(unseen))
+    everywhere, classes = torch.zeros(n, dtype=torch.long), torch.zeros(n, 2, dtype=torch.long)
+    best = torch.zeros(n, 2, dtype=torch.float64)
+    for rows, found in scores:
+        found = found.cpu()
+        everywhere[rows] = found.argmax(dim=1)
+        for k, kind in enumerate((~is_unseen, is_unseen)):
+            values, places = found[:, kind].max(dim=1)
+            best[rows, k], classes[rows, k] = values.double(), kind.nonzero().squeeze(1)[places]
+    return Predicted(everywhere, classes, best, not bool(best[:, 1].isinf().all()))
+
+
+def accuracies(predicted: Predicted, labels: Tensor, unseen: list[int], c: int) -> dict[str, dict[str, float | None]]:
+    """`zero_shot_accuracy` of predictions for labels [n]; None where there is nothing to count or predict."""
+    is_unseen = torch.isin(torch.arange(c), torch.tensor(unseen))
+    result = predicted_accuracy(predicted.everywhere, predicted.classes[:, 1], labels, is_unseen)
 
     def known(name: str, value: float) -> float | None:
-        return None if math.isnan(value) or (name == "zsl" and no_zsl) else value
+        return None if math.isnan(value) or (name == "zsl" and not predicted.zsl) else value
 
     return {average: {name: known(name, value) for name, value in values.items()} for average, values in result.items()}
 
 
 def test_score(method: SRECLIP, target: Features, device: torch.device, folder: Path) -> float:
     """H (instance) on the test images, noted in the run folder: the released code's choice of what to report (S6)."""
-    found = accuracies(logits(method, target, device), target, method.unseen_ids.tolist())
+    unseen, c = method.unseen_ids.tolist(), len(method.class_names)
+    found = accuracies(predict(method_scores(method, target, device), len(target), c, unseen), target.labels, unseen, c)
     path = folder / SCORES
     # The log knows how many evaluations came before; later lines are of a run that was killed and has gone back.
     count = (folder / "log.jsonl").read_bytes().count(b'"validation_mAP"')
@@ -225,7 +267,7 @@ def tested(config: Config, state: dict[str, Any]) -> Data:
     if world() > 1:
         raise ValueError("a run of sre-clip is evaluated by one process: start it without torchrun")
     graph = parse_graph(state["graph"])
-    return Data(graph, list(state["unseen_ids"]), [], [class_folders.scan_folder("--target", config.target, graph)])
+    return Data(graph, list(state["unseen_ids"]), [], [target_folder(config, graph)])
 
 
 def evaluate(config: Config, data: Data, method: Any, state: dict[str, Any], folder: Path, device: torch.device,
@@ -238,24 +280,26 @@ def evaluate(config: Config, data: Data, method: Any, state: dict[str, Any], fol
     names = graph.names[: graph.classes]
     target = features(data.targets, graph, method.clip, config, folder / "features", device)
     about = {"images": len(target), "classes": len(target.labels.unique()), "unreadable": target.skipped}
-    predicted = {state["baseline"]: baseline_logits(target, state["anchors"])}
+    scores = {state["baseline"]: scores_of(partial(baseline_logits, state["anchors"]), target)}
     if config.method == "closed-form":
-        predicted["closed-form"] = ridge_logits(method.form, target)
+        scores["closed-form"] = scores_of(method.form.cpu().logits, target)
     elif with_closed_form:
         sources = class_folders.scan_sources(config, graph, unseen)
         source = features(sources, graph, method.clip, config, folder / "features", device)
         vectors = state["method"]["class_vectors"][:graph.classes]
-        predicted["closed-form"] = ridge_logits(fit(source.take, source.labels, vectors)[0], target)
+        scores["closed-form"] = scores_of(fit(source.take, source.labels, vectors)[0].logits, target)
     if config.method == "sre-clip":
-        predicted["sre-clip"] = logits(method, target, device)
+        scores["sre-clip"] = method_scores(method, target, device)
     rows: list[dict[str, Any]] = []
-    for name, plain in predicted.items():
+    for name, parts in scores.items():
+        plain = predict(parts, len(target), len(names), unseen)
         tried = {name: plain}
-        if not plain[:, unseen].isinf().all():  # prototypes know no unseen class: nothing to calibrate
-            tried[f"{name}, calibrated"] = calibrated(plain, unseen, config.sre_kappa)
-        for title, scores in tried.items():
-            details = {"logits": scores, "labels": target.labels, "names": names, "unseen": unseen}
-            rows.append({"method": title, **about, **accuracies(scores, target, unseen), "details": details})
+        if plain.zsl:  # prototypes know no unseen class: nothing to calibrate
+            tried[f"{name}, calibrated"] = plain.calibrated(config.sre_kappa)
+        for title, predicted in tried.items():
+            details = {"predicted": predicted, "labels": target.labels, "names": names, "unseen": unseen}
+            rows.append({"method": title, **about, **accuracies(predicted, target.labels, unseen, len(names)),
+                         "details": details})
     if config.sre_report == "best-test":  # S6
         count, best = best_scores(folder)
         rows.append({"method": "best-test", "evaluations": count, **about, **best})

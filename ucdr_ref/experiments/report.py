@@ -124,9 +124,9 @@ def write_classification(rows: Sequence[Mapping[str, Any]], folder: Path, about:
     lines: list[list[object]] = [["method", "class", "split", "images", "accuracy", "accuracy_among_unseen"]]
     detailed = [row for row in rows if "details" in row]
     for row in detailed:
-        scores, labels, names, unseen = (row["details"][key]
-                                         for key in ("logits", "labels", "names", "unseen"))
-        predicted, among = scores.argmax(dim=1), torch.tensor(unseen)[scores[:, unseen].argmax(dim=1)]
+        details = row["details"]
+        labels, names, unseen = details["labels"], details["names"], details["unseen"]
+        predicted, among = details["predicted"].everywhere, details["predicted"].classes[:, 1]
         for k in sorted(set(labels.tolist())):
             mine = labels == k
             accuracy, among_unseen = (float((found[mine] == k).double().mean())
@@ -140,7 +140,7 @@ def write_classification(rows: Sequence[Mapping[str, Any]], folder: Path, about:
 def confusion(details: Mapping[str, Any]) -> Tensor:
     """Counts [c, c] of a row's test images: true class down, predicted class across."""
     c = len(details["names"])
-    return torch.bincount(details["labels"] * c + details["logits"].argmax(dim=1), minlength=c * c).view(c, c)
+    return torch.bincount(details["labels"] * c + details["predicted"].everywhere, minlength=c * c).view(c, c)
 
 
 def most_confused(details: Mapping[str, Any], count: int) -> list[tuple[str, str, int, float]]:

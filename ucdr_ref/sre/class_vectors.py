@@ -18,7 +18,7 @@ def node_vectors(graph: Graph, clip: CLIP, source: str = "clip") -> Tensor:
 
     source "clip-classes": text features of the classes alone, and for an ancestor the mean over the classes below it,
     where a text tower knows the classes' names but no such words as `vertebrate`.
-    Raises ValueError for a node without a vector, two classes with identical vectors, and a malformed file.
+    Raises ValueError for a node without a vector, two classes with identical vectors and parents, and a malformed file.
     """
     if source == "clip":
         vectors = class_text_features(clip, graph.names).cpu()
@@ -26,7 +26,7 @@ def node_vectors(graph: Graph, clip: CLIP, source: str = "clip") -> Tensor:
         vectors = means_of_classes(class_text_features(clip, graph.names[: graph.classes]).cpu(), graph)
     else:
         vectors = read_vectors(source, graph)  # S4
-    check_vectors(vectors, graph.names, graph.classes)
+    check_vectors(vectors, graph.names, graph.classes, graph.edges)
     return vectors
 
 
@@ -107,12 +107,16 @@ def read_table(path: str | Path, wanted: set[str]) -> dict[str, Tensor]:
     return table
 
 
-def check_vectors(vectors: Tensor, names: Sequence[str], classes: int) -> None:
-    """vectors [N, w] of the nodes `names`, L2-normalised, `classes` of them first.
+def check_vectors(vectors: Tensor, names: Sequence[str], classes: int,
+                  edges: Sequence[tuple[int, int]] = ()) -> None:
+    """vectors [N, w] of the nodes `names`, L2-normalised, `classes` of them first; edges (child, parent).
 
-    Raises ValueError that names the nodes without a vector (zero or not finite), or two classes that share one: no
-    image could ever be told to be of the second.
+    Raises ValueError that names the nodes without a vector (zero or not finite), or two classes that share one and
+    their parents too: no image could ever be told to be of the second. (ImageNet's two cranes have other parents.)
     """
+    parents: dict[int, set[int]] = {}
+    for child, parent in edges:
+        parents.setdefault(child, set()).add(parent)
     norms = torch.linalg.vector_norm(vectors, dim=1)
     missing = [name for name, norm in zip(names, norms.tolist()) if not norm > 0 or norm == float("inf")]
     if missing:
@@ -121,6 +125,7 @@ def check_vectors(vectors: Tensor, names: Sequence[str], classes: int) -> None:
     for start in range(0, classes, 1024):
         near = (x[start : start + 1024] @ x.T > 1 - 1e-6).triu(start + 1)
         for i, j in near.nonzero().tolist():
-            if torch.allclose(x[start + i], x[j], rtol=0, atol=1e-6):
+            same = parents.get(start + i) == parents.get(j)
+            if same and torch.allclose(x[start + i], x[j], rtol=0, atol=1e-6):
                 raise ValueError(f"classes {names[start + i]!r} and {names[j]!r} have identical vectors, so their "
                                  "images cannot be told apart; give one of them another name or vector")

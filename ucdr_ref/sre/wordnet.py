@@ -91,9 +91,11 @@ class WordNet:
 
 
 def read_classes(path: str | Path) -> list[ClassLine]:
-    """Lines `seen|unseen nXXXXXXXX name`, `nXXXXXXXX name` or `name`; empty lines and `#` comments are skipped.
+    """Lines `seen|unseen nXXXXXXXX name`, `nXXXXXXXX name`, `nXXXXXXXX` or `name`; empty lines and `#` comments are
+    skipped.
 
-    Raises FileNotFoundError, or ValueError for a file without a class, an id without a name, and a class listed twice.
+    Raises FileNotFoundError, or ValueError for a file without a class, and a class (by id where there is one) listed
+    twice: classes with different ids may have one name.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"class list {path} does not exist; give a text file with one class per line")
@@ -108,13 +110,10 @@ def read_classes(path: str | Path) -> list[ClassLine]:
             continue
         split = words.pop(0) if words[0] in ("seen", "unseen") and SYNSET_ID.fullmatch(" ".join(words[1:2])) else None
         synset = words.pop(0) if SYNSET_ID.fullmatch(words[0]) else None
-        if not words:
-            raise ValueError(f"{path}: {text!r} gives no class name; expected `name`, `nXXXXXXXX name` or "
-                             "`seen|unseen nXXXXXXXX name`")
         lines.append(ClassLine(split, synset, " ".join(words)))
     if not lines:
         raise ValueError(f"{path} lists no class; expected one per line")
-    if twice := duplicates([canonical(line.name) for line in lines]):
+    if twice := duplicates([line.id or canonical(line.name) for line in lines]):
         raise ValueError(f"{path} lists classes twice: {', '.join(twice)}")
     return lines
 
@@ -122,7 +121,7 @@ def read_classes(path: str | Path) -> list[ClassLine]:
 def build_graph(wordnet: WordNet, classes: Sequence[ClassLine]) -> Graph:
     """Hypernym closure: the classes in their order, then their ancestors breadth-first; edges in the children's order.
 
-    A class without an id takes the first noun sense of its name. Hypernyms of a synset follow its synset names' order.
+    A class without an id takes the first noun sense of its name, one without a name the first word of its synset. Hypernyms of a synset follow its synset names' order.
     Raises ValueError that lists every class missing in WordNet, or two classes that are one synset.
     """
     ids = [line.id or wordnet.first_sense(line.name) for line in classes]
@@ -146,7 +145,7 @@ def build_graph(wordnet: WordNet, classes: Sequence[ClassLine]) -> Graph:
                 number[parent] = len(order)
                 order.append(parent)
             edges.append((child, number[parent]))
-    names = [re.sub(r"[_+]+", " ", line.name) for line in classes] + [words[0] for words in lemmas[len(classes):]]
+    names = [re.sub(r"[_+]+", " ", line.name) or words[0] for line, words in zip(classes, lemmas)] + [words[0] for words in lemmas[len(classes):]]
     return Graph([f"n{offset:08d}" for offset in order], names, lemmas, edges, len(classes), wordnet.notice())
 
 
