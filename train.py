@@ -95,8 +95,8 @@ def run_ucdr(args: argparse.Namespace, config: Config) -> None:
 
         validate = None
         if protocol.validation is not None and protocol.selected is not None:
-            validate = partial(evaluation.validation_score, method.encode, protocol.validation, protocol.selected, config,
-                               clip.image_size, device)
+            validate = partial(evaluation.validation_score, method.encode, protocol.validation, protocol.selected,
+                               config, clip.image_size, device)
         if isinstance(method, ZeroShot):
             save_atomic({"method": {}, **extra}, args.run / "best.pt")
         else:

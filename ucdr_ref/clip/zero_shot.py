@@ -38,7 +38,7 @@ def class_text_features(clip: CLIP, class_names: Sequence[str], chunk: int = 256
 
 
 class ZeroShot(nn.Module):
-    """CLIP as it is, behind a method's `encode`: the baseline. Features are L2-normalised, or left as they are (D18)."""
+    """CLIP as it is, behind a method's `encode`: the baseline, with features L2-normalised or as they are (D18)."""
 
     def __init__(self, clip: CLIP, normalized: bool = True) -> None:
         super().__init__()

@@ -45,7 +45,7 @@ def baseline(clip: CLIP, graph: Graph, source: Features) -> tuple[str, Tensor]:
 
 
 def baseline_scores(target: Features, anchors: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows [b] and their cosines [b, c] with the anchors [c, e]; a class without an anchor is never predicted."""
+    """Rows [b], and cosines [b, c] with the anchors [c, e]; a class without an anchor is never predicted."""
     for rows in torch.arange(len(target)).split(CHUNK):
         cosines = F.normalize(target.take(rows), dim=1) @ anchors.T
         yield rows, cosines.masked_fill(~anchors.any(dim=1), -torch.inf)
@@ -56,14 +56,17 @@ TEST_BATCH = 512  # the released code's batch of test images, which attend to ea
 
 
 def test_batches(labels: Tensor, unseen: list[int], released: bool, size: int) -> list[Tensor]:
-    """Which rows pass at once. Released (S2): images of unseen and of seen classes apart, class by class, 512 at
-    once; else `size` at once in the order of the rows, which makes no difference to an image that attends to itself.
+    """Which rows pass at once.
+
+    Released (S2): images of unseen and of seen classes apart, class by class, 512 at once; else `size` at once in
+    the order of the rows, which makes no difference to an image that attends to itself.
     """
     if not released:
         return list(torch.arange(len(labels)).split(size))
     of_unseen = torch.isin(labels, torch.tensor(unseen))
     by_class = labels.argsort(stable=True)
-    return [part for wanted in (True, False) for part in by_class[of_unseen[by_class] == wanted].split(TEST_BATCH)]
+    kinds = [by_class[of_unseen[by_class] == wanted] for wanted in (True, False)]
+    return [part for kind in kinds for part in kind.split(TEST_BATCH) if len(part)]
 
 
 def method_scores(method: SRECLIP, target: Features, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -97,8 +100,9 @@ def predict(scores: Iterable[tuple[Tensor, Tensor]], n: int, unseen: list[int]) 
     return Predicted(everywhere, among_unseen, zsl)
 
 
-def accuracies(predicted: Predicted, labels: Tensor, unseen: list[int], c: int) -> dict[str, dict[str, float | None]]:
-    """`zero_shot_accuracy` of predictions for labels [n], None where there is nothing to count or to predict."""
+def accuracies(predicted: Predicted, labels: Tensor, unseen: list[int],
+               c: int) -> dict[str, dict[str, float | None]]:
+    """`zero_shot_accuracy` of predictions for labels [n]; None where there is nothing to count or predict."""
     is_unseen = torch.isin(torch.arange(c), torch.tensor(unseen))
     result = predicted_accuracy(predicted.everywhere, predicted.among_unseen, labels, is_unseen)
 
@@ -140,10 +144,12 @@ def evaluate(folder: Path, config: Config, method: SRECLIP, state: dict[str, Any
                       file_digest(config.weights), folder / "features", device)
     about = {"images": len(target), "classes": len(target.labels.unique())}
     rows: list[dict[str, Any]] = []
-    scores = {state["baseline"]: baseline_scores(target, state["anchors"]), "sre-clip": method_scores(method, target, device)}
+    scores = {state["baseline"]: baseline_scores(target, state["anchors"]),
+              "sre-clip": method_scores(method, target, device)}
     for name, parts in scores.items():
         predicted = predict(parts, len(target), unseen)
-        details = {"predicted": predicted, "labels": target.labels, "names": graph.names[: graph.classes], "unseen": unseen}
+        details = {"predicted": predicted, "labels": target.labels, "names": graph.names[: graph.classes],
+                   "unseen": unseen}
         found = accuracies(predicted, target.labels, unseen, graph.classes)
         rows.append({"method": name, **about, **found, "details": details})
     if config.sre_report == "best-test":  # S6

@@ -17,7 +17,8 @@ from .cache import EncodePaths
 def extract(encode: Callable[[Tensor], Tensor], files: Files, config: Config, image_size: int,
             device: torch.device) -> tuple[Tensor, list[int]]:
     """Features [N, e] of a file list, on the CPU in float32, and the indices of the N readable files, in every process."""
-    dataset = ImageDataset(files, preprocess(image_size), config.stroke_domains, as_is=config.image_reading == "as-is")
+    dataset = ImageDataset(files, preprocess(image_size), config.stroke_domains,
+                           as_is=config.image_reading == "as-is")
     features, kept = [], []
     batches = share(chunks(len(files), config.eval_batch))
     for indices, images in load(dataset, batches, config.workers, config.bad_images == "skip", device):

@@ -203,7 +203,8 @@ class UCDRAdapter(nn.Module):
             self.queues.push(*entering)
         positives, negatives, valid = self.queues.draw(batch.class_ids, config.triplet_pairs)
         everyone = gather_rows(valid) if config.triplet_mean == "paired" else None  # D17
-        triplet = losses.triplet(f, positives, negatives, valid, config.margin, config.triplet_distance == "squared", everyone)
+        squared = config.triplet_distance == "squared"
+        triplet = losses.triplet(f, positives, negatives, valid, config.margin, squared, everyone)
         if config.queue_push == "after":  # D12
             self.queues.push(*entering)
         return {"loss": align + triplet, "align": align, "triplet": triplet}
