@@ -144,7 +144,8 @@ def resolve(flags: Mapping[str, Any], preset: str | None = None, fast: bool = Fa
         variant = {name: value for name, value in variant.items() if name != "stroke_domains"}  # D14 is the other method's
     merged = {**values, **variant, **{name: value for name, value in flags.items() if name in FIELDS}}
     if variant and merged["selection"] != "validation" and merged["dataset"] in ("sketchy", "tuberlin"):
-        merged.setdefault("train_classes", "train+val")  # D10: released runs hold validation classes out on DomainNet alone
+        # D10: the released code holds the validation classes out of training on DomainNet alone.
+        merged.setdefault("train_classes", "train+val")
     return from_dict(merged)
 
 

@@ -10,14 +10,17 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.helpers import tiny_state_dict
+from tests.helpers import Width, tiny_state_dict
 from ucdr_ref.clip.model import CLIP
 from ucdr_ref.clip.zero_shot import preprocess
 from ucdr_ref.config import Config, resolve
 from ucdr_ref.demo.drawing import CLASSES, SPLIT
 from ucdr_ref.experiments import class_folders as sre_data
+from ucdr_ref.experiments import classification
 from ucdr_ref.experiments.class_folders import Features
 from ucdr_ref.images.batches import open_image
+from ucdr_ref.metrics import zero_shot_accuracy
+from ucdr_ref.sre.adapter import SRECLIP
 from ucdr_ref.sre.graph import Graph, load_graph
 from ucdr_ref.sre.wordnet import WordNet, build_graph, read_classes, save_graph
 
@@ -215,3 +218,66 @@ def test_presets_know_their_method_and_dataset() -> None:
         resolve(dict(method="ucdr-adapter"), "i2awa")
     with pytest.raises(ValueError, match="--preset tuberlin is for --method ucdr-adapter, not sre-clip"):
         resolve(dict(method="sre-clip"), "tuberlin")
+
+
+# evaluation
+
+@pytest.mark.parametrize("iterations,expected", [
+    (3000, list(range(300, 2701, 300))), (1000, list(range(100, 901, 100))), (500, [100, 200, 300, 400]), (130, [100]),
+    (70, [70])])
+def test_the_released_evaluations_are_at_tenths_and_never_at_the_end(iterations: int, expected: list[int]) -> None:
+    rows = np.zeros((4, 3), dtype=np.float32)
+    part = Features([rows], list("abcd"), torch.arange(4))
+    feed = sre_data.feed(part, part, Config(sre_iterations=iterations, sre_batch=2), torch.device("cpu"))
+    assert [min(100 * epochs, iterations) for epochs in range(1, feed.epochs + 1) if feed.validates(epochs)] == expected  # S6
+
+
+def small_sre(c: int, unseen: list[int], **options: object) -> SRECLIP:
+    torch.manual_seed(0)
+    config = Config(sre_hidden=16, sre_bank=4, sre_batch=7, **options)
+    vectors = torch.nn.functional.normalize(torch.randn(c, 6), dim=1)
+    return SRECLIP(Width(8), [str(k) for k in range(c)], vectors, torch.eye(c), unseen, config)
+
+
+def test_released_test_batches_hold_512_of_one_kind_in_class_order() -> None:
+    generator = torch.Generator().manual_seed(1)
+    labels, unseen = torch.randint(5, (2600,), generator=generator), [1, 3]
+    batches = classification.test_batches(labels, unseen, True, 256)
+    loaders: list[list[int]] = []
+    for wanted in (True, False):  # two loaders, class after class, each cut at 512
+        order = [i for k in range(5) if (k in unseen) == wanted for i in range(2600) if labels[i] == k]
+        loaders += [order[start:start + 512] for start in range(0, len(order), 512)]
+    assert [batch.tolist() for batch in batches] == loaders  # S2
+    assert [len(batch) for batch in classification.test_batches(labels, unseen, False, 256)] == [256] * 10 + [40]
+
+    method = small_sre(5, unseen, test_attention="batch").eval()
+    x = torch.randn(2600, 8, generator=generator)
+    target = Features([x.numpy()], [str(i) for i in range(2600)], labels)
+    expected = torch.empty(2600, 5)
+    for batch in loaders:
+        expected[batch] = method.logits(x[batch])
+    for rows, scores in classification.method_scores(method, target, torch.device("cpu")):
+        assert_close(scores, expected[rows])
+
+
+@pytest.mark.parametrize("unseen", [[2], [0, 4, 6]])
+def test_accuracies_chunk_by_chunk_are_those_of_all_logits(unseen: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.randint(7, (90,), generator=generator)
+    x = torch.randn(90, 8, generator=generator)
+    target, method = Features([x.numpy()], [""] * 90, labels), small_sre(7, unseen)
+    anchors = torch.nn.functional.normalize(torch.randn(7, 8, generator=generator), dim=1)
+    monkeypatch.setattr(classification, "CHUNK", 11)
+    whole = {"baseline": torch.nn.functional.normalize(x, dim=1) @ anchors.T, "method": method.eval().logits(x)}
+    parts = {"baseline": classification.baseline_scores(target, anchors),
+             "method": classification.method_scores(method, target, torch.device("cpu"))}
+    for name, scores in whole.items():
+        expected = zero_shot_accuracy(scores, labels, unseen)
+        predicted = classification.predict(parts[name], 90, unseen)
+        assert torch.equal(predicted.everywhere, scores.argmax(dim=1)), name
+        assert classification.accuracies(predicted, labels, unseen, 7) == expected, name
+    anchors[unseen] = 0  # prototypes of source images know no unseen class
+    predicted = classification.predict(classification.baseline_scores(target, anchors), 90, unseen)
+    found = classification.accuracies(predicted, labels, unseen, 7)
+    assert found["instance"]["zsl"] is None and found["class"]["unseen"] == 0
+    assert not set(predicted.everywhere.tolist()) & set(unseen)

@@ -101,11 +101,12 @@ def graph_and_unseen(config: Config) -> tuple[Graph, list[int]]:
     graph = load_graph(SHIPPED / f"{config.graph}.json" if known else config.graph)
     names = graph.names[: graph.classes]
     if any(line.split == "seen" for line in lines):  # a whole class list
-        listed = [line.name or name for line, name in zip_longest(lines, names[: len(lines)])]  # a line may give its id alone
+        # A line may give its id alone.
+        listed = [line.name or name for line, name in zip_longest(lines, names[: len(lines)])]
         require_classes(graph, listed, str(config.graph))
         if wrong := [line.id for line, synset in zip(lines, graph.ids) if line.id not in (None, synset)]:
-            raise ValueError(f"{unseen_file}: {wrong[0]} is not the id that {config.graph} has in its place; build the graph "
-                             "from this very list")
+            raise ValueError(f"{unseen_file}: {wrong[0]} is not the id that {config.graph} has in its place; build the "
+                             "graph from this very list")
         indices = [k for k, line in enumerate(lines) if line.split == "unseen"]
     else:
         indices = listed_classes(lines, graph, str(unseen_file))
@@ -114,15 +115,20 @@ def graph_and_unseen(config: Config) -> tuple[Graph, list[int]]:
 
 
 def listed_classes(lines: Sequence[ClassLine], graph: Graph, origin: str) -> list[int]:
-    """Indices of the classes of a list, by WordNet id where a line gives one, else by name; ValueError names those
-    that are no class, or more than one."""
-    names, place = graph.names[: graph.classes], {synset: k for k, synset in enumerate(graph.ids[: graph.classes])}
+    """Indices of the classes of a list, by WordNet id where a line gives one, else by name.
+
+    ValueError names those that are no class, or several.
+    """
+    names = graph.names[: graph.classes]
+    place = {synset: k for k, synset in enumerate(graph.ids[: graph.classes])}
     if unknown := [line.id for line in lines if line.id and line.id not in place]:
-        raise ValueError(f"{origin}: ids that are not among the graph's {graph.classes} classes: {some(unknown)}")
+        raise ValueError(f"{origin}: ids that are not among the graph's {graph.classes} classes: "
+                         f"{some(unknown)}")
     several = set(duplicates([canonical(name) for name in names]))
     named = [line.name for line in lines if not line.id]
     if unclear := [name for name in named if canonical(name) in several]:
-        raise ValueError(f"{origin}: {some(unclear)} names several classes; give the id too, `nXXXXXXXX name`")
+        raise ValueError(f"{origin}: {some(unclear)} names several classes; give the id too, `nXXXXXXXX "
+                         "name`")
     by_name = unseen_indices(names, named) if named else []
     return sorted({place[line.id] for line in lines if line.id} | set(by_name))
 
@@ -134,8 +140,9 @@ def graph_digest(graph: Graph, unseen: Sequence[int]) -> str:
 
 
 def class_folders(graph: Graph, ids: Mapping[str, str]) -> dict[str, int]:
-    """{a folder's `folder_key`: class index}. A folder bears a class's name or WordNet id, or stands in `ids`, {folder:
-    WordNet id}; a name of two classes is none."""
+    """{a folder's `folder_key`: class index}. A folder bears a class's name or WordNet id, or stands in `ids`,
+    {folder: WordNet id}; a name of two classes is none.
+    """
     keys = [folder_key(name) for name in graph.names[: graph.classes]]
     twice, place = set(duplicates(keys)), {synset: k for k, synset in enumerate(graph.ids[: graph.classes])}
     given = {folder_key(folder): place[synset] for folder, synset in ids.items() if synset in place}
@@ -143,10 +150,11 @@ def class_folders(graph: Graph, ids: Mapping[str, str]) -> dict[str, int]:
 
 
 def read_folder_ids(path: str) -> dict[str, str]:
-    """--folder-ids: {folder: WordNet id} of a file with lines `folder nXXXXXXXX`, or of WebVision's `info` folder.
+    """--folder-ids: {folder: WordNet id} of a file with lines `folder nXXXXXXXX`, or of WebVision's `info`.
 
-    There `synsets.txt` has an id at the start of each line, and `queries_synsets_map.txt` lines `1 1`: images of
-    query 1, in folder q0001, belong to the first synset. Raises FileNotFoundError or ValueError that names the line.
+    In that folder `synsets.txt` has an id at the start of each line, and `queries_synsets_map.txt` lines `1 1`:
+    images of query 1, in folder q0001, belong to the first synset. Raises FileNotFoundError, or ValueError that
+    names the line.
     """
     if not path:
         return {}
@@ -193,15 +201,17 @@ def scan_folder(flag: str, root: str, graph: Graph, ids: Mapping[str, str] | Non
         found = {name: label if label in only else None for name, label in found.items()}
     skipped = [name for name, label in found.items() if label is None]
     if only is None and skipped:
-        raise ValueError(f"{flag} {root}: folders that are none of the graph's {graph.classes} classes: {some(skipped)}; "
-                         "rename or remove them, or build a graph with these classes")
+        raise ValueError(f"{flag} {root}: folders that are none of the graph's {graph.classes} classes: "
+                         f"{some(skipped)}; rename or remove them, or build a graph with these classes")
     if len(skipped) == len(found):
-        raise ValueError(f"{flag} {root}: no folder bears the name of a seen class; there are {some(skipped)}")
+        raise ValueError(f"{flag} {root}: no folder bears the name of a seen class; there are "
+                         f"{some(skipped)}")
     real = os.path.realpath(root)
     rows = [(os.path.join(real, name), found[folder]) for name, folder in zip(names, folders)]
     used = [(path, label) for path, label in rows if label is not None]
-    files = Files([path for path, _ in used], [graph.names[label] for _, label in used], [os.path.basename(real)] * len(used))
-    return Folder(root, files, [label for _, label in used], skipped)
+    labels, domain = [label for _, label in used], os.path.basename(real)
+    files = Files([path for path, _ in used], [graph.names[label] for label in labels], [domain] * len(used))
+    return Folder(root, files, labels, skipped)
 
 
 def scan_sources(config: Config, graph: Graph, unseen: Sequence[int]) -> list[Folder]:
@@ -212,11 +222,12 @@ def scan_sources(config: Config, graph: Graph, unseen: Sequence[int]) -> list[Fo
     if not config.source or not config.target:
         raise ValueError("SRE-CLIP needs labelled and unlabelled images: give --source DIR [DIR ...] and --target DIR")
     seen = set(range(graph.classes)) - set(unseen)
-    folders = [scan_folder("--source", root, graph, read_folder_ids(config.folder_ids), seen) for root in config.source]
+    ids = read_folder_ids(config.folder_ids)
+    folders = [scan_folder("--source", root, graph, ids, seen) for root in config.source]
     for folder in folders:
         if folder.skipped and config.strict_source:
-            raise ValueError(f"--source {folder.root} holds folders that are no seen class: {some(folder.skipped)}; take "
-                             "them out, or leave out --strict-source")
+            raise ValueError(f"--source {folder.root} holds folders that are no seen class: {some(folder.skipped)}; "
+                             "take them out, or leave out --strict-source")
     return folders
 
 
@@ -226,8 +237,8 @@ def summary(sources: Sequence[Folder], targets: Sequence[Folder], graph: Graph, 
     for part, folders in (("source", sources), ("target", targets)):
         lines += [f"{part}   {len(folder.files)} images, {len(set(folder.labels))} classes ({folder.root})"
                   for folder in folders]
-    lines += [f"note     {folder.root}: {len(folder.skipped)} class folders outside the seen classes are not used: "
-              f"{some(folder.skipped)}" for folder in sources if folder.skipped]
+    lines += [f"note     {folder.root}: {len(folder.skipped)} class folders outside the seen classes are not "
+              f"used: {some(folder.skipped)}" for folder in sources if folder.skipped]
     labelled = {label for folder in sources for label in folder.labels}
     bare = [name for k, name in enumerate(graph.names[: graph.classes]) if k not in {*unseen, *labelled}]
     if bare:

@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).parent
-AUGMENTED = "tx_000000000000"  # Sketchy's unchanged images; its other tx_ folders hold shifted and scaled copies
-UD_CLASSES = 45  # U^dCDR queries the first 45 training classes, as listed (released code)
-UD_SHARE, UD_SHARE_QUICKDRAW = 0.25, 0.10  # of each class; quickdraw has many more images than other domains
+AUGMENTED = "tx_000000000000"  # Sketchy's unchanged images, beside folders of shifted and scaled copies
 
 
 @dataclass(frozen=True)
@@ -17,7 +15,7 @@ class Dataset:
     """A benchmark: its folders, its classes, and the numbers of images that it was published with."""
 
     title: str
-    domains: dict[str, tuple[str, ...]]  # domain: folders below the root that may hold it; the first that exists is taken
+    domains: dict[str, tuple[str, ...]]  # domain: folders below the root that may be it, the first is taken
     gallery: str
     seen: tuple[str, ...]  # domain of the validation queries: the first that is not held out
     train: str  # lists of `splits/`; what stands in `val` or `test` is no training class
@@ -32,7 +30,8 @@ class Dataset:
         """train, val and test classes, in the order of the lists."""
         val, test = class_list(self.val), class_list(self.test)
         others = {*val, *test}
-        splits = {"train": [name for name in class_list(self.train) if name not in others], "val": val, "test": test}
+        train = [name for name in class_list(self.train) if name not in others]
+        splits = {"train": train, "val": val, "test": test}
         assert tuple(map(len, splits.values())) == self.sizes, f"{self.title}: {[*map(len, splits.values())]}"
         return splits
 
@@ -49,7 +48,7 @@ def alias_list(name: str) -> dict[str, str]:
 
 
 def folder_key(name: str) -> str:
-    """A class name for comparison: case, spaces, punctuation and the way of writing accents (NFC) do not matter.
+    """A class name for comparison: case, spaces, punctuation and the writing of accents (NFC) do not matter.
 
     `t-shirt`, `t_shirt` and `T shirt` are one class. A name of punctuation alone stands for itself.
     """
@@ -65,7 +64,7 @@ def some(names: Iterable[str], count: int = 8) -> str:
 
 
 def compared(found: Mapping[str, tuple[int, int]], dataset: Dataset | None) -> list[str]:
-    """A line per domain, with its (images, classes) beside the published counts; counts inform and are never an error."""
+    """A line per domain: its (images, classes) beside the published counts, which inform and never refuse."""
     versions = dataset.versions if dataset else {}
     total = sum(images for images, _ in found.values())
     lines = []
@@ -85,23 +84,31 @@ def compared(found: Mapping[str, tuple[int, int]], dataset: Dataset | None) -> l
 
 # Images: DomainNet's own pages; Sketchy and TU-Berlin: what the downloads hold, and what papers write.
 DOMAINNET = Dataset(
-    "DomainNet", {name: (name,) for name in ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")},
+    "DomainNet",
+    {name: (name,) for name in ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")},
     "real", ("painting", "infograph"), "domainnet-train", "domainnet-val", "domainnet-test", (245, 55, 45),
-    versions={"original": dict(clipart=48837, infograph=53201, painting=75759, quickdraw=172500, real=175327, sketch=70386),
-              "cleaned": dict(clipart=48129, infograph=51605, painting=72266, quickdraw=172500, real=172947, sketch=69128)})
+    versions={"original": dict(clipart=48837, infograph=53201, painting=75759, quickdraw=172500, real=175327,
+                               sketch=70386),
+              "cleaned": dict(clipart=48129, infograph=51605, painting=72266, quickdraw=172500, real=172947,
+                              sketch=69128)})
 SKETCHY_FOLDERS = {
     "sketch": ("sketch", "256x256/sketch"),
-    "extended_photo": ("extended_photo", "EXTEND_image_sketchy", "256x256/extended_photo", "256x256/EXTEND_image_sketchy")}
-SKETCHY_VERSIONS = {"download": dict(sketch=75481, extended_photo=73002), "papers": dict(sketch=75471, extended_photo=73002)}
+    "extended_photo": ("extended_photo", "EXTEND_image_sketchy", "256x256/extended_photo",
+                       "256x256/EXTEND_image_sketchy")}
+SKETCHY_VERSIONS = {"download": dict(sketch=75481, extended_photo=73002),
+                    "papers": dict(sketch=75471, extended_photo=73002)}
 DATASETS = {
     "domainnet": DOMAINNET,
-    "sketchy/eccv": Dataset("Sketchy", SKETCHY_FOLDERS, "extended_photo", ("sketch",), "sketchy-all", "sketchy-val-eccv",
-                            "sketchy-test-eccv", (93, 11, 21), versions=SKETCHY_VERSIONS),
-    "sketchy/random": Dataset("Sketchy", SKETCHY_FOLDERS, "extended_photo", ("sketch",), "sketchy-all", "sketchy-val-random",
-                              "sketchy-test-random", (90, 10, 25), "mAP@all", versions=SKETCHY_VERSIONS),
-    "tuberlin": Dataset("TU-Berlin", {"sketches": ("sketches", "png"), "images": ("images", "ImageResized")}, "images",
-                        ("sketches",), "tuberlin-train", "tuberlin-val", "tuberlin-test", (200, 20, 30), "mAP@all",
-                        aliases={"sketches": "tuberlin-sketches", "images": "tuberlin-images"},
-                        versions={"download": dict(sketches=20000, images=204070),
-                                  "papers": dict(sketches=20000, images=204489)}),
+    "sketchy/eccv": Dataset(
+        "Sketchy", SKETCHY_FOLDERS, "extended_photo", ("sketch",), "sketchy-all", "sketchy-val-eccv",
+        "sketchy-test-eccv", (93, 11, 21), versions=SKETCHY_VERSIONS),
+    "sketchy/random": Dataset(
+        "Sketchy", SKETCHY_FOLDERS, "extended_photo", ("sketch",), "sketchy-all", "sketchy-val-random",
+        "sketchy-test-random", (90, 10, 25), "mAP@all", versions=SKETCHY_VERSIONS),
+    "tuberlin": Dataset(
+        "TU-Berlin", {"sketches": ("sketches", "png"), "images": ("images", "ImageResized")}, "images",
+        ("sketches",), "tuberlin-train", "tuberlin-val", "tuberlin-test", (200, 20, 30), "mAP@all",
+        aliases={"sketches": "tuberlin-sketches", "images": "tuberlin-images"},
+        versions={"download": dict(sketches=20000, images=204070),
+                  "papers": dict(sketches=20000, images=204489)}),
 }

@@ -15,23 +15,14 @@ from ..clip.tensorfile import regular_file
 from ..config import Config
 from ..images.batches import Files
 from ..sre.graph import duplicates
-from .datasets import (
-    DATASETS,
-    UD_CLASSES,
-    UD_SHARE,
-    UD_SHARE_QUICKDRAW,
-    Dataset,
-    alias_list,
-    class_list,
-    compared,
-    folder_key,
-    some,
-)
+from .datasets import DATASETS, Dataset, alias_list, class_list, compared, folder_key, some
 from .trees import Tree, match, merge_spellings, only_listed, scan
 
 __all__ = ["DOMAINNET_DOMAINS", "Protocol", "Test", "build", "class_list", "folder_split", "scan"]
 DOMAINNET_DOMAINS = tuple(DATASETS["domainnet"].domains)
-Choose = Callable[[str, int, list[str]], list[str]]  # (class, its place in the list, paths) -> some of the paths, in their order
+UD_CLASSES = 45  # U^dCDR queries the first 45 training classes, as listed (released code)
+UD_SHARE, UD_SHARE_QUICKDRAW = 0.25, 0.10  # of each class; quickdraw has more images than other domains
+Choose = Callable[[str, int, list[str]], list[str]]  # (class, its place in the list, paths) -> some paths
 
 
 @dataclass(frozen=True)
@@ -53,7 +44,8 @@ class Protocol:
     validation: Test | None
     tests: list[Test]
     gallery_domain: str
-    selected: tuple[str, str] | None = None  # gallery and metric of `validation` that choose the epoch (D5); None: the last
+    # The gallery and metric of `validation` that choose the epoch (D5); None: the last epoch is kept.
+    selected: tuple[str, str] | None = None
     notes: list[str] = field(default_factory=list)  # what was found and what is not used, for people
 
     def digests(self) -> dict[str, str]:
@@ -83,7 +75,7 @@ def drawn(paths: list[str], count: int, seed: str) -> list[str]:
 
 
 def released_order(paths: list[str], place: int) -> list[str]:
-    """The order in which the released code takes a class's files: numpy's permutation by the class's place (D7)."""
+    """The order in which the released code takes a class's files: numpy's permutation by its place (D7)."""
     return [paths[i] for i in np.random.RandomState(place).permutation(len(paths))]
 
 
@@ -113,20 +105,22 @@ def ud_sample(config: Config, domain: str) -> Choose:
 
 def thin(tree: Tree, per_class: int, seed: int) -> Tree:
     """At most `per_class` images of each class in each domain (0: all), drawn by seed."""
-    return {domain: {name: drawn(paths, min(len(paths), per_class or len(paths)), f"{seed}/thin/{domain}/{name}")
-                     for name, paths in classes.items()} for domain, classes in tree.items()}
+    def draw(domain: str, name: str, paths: list[str]) -> list[str]:
+        return drawn(paths, min(len(paths), per_class or len(paths)), f"{seed}/thin/{domain}/{name}")
+
+    return {domain: {name: draw(domain, name, paths) for name, paths in classes.items()}
+            for domain, classes in tree.items()}
 
 
-def assemble(config: Config, tree: Tree, splits: dict[str, list[str]], gallery: str, seen: str, metric: str = "mAP@200",
-             notes: list[str] | None = None) -> Protocol:
+def assemble(config: Config, tree: Tree, splits: dict[str, list[str]], gallery: str, seen: str, metric: str,
+             notes: list[str]) -> Protocol:
     """The protocol of a class split (train, val, test), a held-out query domain and a gallery domain."""
-    notes = [] if notes is None else notes
-    held_out = None if config.held_out == "none" else config.held_out
+    held_out, there = None if config.held_out == "none" else config.held_out, ", ".join(sorted(tree))
     for flag, domain in (("--held-out", held_out), ("--gallery", gallery), ("--seen", seen)):
         if domain is not None and domain not in tree:
-            raise ValueError(f"{flag} {domain}: no such domain in {config.data_root}; there are {', '.join(sorted(tree))}")
+            raise ValueError(f"{flag} {domain}: no such domain in {config.data_root}; there are {there}")
     if held_out == gallery:
-        raise ValueError(f"--held-out {held_out} is the gallery domain; hold out another one of {', '.join(sorted(tree))}")
+        raise ValueError(f"--held-out {held_out} is the gallery domain; hold out another one of {there}")
     if seen == held_out:
         raise ValueError(f"--seen {seen} is held out; name a source domain for the validation queries")
     train, val, test = splits["train"], splits["val"], splits["test"]
@@ -145,13 +139,17 @@ def assemble(config: Config, tree: Tree, splits: dict[str, list[str]], gallery: 
     else:
         kept = pick(tree, gallery, train, held_back(config, gallery))
         unseen = pick(tree, gallery, test)
-        tests.append(Test("UCDR", held_out, pick(tree, held_out, test), {"unseen": unseen, "mixed": unseen + kept}))
+        galleries = {"unseen": unseen, "mixed": unseen + kept}
+        tests.append(Test("UCDR", held_out, pick(tree, held_out, test), galleries))
         first = train[:UD_CLASSES]
-        ud_query, of_first = pick(tree, held_out, first, ud_sample(config, held_out)), set(first)
-        ud_gallery = pick(tree, gallery, first, ud_sample(config, gallery)) if config.ud_gallery == "trained" \
-            else kept.keep([i for i, name in enumerate(kept.classes) if name in of_first])  # D7
+        ud_query = pick(tree, held_out, first, ud_sample(config, held_out))
+        if config.ud_gallery == "trained":  # D7
+            ud_gallery = pick(tree, gallery, first, ud_sample(config, gallery))
+        else:
+            of_first = set(first)
+            ud_gallery = kept.keep([i for i, name in enumerate(kept.classes) if name in of_first])
         if config.ud_gallery == "trained" and not (ud_query and ud_gallery):
-            notes.append("note     UdCDR is left out: the released draw takes int(p n) images of a class, which is none here")
+            notes.append("note     UdCDR is left out: int(p n), the released draw from a class, is 0 here")
         else:
             tests.append(Test("UdCDR", held_out, ud_query, {"seen": ud_gallery}))
     for item in tests:
@@ -160,23 +158,25 @@ def assemble(config: Config, tree: Tree, splits: dict[str, list[str]], gallery: 
     trained, kept_paths = Files([], [], []), set(kept.paths)
     for domain in sources:
         files = pick(tree, domain, train)
-        trained += files.keep([i for i, path in enumerate(files.paths) if path not in kept_paths]) if domain == gallery else files
+        if domain == gallery:
+            files = files.keep([i for i, path in enumerate(files.paths) if path not in kept_paths])
+        trained += files
     present = set(trained.classes)
     names = [name for name in train if name in present]
     if len(names) < 2:
-        raise ValueError(f"{config.data_root}: {len(names)} training classes have images in {', '.join(sources)}; at least two "
-                         "are needed")
-    validation, selected = select(config, tests, Test("validation", seen, pick(tree, seen, val),
-                                                      {"unseen": pick(tree, gallery, val)}), metric, notes)
+        raise ValueError(f"{config.data_root}: {len(names)} training classes have images in "
+                         f"{', '.join(sources)}; at least two are needed")
+    of_val = Test("validation", seen, pick(tree, seen, val), {"unseen": pick(tree, gallery, val)})
+    validation, selected = select(config, tests, of_val, metric, notes)
     if config.variant == "released" and config.prompt_length > 1:
-        notes.append(f"note     the released code cannot run with p = {config.prompt_length} (D16): here a class or domain has p "
-                     "rows, as the paper says")
+        notes.append(f"note     the released code cannot run with p = {config.prompt_length} (D16): here a "
+                     "class or domain has p rows, as the paper says")
     return Protocol(config.data_root, names, sources, trained, validation, tests, gallery, selected, notes)
 
 
 def select(config: Config, tests: list[Test], validation: Test, metric: str,
            notes: list[str]) -> tuple[Test | None, tuple[str, str] | None]:
-    """The queries, and the gallery and metric, by which the epoch is chosen (D5); a line when they cannot choose."""
+    """The queries, and the gallery and metric, that choose the epoch (D5); a line when they cannot choose."""
     if config.selection == "last":
         return None, None
     chosen = validation
@@ -184,14 +184,16 @@ def select(config: Config, tests: list[Test], validation: Test, metric: str,
         chosen = tests[0]
     elif config.selection == "test-ud":
         if tests[-1].protocol != "UdCDR":
-            raise ValueError("--selection test-ud: this protocol has no U^dCDR queries; choose test, validation or last")
+            raise ValueError("--selection test-ud: this protocol has no U^dCDR queries; choose test, "
+                             "validation or last")
         chosen = tests[-1]
     name = "mixed" if "mixed" in chosen.galleries else next(iter(chosen.galleries))
     chosen = replace(chosen, galleries={name: chosen.galleries[name]})
     check(chosen)
     classes = len(set(chosen.galleries[name].classes))
     if classes < 2:
-        notes.append(f"note     {classes} class cannot choose an epoch, since every ranking of it is right: the last is kept")
+        notes.append(f"note     {classes} class cannot choose an epoch, since every ranking of it is right: the "
+                     "last is kept")
         return chosen, None
     return chosen, (name, metric)
 
@@ -199,47 +201,56 @@ def select(config: Config, tests: list[Test], validation: Test, metric: str,
 def check(test: Test) -> None:
     where = f"{test.protocol} with queries of {test.query_domain}"
     if not len(test.query):
-        raise ValueError(f"{where}: no query left; the class split and the domain's folders have no class in common")
+        raise ValueError(f"{where}: no query left; the class split and the domain's folders have no class in "
+                         "common")
     for name, gallery in test.galleries.items():
         if not len(gallery):
-            raise ValueError(f"{where}: the {name} gallery is empty; the class split and its folders have no class in common")
+            raise ValueError(f"{where}: the {name} gallery is empty; the class split and its folders have no "
+                             "class in common")
 
 
 def folder_split(config: Config, tree: Tree) -> dict[str, list[str]]:
-    """train, val, test class names of a folder dataset: from --class-split, or 70/10/20 % drawn by --split-seed."""
+    """train, val, test classes of a folder dataset: of --class-split, or 70/10/20 % drawn by --split-seed."""
     present = sorted({name for classes in tree.values() for name in classes})
     if not config.class_split:
         order = random.Random(f"{config.split_seed}/classes").sample(present, len(present))
         if len(order) < 4:
-            raise ValueError(f"{config.data_root}: {len(order)} classes cannot be split in three; at least 4 are needed")
+            raise ValueError(f"{config.data_root}: {len(order)} classes cannot be split in three; at least 4 "
+                             "are needed")
         test, val = max(1, len(order) // 5), max(1, len(order) // 10)
-        return {"test": sorted(order[:test]), "val": sorted(order[test:test + val]), "train": sorted(order[test + val:])}
+        return {"test": sorted(order[:test]), "val": sorted(order[test:test + val]),
+                "train": sorted(order[test + val:])}
     try:
         data = json.loads(regular_file(config.class_split).read_text(encoding="utf-8"))
         aliases = {"train": ("train", "seen"), "val": ("val", "val_unseen"), "test": ("test", "unseen")}
         splits = {part: next(data[key] for key in keys if key in data) for part, keys in aliases.items()}
-        assert all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in splits.values())
+        assert all(isinstance(names, list) for names in splits.values())
+        assert all(isinstance(name, str) for names in splits.values() for name in names)
     except (OSError, ValueError, TypeError, StopIteration, AssertionError, RecursionError):
-        raise ValueError(f"--class-split {config.class_split}: expected a JSON file with lists of class names under train (or "
-                         "seen), val (or val_unseen) and test (or unseen)") from None
+        raise ValueError(f"--class-split {config.class_split}: expected a JSON file with lists of class names "
+                         "under train (or seen), val (or val_unseen) and test (or unseen)") from None
     everything = [folder_key(name) for names in splits.values() for name in names]
     if twice := duplicates(everything):
-        raise ValueError(f"--class-split {config.class_split}: {some(sorted(twice), 5)} stand in more than one part, or twice "
-                         "in one")
+        raise ValueError(f"--class-split {config.class_split}: {some(sorted(twice), 5)} stand in more than one "
+                         "part, or twice in one")
     spelt = {folder_key(name): name for name in present}
     missing = sorted(name for name in everything if folder_key(name) not in spelt)
     if missing:
-        raise ValueError(f"--class-split {config.class_split}: no folder in {config.data_root} for {some(missing, 5)}")
+        raise ValueError(f"--class-split {config.class_split}: no folder in {config.data_root} for "
+                         f"{some(missing, 5)}")
     return {part: [spelt[folder_key(name)] for name in names] for part, names in splits.items()}
 
 
 def build(config: Config) -> Protocol:
-    """The protocol of the config's dataset. Raises ValueError or FileNotFoundError when the data does not fit."""
+    """The protocol of the config's dataset; ValueError or FileNotFoundError when the data does not fit."""
     root, notes = config.data_root, list[str]()
-    row: Dataset | None = DATASETS.get(f"sketchy/{config.sketchy_split}" if config.dataset == "sketchy" else config.dataset)
-    for flag, given, where in (("--domains", " ".join(config.domains), "folder"), ("--file-lists", config.file_lists, "domainnet")):
+    sketchy = config.dataset == "sketchy"
+    row: Dataset | None = DATASETS.get(f"sketchy/{config.sketchy_split}" if sketchy else config.dataset)
+    for flag, given, where in (("--domains", " ".join(config.domains), "folder"),
+                               ("--file-lists", config.file_lists, "domainnet")):
         if given and config.dataset != where:
-            raise ValueError(f"{flag} {given} is for --dataset {where}, and this is {config.dataset}; leave the flag out")
+            raise ValueError(f"{flag} {given} is for --dataset {where}, and this is {config.dataset}; leave the "
+                             "flag out")
     if row is not None:
         splits = row.splits()
         gallery, seen = row.gallery, next(name for name in row.seen if name != config.held_out)
@@ -256,11 +267,11 @@ def build(config: Config) -> Protocol:
             tree = match(tree, sum(splits.values(), []), "the drawn data", notes, {})
         else:
             splits = folder_split(config, tree)
-        gallery = next((name for name in ("real", "photo", "photos", "images") if name in tree), sorted(tree)[0])
-        gallery = config.gallery or gallery
+        usual = ("real", "photo", "photos", "images")
+        gallery = config.gallery or next((name for name in usual if name in tree), sorted(tree)[0])
         seen = next((name for name in sorted(tree) if name not in (gallery, config.held_out)), gallery)
     counts = {domain: (sum(map(len, classes.values())), len(classes)) for domain, classes in tree.items()}
     notes += compared(counts, row)
     gallery, seen = config.gallery or gallery, config.seen or seen
-    metric = row.metric if row else "mAP@200"
-    return assemble(config, thin(tree, config.per_class, config.split_seed), splits, gallery, seen, metric, notes)
+    tree = thin(tree, config.per_class, config.split_seed)
+    return assemble(config, tree, splits, gallery, seen, row.metric if row else "mAP@200", notes)

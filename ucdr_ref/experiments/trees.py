@@ -1,4 +1,4 @@
-"""Folders of images as they come out of archives -> {domain: {class: paths}}, with a line for whatever is not used."""
+"""Folders as they come out of archives -> {domain: {class: paths}}, with a line for whatever is not used."""
 from __future__ import annotations
 
 import os
@@ -13,19 +13,22 @@ Tree = dict[str, dict[str, list[str]]]  # domain -> class -> sorted paths
 DEEP = "Did the archive unpack one level too deep?"
 
 
-def scan(root: str, domains: Mapping[str, Sequence[str]] | None = None, notes: list[str] | None = None) -> Tree:
-    """Images of `<root>/<domain>/<class>/*`, sorted: of all domain folders, or of those named, {domain: where it may lie}.
+def scan(root: str, domains: Mapping[str, Sequence[str]] | None = None,
+         notes: list[str] | None = None) -> Tree:
+    """Images of `<root>/<domain>/<class>/*`, sorted: of all domain folders, or of those in `domains`,
+    {domain: folders that may be it}.
 
-    Links are followed. `notes` gets a line for images that lie deeper, files with unknown endings, and Sketchy's augmented
-    copies, none of which are used. Raises FileNotFoundError for a missing root or domain, ValueError for a class folder
-    without images and a link to a folder that it lies in, naming them.
+    Links are followed. `notes` gets a line for images that lie deeper, files with unknown endings, and
+    Sketchy's augmented copies, none of which are used. Raises FileNotFoundError for a missing root or domain,
+    ValueError for a class folder without images and a link to a folder that it lies in, naming them.
     """
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"--data-root {root}: no such folder; expected <root>/<domain>/<class>/<image>")
+        raise FileNotFoundError(f"--data-root {root}: no such folder; expected "
+                                "<root>/<domain>/<class>/<image>")
     notes = [] if notes is None else notes
     top = (os.path.realpath(root),)
     present = contents(root)[2]
-    places = {name: locate(root, name, candidates, present) for name, candidates in domains.items()} \
+    places = {name: locate(root, candidates, present) for name, candidates in domains.items()} \
         if domains else {os.path.basename(path): path for path in present}
     tree: Tree = {}
     nested: list[str] = []
@@ -41,11 +44,13 @@ def scan(root: str, domains: Mapping[str, Sequence[str]] | None = None, notes: l
             within, (paths, others, folders) = enter(folder, above), contents(folder)
             deeper = images_below(folders, within)
             if not paths:
-                raise ValueError(f"{folder}: a class folder without images" + (f", but {deeper[0]} lies deeper" if deeper else "")
-                                 + "; fill it or remove it")
-            nested, unknown = nested + deeper, unknown + others
+                below = f", but {deeper[0]} lies deeper" if deeper else ""
+                raise ValueError(f"{folder}: a class folder without images{below}; fill it or remove it")
+            nested += deeper
+            unknown += others
             tree[domain][os.path.basename(folder)] = paths
-    for found, what in ((nested, "images lie deeper than <domain>/<class>/<image>"), (unknown, "files have unknown endings")):
+    for found, what in ((nested, "images lie deeper than <domain>/<class>/<image>"),
+                        (unknown, "files have unknown endings")):
         if found:
             notes.append(f"note     {len(found)} {what} and are not used, the first is {min(found)}")
     tree = {domain: classes for domain, classes in tree.items() if classes}
@@ -54,18 +59,17 @@ def scan(root: str, domains: Mapping[str, Sequence[str]] | None = None, notes: l
     return tree
 
 
-def locate(root: str, domain: str, candidates: Sequence[str], present: list[str]) -> str:
+def locate(root: str, candidates: Sequence[str], present: list[str]) -> str:
     """The first candidate that is a folder below the root."""
     for candidate in candidates:
         if os.path.isdir(path := os.path.join(root, *candidate.split("/"))):
             return path
-    there = some(map(os.path.basename, present)) or "none"
-    raise FileNotFoundError(f"{root}: no domain folder {' or '.join(map(repr, candidates))}"
-                            + (f" for {domain}" if candidates[0] != domain else "") + f"; there are {there}. {DEEP}")
+    wanted, there = " or ".join(map(repr, candidates)), some(map(os.path.basename, present)) or "none"
+    raise FileNotFoundError(f"{root}: no domain folder {wanted}; there are {there}. {DEEP}")
 
 
 def contents(folder: str) -> tuple[list[str], list[str], list[str]]:
-    """Sorted paths of the images, the other files and the folders in a folder; hidden names are passed over."""
+    """Sorted paths of the images, other files and folders in a folder; hidden names are passed over."""
     images: list[str] = []
     others: list[str] = []
     folders: list[str] = []
@@ -81,7 +85,7 @@ def contents(folder: str) -> tuple[list[str], list[str], list[str]]:
 
 
 def enter(folder: str, above: tuple[str, ...]) -> tuple[str, ...]:
-    """The real folders that `folder` lies in, with its own; ValueError when a link leads back into one of them."""
+    """The real folders that `folder` lies in, and its own; ValueError when a link leads back to one."""
     real = os.path.realpath(folder)
     if real in above:
         raise ValueError(f"{folder}: this link leads back to {real}, in which it lies; remove it")
@@ -103,8 +107,8 @@ def by_key(domain: str, classes: Mapping[str, list[str]], aliases: Mapping[str, 
     for name in classes:
         key = aliases.get(folder_key(name), folder_key(name))
         if key in found:
-            raise ValueError(f"domain {domain}: the folders {found[key]!r} and {name!r} are one class, as case and punctuation do "
-                             "not tell classes apart; join or rename them")
+            raise ValueError(f"domain {domain}: the folders {found[key]!r} and {name!r} are one class, as case "
+                             "and punctuation do not tell classes apart; join or rename them")
         found[key] = name
     return found
 
@@ -125,7 +129,8 @@ def merge_spellings(tree: Tree, notes: list[str]) -> Tree:
     return merged
 
 
-def match(tree: Tree, expected: Sequence[str], title: str, notes: list[str], aliases: Mapping[str, Mapping[str, str]]) -> Tree:
+def match(tree: Tree, expected: Sequence[str], title: str, notes: list[str],
+          aliases: Mapping[str, Mapping[str, str]]) -> Tree:
     """The tree with folders renamed to the benchmark's class names; other folders are left out, with a line.
 
     aliases: {domain: {folder: class}}. Raises ValueError with the names, of each domain, that have no folder.
@@ -143,19 +148,20 @@ def match(tree: Tree, expected: Sequence[str], title: str, notes: list[str], ali
             sentence = f"no folder for {some(missing)}; folders that are no class: {some(strange) or 'none'}"
             problems.setdefault(sentence, []).append(domain)
         elif strange:
-            notes.append(f"note     {domain}: folders that are no class of {title} are not used: {some(strange)}")
+            notes.append(f"note     {domain}: folders that are no class of {title} are not used: "
+                         f"{some(strange)}")
         renamed[domain] = {name: classes[found[key]] for key, name in keys.items() if key in found}
     if problems:
         told = [f"{title}, domain {', '.join(domains)}: {sentence}" for sentence, domains in problems.items()]
-        raise ValueError(". ".join(told) + f". {DEEP}")
+        raise ValueError(". ".join(told) + ("" if all(renamed.values()) else f". {DEEP}"))
     return renamed
 
 
 def only_listed(tree: Tree, root: str, lists: str) -> Tree:
-    """The tree without the images that `<lists>/<domain>_{train,test}.txt` do not name (the cleaned DomainNet).
+    """The tree without images that `<lists>/<domain>_{train,test}.txt` do not name (the cleaned DomainNet).
 
-    A line is `<domain>/<class>/<image> <number>`. Raises FileNotFoundError for a missing list, ValueError for a line of another
-    form and for listed images that are not there.
+    A line is `<domain>/<class>/<image> <number>`. Raises FileNotFoundError for a missing list, ValueError for a
+    line of another form and for listed images that are not there.
     """
     kept: Tree = {}
     for domain, classes in tree.items():
@@ -163,12 +169,14 @@ def only_listed(tree: Tree, root: str, lists: str) -> Tree:
         for part in ("train", "test"):
             path = Path(lists) / f"{domain}_{part}.txt"
             if not path.is_file():
-                raise FileNotFoundError(f"--file-lists {lists}: no {path.name}; expected <domain>_train.txt and "
-                                        "<domain>_test.txt of every domain")
-            for number, line in enumerate(regular_file(path).read_text(encoding="utf-8").splitlines(), start=1):
+                raise FileNotFoundError(f"--file-lists {lists}: no {path.name}; expected <domain>_train.txt "
+                                        "and <domain>_test.txt of every domain")
+            lines = regular_file(path).read_text(encoding="utf-8").splitlines()
+            for number, line in enumerate(lines, start=1):
                 name, _, label = line.rpartition(" ")
                 if line and (not label.isdigit() or not name.startswith(f"{domain}/")):
-                    raise ValueError(f"{path}, line {number}: {line[:80]!r}; expected {domain}/<class>/<image> <number>")
+                    raise ValueError(f"{path}, line {number}: {line[:80]!r}; expected "
+                                     f"{domain}/<class>/<image> <number>")
                 wanted.add(name)
         wanted.discard("")
         start = len(os.path.join(root, ""))
@@ -179,6 +187,6 @@ def only_listed(tree: Tree, root: str, lists: str) -> Tree:
                 kept[domain][name] = here
             wanted.difference_update(names)
         if wanted:
-            raise ValueError(f"--file-lists {lists}: {len(wanted)} listed images of {domain} are not in {root}: "
-                             f"{some(sorted(wanted), 3)}")
+            raise ValueError(f"--file-lists {lists}: {len(wanted)} listed images of {domain} are not in "
+                             f"{root}: {some(sorted(wanted), 3)}")
     return kept

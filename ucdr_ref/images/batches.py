@@ -268,8 +268,8 @@ def chunks(count: int, size: int) -> list[range]:
 
 
 def balanced_batches(domain_ids: Sequence[int], batch: int, seed: int, epoch: int) -> list[list[int]]:
-    """Domain-balanced order of one epoch: as many batches as the smallest domain allows, each with as many images
-    per domain.
+    """Domain-balanced order of one epoch: as many batches as the smallest domain allows, each with as many
+    images per domain.
 
     With s domains a batch holds (batch // s) * s images. Raises ValueError when the batch is smaller than the
     number of domains.
@@ -286,13 +286,16 @@ def released_batches(domain_ids: Sequence[int], sampled: int, batch: int, turn: 
     """The released order of the run's pass number `turn`, phase 1's passes counted first (D15).
 
     Each domain is shuffled once, with seed 0 whatever the run's. A stream takes sampled // s images of each of
-    the s domains in turn, going on in a domain where the pass before stopped and from its end to its beginning,
-    and is cut at `batch`. `sampled` is phase 2's batch in both phases. Raises ValueError as `balanced_batches`.
+    the s domains in turn, going on in a domain where the pass before stopped and from its end to its start, and
+    is cut at `batch`. `sampled` is phase 2's batch in both phases. Raises ValueError as `balanced_batches` does.
     """
     members, share, rounds = domain_shares(domain_ids, sampled)
-    orders = [[indices[j] for j in np.random.RandomState(0).permutation(len(indices))] for indices in members.values()]
+    orders = []
+    for indices in members.values():
+        orders.append([indices[j] for j in np.random.RandomState(0).permutation(len(indices))])
     first = turn * rounds * share  # images taken of each domain before this pass
-    stream = [order[(first + g * share + k) % len(order)] for g in range(rounds) for order in orders for k in range(share)]
+    stream = [order[k % len(order)] for start in range(first, first + rounds * share, share)
+              for order in orders for k in range(start, start + share)]
     return [stream[start:start + batch] for start in range(0, len(stream), batch)]
 
 

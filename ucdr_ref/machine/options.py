@@ -32,17 +32,19 @@ class Shared:
     domains: Annotated[tuple[str, ...], "DOMAIN", "folder datasets: domain folders to use, gallery and held-out one included "
                                                   "(the smallest decides how long an epoch is); empty: all"] = ()
     class_split: Annotated[str, "FILE", "folder datasets: JSON with train, val and test class names; empty: drawn"] = ""
-    file_lists: Annotated[str, "DIR", "DomainNet: folder of <domain>_{train,test}.txt; only images that these name are used (the "
-                                      "cleaned set); empty: all"] = ""
+    file_lists: Annotated[str, "DIR", "DomainNet: folder of <domain>_{train,test}.txt; only images that these name "
+                                      "are used (the cleaned set); empty: all"] = ""
     split_seed: Annotated[int, "0 <= x", "seed of the data's split: classes, held-back images, samples"] = 0
     sketchy_split: Annotated[
         Literal["eccv", "random"], "Sketchy's test classes: 21 (ECCV 2018) or 25 (random)"] = "eccv"
-    holdback: Annotated[float, "0 <= x < 1", "share of each gallery-domain training class, at least one image, kept for "
-                                             "the mixed gallery and never trained on"] = 0.08
+    holdback: Annotated[
+        float, "0 <= x < 1", "share of each gallery-domain training class, at least one image, kept for the mixed "
+                             "gallery and never trained on"] = 0.08
     stroke_domains: Annotated[tuple[str, ...], "DOMAIN", "domains of dark strokes on white, colour-inverted everywhere "
                                                          "(D14)"] = ("sketch", "quickdraw", "sketches")
-    image_reading: Annotated[Literal["upright", "as-is"], "D19: images turned as EXIF says and composited over white, or "
-                                                          "opened as they are"] = "upright"
+    image_reading: Annotated[
+        Literal["upright", "as-is"], "D19: images turned as EXIF says and composited over white, or opened as they "
+                                     "are"] = "upright"
     bad_images: Annotated[Literal["error", "skip"], "unreadable images: stop at the first, or count and go on"] = "error"
     toy_images: Annotated[int, "1 <= x <= 10000", "images drawn per domain and class for --dataset toy"] = 20
     per_class: Annotated[int, "0 <= x", "use at most this many images per domain and class; 0: all"] = 0

@@ -18,7 +18,8 @@ def node_vectors(graph: Graph, clip: CLIP, source: str = "clip") -> Tensor:
 
     source "clip-classes": text features of the classes alone, and for an ancestor the mean over the classes below it,
     where a text tower knows the classes' names but no such words as `vertebrate`.
-    Raises ValueError for a node without a vector, two classes with identical vectors and parents, and a malformed file.
+    Raises ValueError for a node without a vector, two classes with identical vectors and parents, and a malformed
+    file.
     """
     if source == "clip":
         vectors = class_text_features(clip, graph.names).cpu()

@@ -16,8 +16,8 @@ class Options:
                                   "ones"] = ""
     unseen: Annotated[
         str, "FILE", "file with the unseen class names, one a line; empty: as marked in the class list"] = ""
-    folder_ids: Annotated[str, "FILE", "lines `folder nXXXXXXXX` for class folders that bear neither name nor WordNet id, or "
-                                       "WebVision's info folder; empty: none"] = ""
+    folder_ids: Annotated[str, "FILE", "lines `folder nXXXXXXXX` for class folders that bear neither name nor WordNet "
+                                       "id, or WebVision's info folder; empty: none"] = ""
     strict_source: Annotated[
         Literal[0, 1], "1: refuse a source with class folders outside the seen classes; 0: leave them out"] = 0
 

@@ -121,7 +121,8 @@ def read_classes(path: str | Path) -> list[ClassLine]:
 def build_graph(wordnet: WordNet, classes: Sequence[ClassLine]) -> Graph:
     """Hypernym closure: the classes in their order, then their ancestors breadth-first; edges in the children's order.
 
-    A class without an id takes the first noun sense of its name, one without a name the first word of its synset. Hypernyms of a synset follow its synset names' order.
+    A class without an id takes the first noun sense of its name, one without a name the first word of its synset.
+    Hypernyms of a synset follow its synset names' order.
     Raises ValueError that lists every class missing in WordNet, or two classes that are one synset.
     """
     ids = [line.id or wordnet.first_sense(line.name) for line in classes]
@@ -145,7 +146,8 @@ def build_graph(wordnet: WordNet, classes: Sequence[ClassLine]) -> Graph:
                 number[parent] = len(order)
                 order.append(parent)
             edges.append((child, number[parent]))
-    names = [re.sub(r"[_+]+", " ", line.name) or words[0] for line, words in zip(classes, lemmas)] + [words[0] for words in lemmas[len(classes):]]
+    given = [re.sub(r"[_+]+", " ", line.name) for line in classes]
+    names = [name or words[0] for name, words in zip(given, lemmas)] + [words[0] for words in lemmas[len(given):]]
     return Graph([f"n{offset:08d}" for offset in order], names, lemmas, edges, len(classes), wordnet.notice())
 
 

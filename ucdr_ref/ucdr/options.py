@@ -15,15 +15,15 @@ class Options:
     evaluation_features: Annotated[Literal["normalized", "raw"], "D3: features at test time"] = "normalized"
     train_normalization: Annotated[Literal["clip", "imagenet"], "D4: pixel mean and std in training"] = "clip"
     selection: Annotated[Literal["validation", "test", "test-ud", "last"],
-                         "D5: classes and queries that choose the best epoch; test, test-ud: those of UCDR, of U^dCDR; "
-                         "last: no choice"] = "validation"
+                         "D5: classes and queries that choose the best epoch; test, test-ud: those of UCDR, of "
+                         "U^dCDR; last: no choice"] = "validation"
     query_feature: Annotated[Literal["class", "patch"], "D6: the generator's query: class token, or first patch of a "
                                                         "sequence without one"] = "class"
     ud_gallery: Annotated[Literal["held-back", "trained"], "D7: U^dCDR gallery: images kept from training, or a draw of "
                                                            "those trained on"] = "held-back"
     triplet_distance: Annotated[Literal["squared", "plain"], "D8: squared or plain Euclidean"] = "squared"
-    triplet_mean: Annotated[Literal["batch", "paired"], "D17: L-triplet's mean over the batch, or over the images that have "
-                                                        "a pair"] = "batch"
+    triplet_mean: Annotated[
+        Literal["batch", "paired"], "D17: L-triplet's mean over the batch, or over the images that have a pair"] = "batch"
     momentum_start: Annotated[
         Literal["online", "random"], "D9: the momentum prompts start as a copy, or at random"] = "online"
     train_classes: Annotated[Literal["train", "train+val"], "D10: training classes, with the validation classes (as ProS) "
