@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -269,15 +270,16 @@ def test_accuracies_chunk_by_chunk_are_those_of_all_logits(unseen: list[int], mo
     anchors = torch.nn.functional.normalize(torch.randn(7, 8, generator=generator), dim=1)
     monkeypatch.setattr(classification, "CHUNK", 11)
     whole = {"baseline": torch.nn.functional.normalize(x, dim=1) @ anchors.T, "method": method.eval().logits(x)}
-    parts = {"baseline": classification.baseline_scores(target, anchors),
+    parts = {"baseline": classification.scores_of(partial(classification.baseline_logits, anchors), target),
              "method": classification.method_scores(method, target, torch.device("cpu"))}
     for name, scores in whole.items():
         expected = zero_shot_accuracy(scores, labels, unseen)
-        predicted = classification.predict(parts[name], 90, unseen)
+        predicted = classification.predict(parts[name], 90, 7, unseen)
         assert torch.equal(predicted.everywhere, scores.argmax(dim=1)), name
         assert classification.accuracies(predicted, labels, unseen, 7) == expected, name
     anchors[unseen] = 0  # prototypes of source images know no unseen class
-    predicted = classification.predict(classification.baseline_scores(target, anchors), 90, unseen)
+    scores = classification.scores_of(partial(classification.baseline_logits, anchors), target)
+    predicted = classification.predict(scores, 90, 7, unseen)
     found = classification.accuracies(predicted, labels, unseen, 7)
     assert found["instance"]["zsl"] is None and found["class"]["unseen"] == 0
     assert not set(predicted.everywhere.tolist()) & set(unseen)

@@ -56,6 +56,7 @@ class Stored(FeatureTable):
 
 def frozen_rows(config: Config, weights: Path, out: Path, device: torch.device) -> list[dict[str, Any]]:
     """Rows of zero-shot CLIP, subspace removal and closed form for the config's held-out domain."""
+    out.mkdir(parents=True, exist_ok=True)
     method = ZeroShot(load_clip(weights).to(device))
     kind = "inverted" if set(config.stroke_domains) - {"none"} else "as-is"
     key = f"{file_digest(weights)} {config.precision} {kind}"
