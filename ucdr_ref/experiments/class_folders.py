@@ -29,6 +29,8 @@ from ..sre.adapter import EPOCH, Batch, unseen_indices
 from ..sre.graph import Graph, canonical, duplicates, load_graph
 from ..sre.wordnet import read_classes
 from ..training.loop import Feed
+from .report import plain
+from .trees import Listing, with_gone
 
 SHIPPED = Path(__file__).parent.parent / "sre" / "graphs"
 
@@ -120,15 +122,15 @@ def folder_key(name: str) -> str:
     return canonical(name.replace("-", " "))
 
 
-def scan_folder(flag: str, root: str, graph: Graph) -> Folder:
-    """Lists `<root>/<class>/*` without opening an image.
+def scan_folder(flag: str, root: str, graph: Graph, before: Sequence[str] = ()) -> Folder:
+    """Lists `<root>/<class>/*` without opening an image. before: names that `trees.with_gone` may add.
 
     Raises FileNotFoundError for a missing folder, ValueError for one without images, images outside a class folder, and
     folders that are no class of the graph, which it lists.
     """
     if not os.path.isdir(root):
         raise FileNotFoundError(f"{flag} {root}: no such folder; expected <folder>/<class>/<image>")
-    names = [name for name, *_ in list_images(os.path.realpath(root))]
+    names = with_gone([name for name, *_ in list_images(os.path.realpath(root))], before)
     if stray := [name for name in names if os.path.dirname(name) == ""]:
         raise ValueError(f"{flag} {root}: {stray[0]} lies in no class folder; expected <folder>/<class>/<image>")
     folders, known = [name.split(os.sep)[0] for name in names], class_folders(graph)
@@ -141,11 +143,12 @@ def scan_folder(flag: str, root: str, graph: Graph) -> Folder:
     return Folder(root, Files(paths, [str(found[name]) for name in folders], [domain] * len(paths)))
 
 
-def scan_sources(config: Config, graph: Graph, unseen: Sequence[int]) -> list[Folder]:
+def scan_sources(config: Config, graph: Graph, unseen: Sequence[int], before: Listing | None = None) -> list[Folder]:
     """All `--source` folders; ValueError when there is none, or when unseen classes have labelled images."""
     if not config.source or not config.target:
         raise ValueError("SRE-CLIP needs labelled and unlabelled images: give --source DIR [DIR ...] and --target DIR")
-    folders = [scan_folder("--source", root, graph) for root in config.source]
+    folders = [scan_folder("--source", root, graph, (before or {}).get(f"source {i}", ()))
+               for i, root in enumerate(config.source)]
     hidden = {graph.names[k] for k in unseen}
     for folder in folders:
         if wrong := sorted(hidden & set(folder.files.classes)):
@@ -164,7 +167,7 @@ def summary(sources: Sequence[Folder], targets: Sequence[Folder], graph: Graph, 
     bare = [name for k, name in enumerate(graph.names[: graph.classes]) if k not in unseen and name not in labelled]
     if bare:
         lines.append(f"note     seen classes without a source image: {', '.join(bare)}")
-    return "\n".join(lines)
+    return "\n".join(map(plain, lines))
 
 
 def features(folders: Sequence[Folder], graph: Graph, clip: CLIP, config: Config, cache: Path,
@@ -186,7 +189,7 @@ def features(folders: Sequence[Folder], graph: Graph, clip: CLIP, config: Config
         label = dict(zip(folder.files.paths, folder.files.classes))
         found = [index.path(row) for row in range(len(index.paths))]
         parts.append(index.features)
-        skipped += len(index.skipped)
+        skipped += len(folder.files) - len(index.paths)
         paths += found
         labels += [number[label[path]] for path in found]
     found_features = Features(parts, paths, torch.tensor(labels), skipped)
