@@ -70,7 +70,7 @@ def run(argv: list[str] | None) -> None:
         print(json.dumps({"gallery": str(args.gallery), "images": len(index.paths), "skipped": index.skipped,
                           "cached": index.cached, "queries": results}))
     else:
-        print(f"{len(index.paths)} images in {args.gallery}{' (from the cache)' if index.cached else ''}"
+        print(f"{len(index.paths)} images in {plain(args.gallery)}{' (from the cache)' if index.cached else ''}"
               + (f", {len(index.skipped)} unreadable" if index.skipped else ""))
         for result in results:
             print(f"\n{plain(result['query'])}")
@@ -78,7 +78,8 @@ def run(argv: list[str] | None) -> None:
                 print(f"{rank:4d}  {hit['distance']:.4f}  {plain(hit['path'])}")
     if args.export:
         names = index.export(args.export)
-        print(f"{args.export}: {index.features.shape[0]} x {index.features.shape[1]} float32; paths in {names}", file=sys.stderr)
+        size = " x ".join(map(str, index.features.shape))
+        print(f"{plain(args.export)}: {size} float32; paths in {plain(names)}", file=sys.stderr)
     if args.out and results:
         sheet([(Shown(result["query"], "query"), [Shown(hit["path"], f"{hit['distance']:.3f}") for hit in result["results"]])
                for result in results], args.out)

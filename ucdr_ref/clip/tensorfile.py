@@ -236,7 +236,8 @@ def regular_file(path: str | os.PathLike[str], advice: str = "") -> Path:
         raise FileNotFoundError(f"{show(file)} does not exist{advice}") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{show(file)} cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    if not stat.S_ISREG(mode):
+    # The kernel's own files say that they are regular, and some of them never end.
+    if not stat.S_ISREG(mode) or os.path.realpath(file).startswith(("/proc/", "/sys/")):
         raise ValueError(f"{show(file)} is {'a directory' if stat.S_ISDIR(mode) else 'not a regular file'}{advice}")
     return file
 

@@ -18,6 +18,8 @@ STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "Half
             "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
 MAX_STEPS = 1_000_000  # instructions; ViT-L/14 needs about 15,000
 MAX_NAME, MAX_RANK = 300, 8
+MAX_SIZE, MAX_NESTING = 10_000_000, 64  # of what a pickle builds: values and characters, dicts in dicts; see `bounded`
+MAX_KEY = 2**53  # of a number as a key: larger ones can be chosen such that thousands have one hash
 
 LoadStorage = Callable[[str, torch.dtype, int], Tensor]
 
@@ -49,7 +51,7 @@ class Pickle:
         """The object that the program builds; reading stops behind its last instruction."""
         for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
             if opcode.name == "STOP":
-                return self.stack.pop()
+                return bounded(self.stack.pop())
             if count > MAX_STEPS:
                 raise FormatError(f"has a pickle of more than {MAX_STEPS} instructions")
             self.step(opcode.name, argument)
@@ -154,10 +156,35 @@ def is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
+def is_key(value: Any) -> bool:
+    return isinstance(value, int) and abs(value) < MAX_KEY
+
+
+def bounded(root: Any) -> Any:
+    """`root`; FormatError when it nests too deeply for the code that walks or prints it, or is too large for that.
+
+    What is reached several times counts as often, for so does whoever walks: sixty lists can print as 2^60 numbers.
+    """
+    todo, size = [iter((root,))], 0
+    while todo:
+        value = next(todo[-1], todo)  # the list of what is left stands for nothing
+        if value is todo:
+            todo.pop()
+            continue
+        size += 1 + (len(value) if isinstance(value, str) else 0)
+        if isinstance(value, dict):
+            todo.append(iter((*value.keys(), *value.values())))
+        elif isinstance(value, (list, tuple)):
+            todo.append(iter(value))
+        if size > MAX_SIZE or len(todo) > MAX_NESTING:
+            raise FormatError(f"has a pickle of more than {MAX_SIZE} values, or nested deeper than {MAX_NESTING}")
+    return root
+
+
 def add(target: Any, items: list[Any]) -> None:
     if isinstance(target, list):
         target.extend(items)
-    elif isinstance(target, dict) and all(isinstance(key, (str, int, float, bool, type(None))) for key, _ in items):
+    elif isinstance(target, dict) and all(key is None or isinstance(key, str) or is_key(key) for key, _ in items):
         target.update(items)  # plain keys only: hashing nested tuples can take forever
     else:
         raise FormatError("has a pickle that fills something other than a list or a dict with plain keys")

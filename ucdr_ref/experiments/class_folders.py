@@ -31,6 +31,8 @@ from ..sre.graph import Graph, canonical, duplicates, load_graph, require_classe
 from ..sre.wordnet import SYNSET_ID, ClassLine, read_classes
 from ..training.loop import Feed
 from .datasets import folder_key, some
+from .report import plain
+from .trees import Listing, with_gone
 
 SHIPPED = Path(__file__).parent.parent / "sre" / "graphs"
 
@@ -180,8 +182,10 @@ def read_folder_ids(path: str) -> dict[str, str]:
 
 
 def scan_folder(flag: str, root: str, graph: Graph, ids: Mapping[str, str] | None = None,
-                only: Collection[int] | None = None) -> Folder:
+                only: Collection[int] | None = None, before: Sequence[str] = ()) -> Folder:
     """Lists `<root>/<class>/*` (AwA2: `<root>/JPEGImages/<class>/*`) without opening an image.
+
+    before: names that `trees.with_gone` may add.
 
     ids: as `class_folders` has them. only: class indices; other folders are left out and stand in `skipped`.
     Raises FileNotFoundError for a missing folder, ValueError for one without images, images outside a class folder,
@@ -191,7 +195,7 @@ def scan_folder(flag: str, root: str, graph: Graph, ids: Mapping[str, str] | Non
         raise FileNotFoundError(f"{flag} {root}: no such folder; expected <folder>/<class>/<image>")
     if os.path.isdir(below := os.path.join(root, "JPEGImages")):
         root = below
-    names = [name for name, *_ in list_images(os.path.realpath(root))]
+    names = with_gone([name for name, *_ in list_images(os.path.realpath(root))], before)
     if stray := [name for name in names if os.path.dirname(name) == ""]:
         raise ValueError(f"{flag} {root}: {stray[0]} lies in no class folder; expected <folder>/<class>/<image>")
     known = class_folders(graph, ids or {})
@@ -214,7 +218,7 @@ def scan_folder(flag: str, root: str, graph: Graph, ids: Mapping[str, str] | Non
     return Folder(root, files, labels, skipped)
 
 
-def scan_sources(config: Config, graph: Graph, unseen: Sequence[int]) -> list[Folder]:
+def scan_sources(config: Config, graph: Graph, unseen: Sequence[int], before: Listing | None = None) -> list[Folder]:
     """All `--source` folders, without class folders outside the seen classes.
 
     ValueError when there is no source, and with --strict-source when there are such class folders.
@@ -223,7 +227,8 @@ def scan_sources(config: Config, graph: Graph, unseen: Sequence[int]) -> list[Fo
         raise ValueError("SRE-CLIP needs labelled and unlabelled images: give --source DIR [DIR ...] and --target DIR")
     seen = set(range(graph.classes)) - set(unseen)
     ids = read_folder_ids(config.folder_ids)
-    folders = [scan_folder("--source", root, graph, ids, seen) for root in config.source]
+    folders = [scan_folder("--source", root, graph, ids, seen, (before or {}).get(f"source {i}", ()))
+               for i, root in enumerate(config.source)]
     for folder in folders:
         if folder.skipped and config.strict_source:
             raise ValueError(f"--source {folder.root} holds folders that are no seen class: {some(folder.skipped)}; "
@@ -243,7 +248,7 @@ def summary(sources: Sequence[Folder], targets: Sequence[Folder], graph: Graph, 
     bare = [name for k, name in enumerate(graph.names[: graph.classes]) if k not in {*unseen, *labelled}]
     if bare:
         lines.append(f"note     seen classes without a source image: {some(bare)}")
-    return "\n".join(lines)
+    return "\n".join(map(plain, lines))
 
 
 def features(folders: Sequence[Folder], graph: Graph, clip: CLIP, config: Config, cache: Path,
@@ -265,7 +270,7 @@ def features(folders: Sequence[Folder], graph: Graph, clip: CLIP, config: Config
         found = [index.path(row) for row in range(len(index.paths))]
         used = [row for row, path in enumerate(found) if path in label]
         parts.append(index.features if len(used) == len(found) else index.features[used])
-        skipped += len(index.skipped)
+        skipped += len(folder.files) - len(used)
         paths += [found[row] for row in used]
         labels += [label[found[row]] for row in used]
     found_features = Features(parts, paths, torch.tensor(labels), skipped)

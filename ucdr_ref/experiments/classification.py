@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..clip.model import CLIP
+from ..clip.tensorfile import show
 from ..clip.zero_shot import ZeroShot, class_text_features
 from ..config import Config
 from ..images.features import prototypes
@@ -31,8 +32,10 @@ from . import class_folders
 from .class_folders import Features, Folder, features
 from .contract import Experiment, Method, Training
 from .page import classification_page as page
+from .report import plain
 from .report import write_classification as write_results
-from .run_folder import check_sizes
+from .run_folder import check_sizes, read_lines
+from .trees import Listing, below
 
 __all__ = ["build", "check", "evaluate", "page", "prepare", "rebuild", "table", "tested", "write_results"]
 
@@ -61,21 +64,32 @@ class Data:
                  for part, folders in (("source", self.sources), ("target", self.targets))}
         return {**lists, "graph": class_folders.graph_digest(self.graph, self.unseen)}
 
+    @property
+    def listing(self) -> Listing:
+        """The images' names below each folder, the sources' first."""
+        parts = {**{f"source {i}": folder for i, folder in enumerate(self.sources)}, "target": self.targets[0]}
+        return {part: below(os.path.realpath(folder.root), folder.files.paths) for part, folder in parts.items()}
 
-def prepare(config: Config) -> tuple[Config, Data]:
-    """Graph and folders; the drawn data is drawn first where it is absent. Raises ValueError or FileNotFoundError."""
+
+def prepare(config: Config, before: Listing | None = None) -> tuple[Config, Data]:
+    """Graph and folders; the drawn data is drawn first where it is absent. before: `trees.with_gone` takes it.
+
+    Raises ValueError or FileNotFoundError.
+    """
     if world() > 1:
         raise ValueError("--method sre-clip encodes each image once and then trains on features, for which one process is "
                          "enough: start it without torchrun")
     if config.dataset == "toy" and not config.source:
         config = class_folders.drawn(config)
     graph, unseen = class_folders.graph_and_unseen(config)
-    sources = class_folders.scan_sources(config, graph, unseen)
-    return config, Data(graph, unseen, sources, [target_folder(config, graph)])
+    before = before or {}
+    sources = class_folders.scan_sources(config, graph, unseen, before)
+    return config, Data(graph, unseen, sources, [target_folder(config, graph, before)])
 
 
-def target_folder(config: Config, graph: Graph) -> Folder:
-    return class_folders.scan_folder("--target", config.target, graph, class_folders.read_folder_ids(config.folder_ids))
+def target_folder(config: Config, graph: Graph, before: Listing) -> Folder:
+    ids = class_folders.read_folder_ids(config.folder_ids)
+    return class_folders.scan_folder("--target", config.target, graph, ids, before=before.get("target", ()))
 
 
 def build(config: Config, data: Data, clip: CLIP, device: torch.device) -> Experiment:
@@ -247,14 +261,19 @@ def test_score(method: SRECLIP, target: Features, device: torch.device, folder: 
     path = folder / SCORES
     # The log knows how many evaluations came before; later lines are of a run that was killed and has gone back.
     count = (folder / "log.jsonl").read_bytes().count(b'"validation_mAP"')
-    lines = path.read_text(encoding="utf-8").splitlines()[:count] if path.exists() else []
-    write_text_atomic(path, "".join(line + "\n" for line in [*lines, json.dumps(found)]))
+    lines = read_lines(path)[:count] if path.exists() else []
+    write_text_atomic(path, "".join(json.dumps(line) + "\n" for line in [*lines, found]))
     return found["instance"]["h"] or 0.0
 
 
 def best_scores(folder: Path) -> tuple[int, dict[str, dict[str, float | None]]]:
     """Number of test evaluations, and each metric's own maximum over them (S6)."""
-    lines = [json.loads(line) for line in (folder / SCORES).read_text(encoding="utf-8").splitlines()]
+    lines = read_lines(folder / SCORES)
+    try:
+        known = [line[average][name] for line in lines for average in ("instance", "class") for name in COLUMNS]
+        assert lines and all(value is None or type(value) in (int, float) for value in known)
+    except (KeyError, TypeError, AssertionError):
+        raise ValueError(f"{show(folder / SCORES)} does not hold accuracies as a training notes them; train again") from None
 
     def maximum(average: str, name: str) -> float | None:
         return max((line[average][name] for line in lines if line[average][name] is not None), default=None)
@@ -262,12 +281,12 @@ def best_scores(folder: Path) -> tuple[int, dict[str, dict[str, float | None]]]:
     return len(lines), {average: {name: maximum(average, name) for name in COLUMNS} for average in ("instance", "class")}
 
 
-def tested(config: Config, state: dict[str, Any]) -> Data:
+def tested(config: Config, state: dict[str, Any], before: Listing | None = None) -> Data:
     """What a run is evaluated on: the graph it was trained with, and the target images."""
     if world() > 1:
         raise ValueError("a run of sre-clip is evaluated by one process: start it without torchrun")
     graph = parse_graph(state["graph"])
-    return Data(graph, list(state["unseen_ids"]), [], [target_folder(config, graph)])
+    return Data(graph, list(state["unseen_ids"]), [], [target_folder(config, graph, before or {})])
 
 
 def evaluate(config: Config, data: Data, method: Any, state: dict[str, Any], folder: Path, device: torch.device,
@@ -292,10 +311,10 @@ def evaluate(config: Config, data: Data, method: Any, state: dict[str, Any], fol
         scores["sre-clip"] = method_scores(method, target, device)
     rows: list[dict[str, Any]] = []
     for name, parts in scores.items():
-        plain = predict(parts, len(target), len(names), unseen)
-        tried = {name: plain}
-        if plain.zsl:  # prototypes know no unseen class: nothing to calibrate
-            tried[f"{name}, calibrated"] = plain.calibrated(config.sre_kappa)
+        as_is = predict(parts, len(target), len(names), unseen)
+        tried = {name: as_is}
+        if as_is.zsl:  # prototypes know no unseen class: nothing to calibrate
+            tried[f"{name}, calibrated"] = as_is.calibrated(config.sre_kappa)
         for title, predicted in tried.items():
             details = {"predicted": predicted, "labels": target.labels, "names": names, "unseen": unseen}
             rows.append({"method": title, **about, **accuracies(predicted, target.labels, unseen, len(names)),
@@ -313,7 +332,7 @@ def table(rows: list[dict[str, Any]], config: Config) -> str:
         for average in ("instance", "class"):
             found = [row[average][name] for name in COLUMNS]
             values = "".join("        -" if value is None else f"{100 * value:9.2f}" for value in found)
-            lines.append(f"{row['method']:<25} {average:<9}{values}  {row['images']}, {row['classes']}")
+            lines.append(f"{plain(row['method']):<25} {average:<9}{values}  {row['images']}, {row['classes']}")
         if row["method"] == PROTOTYPES:
             lines.append("              (no text tower: nearest mean of source images, which knows no unseen class)")
         if "evaluations" in row:

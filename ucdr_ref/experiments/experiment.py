@@ -3,11 +3,11 @@
 A task is a module: `retrieval` for UCDR, `classification` for domain-adaptive zero-shot classification. A third one is a module with
 the same functions and an entry in `TASKS`:
 
-    prepare(config) -> config, data          scans the images of a training, draws the drawn ones
+    prepare(config, before) -> config, data  scans the images of a training, draws the drawn ones; data.listing are all of them
     build(config, data, clip, device)        -> Experiment
     check(config, state, path)               raises ValueError and the like for a checkpoint that rebuild could not take
     rebuild(config, clip, state, path, device)  -> the method of a checkpoint
-    tested(config, state) -> data            what a run is evaluated on, with `digests()`
+    tested(config, state, before) -> data    what a run is evaluated on, with `digests()`
     evaluate(config, data, method, state, folder, device, with_closed_form) -> rows
     table(rows, config) -> text;  write_results(rows, folder, about);  page(rows, log_lines, about) -> HTML
 """
@@ -32,7 +32,7 @@ from . import classification, retrieval
 from .contract import Method
 from .page import log_lines
 from .report import plain
-from .run_folder import describe, open_run, read_json, restore_state, versions
+from .run_folder import describe, first_gone, open_run, recorded_files, remembered, restore_state, versions
 
 TASKS = {"retrieval": retrieval, "classification": classification}
 
@@ -64,7 +64,8 @@ def train(config: Config, folder: Path, verify: bool = True, dry_run: bool = Fal
     weights or folder do not fit, Stopped after SIGINT or SIGTERM.
     """
     device = pick_device(config.device)
-    config, data = task_of(config).prepare(config)
+    before = remembered(folder) if config.bad_images == "skip" else {}
+    config, data = task_of(config).prepare(config, before)
     clip = load_tower(config, verify, device)
     torch.manual_seed(fold(config.seed, "initial values"))
     experiment = task_of(config).build(config, data, clip, device)
@@ -74,7 +75,8 @@ def train(config: Config, folder: Path, verify: bool = True, dry_run: bool = Fal
         return
     weights = file_digest(config.weights)
     with main_first():
-        held = open_run(folder, config, {"weights_sha256": weights, "files": experiment.files})
+        held = open_run(folder, config, {"weights_sha256": weights, "files": experiment.files, "versions": versions(device)},
+                        data.listing)
     with held:
         extra = describe(config, experiment.class_names, experiment.domain_names, weights)
         training = experiment.start(folder)
@@ -114,19 +116,20 @@ def evaluate(folder: Path, overrides: dict[str, Any], out: Path | None = None, o
     device = pick_device(overrides.get("device", "auto"))
     config, method, state = restore(folder, overrides, device, verify, other_weights)
     task = task_of(config)
-    data = task.tested(config, state)
+    data = task.tested(config, state, remembered(folder) if config.bad_images == "skip" else {})
     other = []
     if file_digest(config.weights) != state["weights_sha256"]:
         other.append("weights")
-    before = read_json(folder / "run.json")["files"]
+    before = recorded_files(folder)
     if changed := [name for name, digest in data.digests().items() if digest and before.get(name) != digest]:
         if not other_data:
-            raise ValueError(f"the image lists are not those that {folder} was trained with ({', '.join(changed)}); give the "
+            gone = first_gone(folder, data.listing)
+            raise ValueError(f"the image lists are not those that {folder} was trained with ({', '.join(changed)}){gone}; give the "
                              "run's own --data-root, --target or --class-split, or accept other data with --other-data")
         other.append("data")
     out = out or folder.joinpath(*(f"other-{what}" for what in other))
     rows = task.evaluate(config, data, method, state, folder, device, with_closed_form)
-    about = {"run": str(folder), "config": state["config"], "versions": versions(), "other": other,
+    about = {"run": str(folder), "config": state["config"], "versions": versions(device), "other": other,
              "weights_sha256": file_digest(config.weights), "files": data.digests()}
     out.mkdir(parents=True, exist_ok=True)
     task.write_results(rows, out, about)

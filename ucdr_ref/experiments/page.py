@@ -16,9 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..clip.tensorfile import show
 from ..metrics import search
 from .charts import escape, note, percent, shorten, svg_bars, svg_lines, svg_scatter, table
 from .report import LEGIBLE, confusion, confusion_picture, most_confused, thumbnail
+from .run_folder import read_lines
 
 POINTS, MAPPED_CLASSES = 600, 8  # of a map
 RANKS = 200  # of the precision curve
@@ -105,7 +107,12 @@ def classification_page(rows: Rows, log_lines: Iterable[str], about: Mapping[str
 def log_lines(run: Path) -> list[str]:
     """The lines of a run's log.jsonl; none when nothing was trained."""
     path = run / "log.jsonl"
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = read_lines(path) if path.exists() else []
+    for number, values in enumerate(lines, 1):
+        if not all(type(value) is str if key == "phase" else type(value) in (int, float) for key, value in values.items()) \
+                or "phase" not in values:
+            raise ValueError(f"{show(path)}, line {number}: not a phase and numbers, as a training logs them; name another --run")
+    return list(map(json.dumps, lines))
 
 
 # Sections

@@ -16,7 +16,7 @@ from ..config import Config
 from ..images.batches import Files
 from ..sre.graph import duplicates
 from .datasets import DATASETS, Dataset, alias_list, class_list, compared, folder_key, some
-from .trees import Tree, match, merge_spellings, only_listed, scan
+from .trees import Listing, Tree, match, merge_spellings, only_listed, restored, scan
 
 __all__ = ["DOMAINNET_DOMAINS", "Protocol", "Test", "build", "class_list", "folder_split", "scan"]
 DOMAINNET_DOMAINS = tuple(DATASETS["domainnet"].domains)
@@ -47,6 +47,7 @@ class Protocol:
     # The gallery and metric of `validation` that choose the epoch (D5); None: the last epoch is kept.
     selected: tuple[str, str] | None = None
     notes: list[str] = field(default_factory=list)  # what was found and what is not used, for people
+    listing: Listing = field(default_factory=dict)  # every image that was found
 
     def digests(self) -> dict[str, str]:
         """A digest of every file list, so that two runs can be seen to use the same images."""
@@ -241,8 +242,11 @@ def folder_split(config: Config, tree: Tree) -> dict[str, list[str]]:
     return {part: [spelt[folder_key(name)] for name in names] for part, names in splits.items()}
 
 
-def build(config: Config) -> Protocol:
-    """The protocol of the config's dataset; ValueError or FileNotFoundError when the data does not fit."""
+def build(config: Config, before: Listing | None = None) -> Protocol:
+    """The protocol of the config's dataset. before: `trees.restored` takes it.
+
+    Raises ValueError or FileNotFoundError when the data does not fit.
+    """
     root, notes = config.data_root, list[str]()
     sketchy = config.dataset == "sketchy"
     row: Dataset | None = DATASETS.get(f"sketchy/{config.sketchy_split}" if sketchy else config.dataset)
@@ -251,16 +255,17 @@ def build(config: Config) -> Protocol:
         if given and config.dataset != where:
             raise ValueError(f"{flag} {given} is for --dataset {where}, and this is {config.dataset}; leave the "
                              "flag out")
+    domains = row.domains if row is not None else {name: (name,) for name in config.domains}
+    tree, listing = restored(scan(root, domains, notes), root, before or {})
     if row is not None:
         splits = row.splits()
         gallery, seen = row.gallery, next(name for name in row.seen if name != config.held_out)
-        tree = scan(root, row.domains, notes)
         if config.file_lists:
             tree = only_listed(tree, root, config.file_lists)
         aliases = {domain: alias_list(name) for domain, name in row.aliases.items()}
         tree = match(tree, sum(splits.values(), []), row.title, notes, aliases)
     else:
-        tree = merge_spellings(scan(root, {name: (name,) for name in config.domains}, notes), notes)
+        tree = merge_spellings(tree, notes)
         if config.dataset == "toy":
             from ..demo.drawing import SPLIT
             splits = {part: list(SPLIT[part]) for part in ("train", "val", "test")}
@@ -273,5 +278,6 @@ def build(config: Config) -> Protocol:
     counts = {domain: (sum(map(len, classes.values())), len(classes)) for domain, classes in tree.items()}
     notes += compared(counts, row)
     gallery, seen = config.gallery or gallery, config.seen or seen
-    tree = thin(tree, config.per_class, config.split_seed)
-    return assemble(config, tree, splits, gallery, seen, row.metric if row else "mAP@200", notes)
+    metric = row.metric if row else "mAP@200"
+    protocol = assemble(config, thin(tree, config.per_class, config.split_seed), splits, gallery, seen, metric, notes)
+    return replace(protocol, listing=listing)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..clip.model import CLIP
+from ..clip.tensorfile import regular_file
 from ..clip.zero_shot import ZeroShot, normalised
 from ..config import Config
 from ..images.batches import STATISTICS, ImageDataset, augment, balanced_batches, load, released_batches
@@ -25,8 +26,10 @@ from .contract import Experiment, Method, Training
 from .page import retrieval_page as page
 from .protocols import Protocol
 from .ranking import FeatureTable, Rows, formed, rank, table, validation_score
+from .report import plain
 from .report import write_retrieval as write_results
 from .run_folder import check_sizes
+from .trees import Listing
 
 __all__ = ["build", "check", "evaluate", "prepare", "rebuild", "table", "tested", "write_results", "page"]
 
@@ -38,13 +41,13 @@ class Base(NamedTuple):
     encode: Callable[[Tensor], Tensor]
 
 
-def prepare(config: Config) -> tuple[Config, Protocol]:
-    """The protocol's file lists; the drawn data is drawn first where it is absent."""
+def prepare(config: Config, before: Listing | None = None) -> tuple[Config, Protocol]:
+    """The protocol's file lists; the drawn data is drawn first where it is absent. before: `trees.restored` takes it."""
     if config.dataset == "toy":
         from ..demo.drawing import write_dataset
         with main_first():
             write_dataset(config.data_root, per_class=config.toy_images)
-    return config, protocols.build(config)
+    return config, protocols.build(config, before)
 
 
 def build(config: Config, protocol: Protocol, clip: CLIP, device: torch.device) -> Experiment:
@@ -158,7 +161,7 @@ def summary(protocol: Protocol, method: Any) -> str:
         for phase in method.PHASES:
             count = sum(parameter.numel() for parameter in method.trainable(phase).values())
             lines.append(f"phase {phase}: {count:,} trainable parameters")
-    return "\n".join(lines)
+    return "\n".join(map(plain, lines))
 
 
 def class_anchors(config: Config, protocol: Protocol, zero_shot: Extractor) -> Tensor | None:
@@ -179,9 +182,9 @@ def class_anchors(config: Config, protocol: Protocol, zero_shot: Extractor) -> T
         features, kept = zero_shot.features(files)
         labels = torch.tensor([names.index(name) for name in files.keep(kept).classes])
         return prototypes([(features, labels)], len(names)).to(zero_shot.device)
-    try:
-        rows = torch.from_numpy(np.load(config.class_features, allow_pickle=False))
-    except (OSError, ValueError, TypeError, EOFError) as error:
+    try:  # mapped, so that a header which claims more than the file holds is found out before memory is taken
+        rows = torch.from_numpy(np.load(regular_file(config.class_features), "c", allow_pickle=False))
+    except (OSError, ValueError, TypeError, EOFError, OverflowError) as error:
         raise ValueError(f"--class-features {kind}: expected template, plain, prototypes or a .npy file of numbers "
                          f"({str(error).splitlines()[0]})") from None
     sound = rows.is_floating_point() and rows.shape == (len(names), e)
@@ -234,9 +237,9 @@ def cut(batch: Batch, phase: str, config: Config) -> list[tuple[Batch, float]]:
     return [(Batch(*part), len(part[0]) / b) for part in zip(*(rows.split(size) for rows in batch))]
 
 
-def tested(config: Config, state: dict[str, Any]) -> Protocol:
+def tested(config: Config, state: dict[str, Any], before: Listing | None = None) -> Protocol:
     """What a run is evaluated on."""
-    return prepare(config)[1]
+    return prepare(config, before)[1]
 
 
 def evaluate(config: Config, protocol: Protocol, method: Any, state: dict[str, Any], folder: Path, device: torch.device,

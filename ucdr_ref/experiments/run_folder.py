@@ -1,10 +1,12 @@
 """Run folders: what a run was made of, written before it starts, and checked when it is resumed or evaluated."""
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import platform
 import sys
+import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -19,28 +21,34 @@ from torch import Tensor
 from .. import __version__
 from ..clip.tensorfile import file_digest, regular_file, show, tidy
 from ..config import Config, differences, from_dict, to_json
-from ..machine.files import load_state, write_text_atomic
+from ..machine.files import in_place, load_state, write_atomic, write_text_atomic
 from ..machine.processes import is_main
 from ..training.journal import Misfit
+from .trees import Listing
 
+LISTING = "files.json.gz"
+MAX_LISTING = 1 << 28  # bytes of it, unpacked; DomainNet's 600,000 names take a tenth
 # May differ when a run is resumed, because the content behind a path is compared by its digest.
 PATHS = ("data_root", "class_split", "weights", "source", "target", "graph", "unseen")
 
 
-def versions() -> dict[str, str]:
+def versions(device: torch.device | None = None) -> dict[str, str]:
+    """What computes: packages, machine, and the run's GPU (None: the one that a run would take by itself)."""
+    gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
     return {"ucdr_ref": __version__, "python": platform.python_version(), "torch": torch.__version__,
             "torchvision": torchvision.__version__, "pillow": PIL.__version__,
             "machine": f"{platform.system()} {platform.machine()}",
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none", "threads": str(torch.get_num_threads())}
+            "gpu": torch.cuda.get_device_name(device) if gpu else "none", "threads": str(torch.get_num_threads())}
 
 
-def open_run(folder: Path, config: Config, about: dict[str, Any]) -> AbstractContextManager[object]:
-    """Makes the run folder, or checks that it belongs to this very config, and writes config.json and run.json.
+def open_run(folder: Path, config: Config, about: dict[str, Any], listing: Listing) -> AbstractContextManager[object]:
+    """Makes the run folder, or checks that it belongs to this very config, and writes config.json, run.json and the listing.
 
     Returns a context in which no other process can open the run. Data and weights may have moved, and --bad-images may change.
     Raises ValueError that lists the fields in which an existing run differs, names a folder that holds something else, or
     one in which another process trains.
     """
+    check_entries(folder)
     path = folder / "config.json"
     if path.exists():
         found = read_config(path)
@@ -52,16 +60,65 @@ def open_run(folder: Path, config: Config, about: dict[str, Any]) -> AbstractCon
         for key in ("weights_sha256", "files"):
             if before.get(key) != about.get(key):
                 what = "weights" if key == "weights_sha256" else "image files or class graph"
-                raise ValueError(f"{folder} was started with other {what} than there are now; name another --run, or delete "
-                                 "that folder to start anew")
+                gone = first_gone(folder, listing) if key == "files" else ""
+                raise ValueError(f"{folder} was started with other {what} than there are now{gone}; name another --run, or "
+                                 "delete that folder to start anew")
     elif folder.exists() and (not folder.is_dir() or any(folder.glob("[!.]*"))):  # a killed write leaves a hidden name
         raise ValueError(f"{folder} exists and is no run folder (it has no config.json); name another --run")
     folder.mkdir(parents=True, exist_ok=True)
     held = lock(folder)
     write_text_atomic(path, to_json(config))  # first: it makes this a run folder, whatever happens next
-    made_of = {"command": sys.argv, "versions": versions(), **about}
+    made_of = {"command": sys.argv, **about}
     write_text_atomic(folder / "run.json", json.dumps(made_of, indent=2) + "\n")
+    packed = gzip.compress(json.dumps(listing).encode(), compresslevel=6, mtime=0)
+    write_atomic(folder / LISTING, lambda file: file.write(packed))
     return held
+
+
+def remembered(folder: Path) -> Listing:
+    """The images that the run was started with, {} where an earlier version wrote the folder; ValueError in one sentence."""
+    path = folder / LISTING
+    if not path.exists():
+        return {}
+    try:
+        with gzip.open(regular_file(path)) as file:
+            content = file.read(MAX_LISTING + 1)
+        found = json.loads(content) if len(content) <= MAX_LISTING else None
+        if not (isinstance(found, dict) and all(isinstance(names, list) for names in found.values())
+                and all(isinstance(name, str) for names in found.values() for name in names)):
+            raise ValueError("no lists of names, or too large")
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
+        raise ValueError(f"{show(path)} is not the list of images that a run writes ({tidy(error)}); remove it") from None
+    return found
+
+
+def first_gone(folder: Path, listing: Listing) -> str:
+    """Part of a sentence: an image that the run was started with and that is gone, and what can be done."""
+    before = remembered(folder)
+    gone = sorted(name for part, names in listing.items() for name in set(before.get(part, ())).difference(names))
+    return f" ({len(gone)} are gone, the first is {show(Path(gone[0]))}: bring them back, or count images that were only " \
+           "removed as unreadable with --bad-images skip)" if gone else ""
+
+
+def recorded_files(folder: Path) -> dict[str, Any]:
+    """The digests of file lists in a run's run.json; ValueError in one sentence."""
+    path = folder / "run.json"
+    files = read_json(path).get("files")
+    if not isinstance(files, dict):
+        raise ValueError(f"{show(path)} lacks the digests of the run's file lists; name another --run")
+    return files
+
+
+def check_entries(folder: Path) -> None:
+    """ValueError for a link or a special file in a run folder: someone else's may hold any, and a run writes there.
+
+    The folder itself may be a link.
+    """
+    for entry in os.scandir(folder) if folder.is_dir() else ():
+        if not (entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False)):
+            kind = "a link" if entry.is_symlink() else "a special file"
+            raise ValueError(f"{show(Path(entry.path))} is {kind}, and a run folder holds files and folders of its own alone; "
+                             "replace it by a copy, remove it, or name another --run")
 
 
 def lock(folder: Path) -> AbstractContextManager[object]:
@@ -69,11 +126,8 @@ def lock(folder: Path) -> AbstractContextManager[object]:
     if os.name != "posix" or not is_main():
         return nullcontext()
     import fcntl  # not on Windows
-    path = folder / ".lock"
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise ValueError(f"{show(path)} is not a regular file; remove it, or name another --run")
     try:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "r+")
+        file = open(folder / ".lock", "a+b", opener=in_place)
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"another process is training in {folder}; wait until it ends, or name another --run") from None
@@ -104,6 +158,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line, but for a last line that was not finished; ValueError in one sentence."""
+    try:
+        text = regular_file(path).read_text(encoding="utf-8")
+        lines = [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]
+        if not all(isinstance(line, dict) for line in lines):
+            raise ValueError("a line is something else")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{show(path)} does not hold one JSON object a line ({tidy(error)}); name another --run") from None
+    return lines
+
+
 def describe(config: Config, class_names: list[str], domain_names: list[str], weights_sha256: str) -> dict[str, Any]:
     """What goes with a method's weights into every checkpoint."""
     return {"config": asdict(config), "class_names": class_names, "domain_names": domain_names,
@@ -116,6 +182,7 @@ def restore_state(folder: Path, overrides: dict[str, Any], other_weights: bool,
 
     Raises FileNotFoundError or ValueError when the folder holds no finished run, or the weights are not those of the run.
     """
+    check_entries(folder)
     path = folder / "best.pt"
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; train first: python train.py --run {folder}")

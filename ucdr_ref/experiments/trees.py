@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..clip.tensorfile import regular_file
@@ -10,6 +10,7 @@ from ..images.batches import ENDINGS
 from .datasets import AUGMENTED, folder_key, some
 
 Tree = dict[str, dict[str, list[str]]]  # domain -> class -> sorted paths
+Listing = dict[str, list[str]]  # folder -> sorted names of the images below it, which a run folder remembers
 DEEP = "Did the archive unpack one level too deep?"
 
 
@@ -57,6 +58,34 @@ def scan(root: str, domains: Mapping[str, Sequence[str]] | None = None,
     if not tree:
         raise ValueError(f"{root}: found no images in <domain>/<class>/*; {DEEP[0].lower()}{DEEP[1:]}")
     return tree
+
+
+def below(root: str, paths: Iterable[str]) -> list[str]:
+    start = len(os.path.join(root, ""))
+    return sorted(path[start:] for path in paths)
+
+
+def with_gone(names: list[str], before: Sequence[str]) -> list[str]:
+    """Sorted names with those of `before` that are gone from among them, as if they were there and not readable.
+
+    Only where nothing else has changed: no name is new, and every folder still holds an image.
+    """
+    folders = {os.path.dirname(name) for name in names}
+    gone = [name for name in set(before).difference(names) if os.path.dirname(name) in folders]
+    return sorted([*names, *gone]) if gone and set(names) <= set(before) else names
+
+
+def restored(tree: Tree, root: str, before: Listing) -> tuple[Tree, Listing]:
+    """A scanned tree with the images that are gone since `before`, by `with_gone`, and its own listing."""
+    names = below(root, (path for classes in tree.values() for paths in classes.values() for path in paths))
+    listed = with_gone(names, before.get("data", ()))
+    gone: dict[str, list[str]] = {}
+    for name in set(listed).difference(names):
+        path = os.path.join(root, name)
+        gone.setdefault(os.path.dirname(path), []).append(path)
+    tree = {domain: {label: sorted([*paths, *gone.get(os.path.dirname(paths[0]), ())]) for label, paths in classes.items()}
+            for domain, classes in tree.items()}
+    return tree, {"data": listed}
 
 
 def locate(root: str, candidates: Sequence[str], present: list[str]) -> str:

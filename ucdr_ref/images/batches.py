@@ -9,7 +9,6 @@ import hashlib
 import multiprocessing
 import os
 import signal
-import stat
 import sys
 import threading
 import warnings
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from ..clip.tensorfile import regular_file, tidy
 from ..clip.zero_shot import CLIP_MEAN, CLIP_STD, Transform
 from ..machine.processes import fold
 
@@ -76,8 +76,7 @@ def open_image(path: str, as_is: bool = False) -> Image.Image:
     Raises ValueError that names the file when it is not a readable image.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError("not a regular file")
+        regular_file(path)
         with warnings.catch_warnings():
             # Pillow's warning about size is an error below; broken EXIF is no reason to speak.
             warnings.simplefilter("ignore")
@@ -91,9 +90,8 @@ def open_image(path: str, as_is: bool = False) -> Image.Image:
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, ArithmeticError,
             AttributeError, MemoryError, RuntimeError, AssertionError, Image.DecompressionBombError) as error:
         # Pillow's decoders raise all of these on damaged files.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         name = os.fsencode(path)
-        raise ValueError(f"{name!r}: not a readable image ({reason}); remove it or run with --bad-images "
+        raise ValueError(f"{name!r}: not a readable image ({tidy(error)}); remove it or run with --bad-images "
                          "skip") from None
 
 

@@ -3,8 +3,10 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,7 +25,8 @@ class WriteError(OSError, ValueError):
 def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The dict of a file that `save_atomic` wrote: tensors on the CPU, numbers, text, lists, tuples and dicts.
 
-    Nothing in the file is executed; besides the tensors' content it may hold some 300,000 values. Raises FileNotFoundError, or
+    Nothing in the file is executed; besides the tensors' content it may hold some 300,000 values, which nest no deeper than
+    64. Raises FileNotFoundError, or
     ValueError with one sentence when it is broken or another file.
     """
     file = regular_file(path)
@@ -85,10 +88,12 @@ def write_atomic(path: str | os.PathLike[str], fill: Callable[[BinaryIO], object
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         for old in target.parent.glob(".*.tmp"):
-            if old.name.startswith(f".{target.name}.") and time.time() - old.stat().st_mtime > STALE_SECONDS:
-                old.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another process was faster
+                if old.name.startswith(f".{target.name}.") and time.time() - old.lstat().st_mtime > STALE_SECONDS:
+                    old.unlink()
+        temporary.unlink(missing_ok=True)  # of a killed process of this number, or a link that someone left here
         try:
-            with open(temporary, "wb") as file:
+            with open(temporary, "xb") as file:  # a new file: no link is followed
                 fill(file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -104,3 +109,16 @@ def write_atomic(path: str | os.PathLike[str], fill: Callable[[BinaryIO], object
     except OSError as error:
         raise WriteError(f"could not write {show(target)} ({error.strerror or error}); "
                          "what stood there before is untouched: free space or choose another folder") from error
+
+
+def in_place(path: str, flags: int) -> int:
+    """Opener, for `open`, of a file that is changed where it stands: it follows no link and waits for no FIFO.
+
+    Raises ValueError for a special file, and for one that has a second name, under which it is not the run's alone.
+    """
+    descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(descriptor)
+        raise ValueError(f"{show(Path(path))} is not a regular file with this one name; put a copy of it in its place")
+    return descriptor

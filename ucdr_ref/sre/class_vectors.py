@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..clip.model import CLIP
+from ..clip.tensorfile import regular_file
 from ..clip.zero_shot import class_text_features
 from .graph import Graph, canonical
 
@@ -88,7 +89,7 @@ def read_table(path: str | Path, wanted: set[str]) -> dict[str, Tensor]:
         raise FileNotFoundError(f"class vectors {path} do not exist; give clip, clip-classes or a file of `word v1 v2 ...` lines")
     table: dict[str, Tensor] = {}
     width = 0
-    with open(path, encoding="utf-8", errors="replace") as lines:
+    with open(regular_file(path), encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             fields = line.split()
             if not fields or (number == 1 and len(fields) == 2):

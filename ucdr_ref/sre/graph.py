@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..clip.tensorfile import regular_file
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -43,7 +45,7 @@ def load_graph(path: str | Path, class_names: Sequence[str] | None = None) -> Gr
         raise FileNotFoundError(f"graph {path} does not exist; build it with python -m ucdr_ref.sre.wordnet --wordnet DIR "
                                 "--classes FILE --out graph.json")
     try:
-        graph = parse_graph(json.loads(Path(path).read_text(encoding="utf-8")))
+        graph = parse_graph(json.loads(regular_file(path).read_text(encoding="utf-8")))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a class graph as ucdr_ref.sre.wordnet writes it ({type(error).__name__}: {error}); "
                          "build it again") from None

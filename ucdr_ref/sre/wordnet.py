@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
+from ..clip.tensorfile import regular_file
 from .graph import Graph, canonical, duplicates
 
 SYNSET_ID = re.compile(r"n\d{8}")
@@ -100,7 +101,7 @@ def read_classes(path: str | Path) -> list[ClassLine]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"class list {path} does not exist; give a text file with one class per line")
     try:
-        content = Path(path).read_text(encoding="utf-8")
+        content = regular_file(path).read_text(encoding="utf-8")
     except ValueError as error:
         raise ValueError(f"class list {path} is not UTF-8 text ({error})") from None
     lines: list[ClassLine] = []

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..clip.tensorfile import regular_file, show
 from ..machine import processes
-from ..machine.files import WriteError, load_state, save_atomic
+from ..machine.files import WriteError, in_place, load_state, save_atomic
 from ..machine.options import Shared
 from ..machine.processes import Stopped, is_main, memory_gib
 
@@ -210,7 +210,7 @@ def open_log(path: Path, size: int) -> Iterator[BinaryIO]:
         raise ValueError(f"{show(path)} holds {found} bytes, but last.pt beside it knows of {size}: bring the log back, or "
                          "delete that folder to start anew")
     try:
-        log = open(path, "ab", buffering=0)
+        log = open(path, "ab", buffering=0, opener=in_place)
         log.truncate(size)
     except OSError as error:
         raise unwritten(path, error) from error
