@@ -37,9 +37,18 @@ class Stored(FeatureTable):
     def __init__(self, extractor: Extractor, path: Path, key: str) -> None:
         super().__init__(extractor)
         self.path, self.key, self.cpu_seconds = path, key, 0.0
+        self.others: list[tuple[str, bool, Tensor]] = []  # strokes that were encoded the other way round
         if path.exists() and (state := load_state(path))["key"] == key:
-            self.rows |= zip(state["paths"], state["features"])
+            for file, inverted, row in zip(state["paths"], state["inverted"], state["features"]):
+                if inverted == self.inverted(file):
+                    self.rows[file] = row
+                else:
+                    self.others.append((file, inverted, row))
             self.cpu_seconds = state["cpu_seconds"]
+
+    def inverted(self, path: str) -> bool:
+        """Whether an image `<domain>/<class>/<image>` is colour-inverted (D14)."""
+        return Path(path).parts[-3] in self.extractor.options.stroke_domains
 
     def of(self, files: Files) -> tuple[Tensor, Files]:
         new = [i for i, path in enumerate(files.paths) if path not in self.rows]
@@ -47,9 +56,10 @@ class Stored(FeatureTable):
             before = time.process_time()
             super().of(files.keep(new[start:start + BLOCK]))
             self.cpu_seconds += time.process_time() - before
-            kept = [(path, row) for path, row in self.rows.items() if row is not None]
-            save_atomic({"key": self.key, "cpu_seconds": self.cpu_seconds, "paths": [path for path, _ in kept],
-                         "features": torch.stack([row for _, row in kept])}, self.path)
+            kept = [(path, self.inverted(path), row) for path, row in self.rows.items() if row is not None]
+            names, flags, rows = zip(*kept, *self.others)
+            save_atomic({"key": self.key, "cpu_seconds": self.cpu_seconds, "paths": list(names), "inverted": list(flags),
+                         "features": torch.stack(rows)}, self.path)
             print(f"{self.path.name}: {len(self.rows)} images, {self.cpu_seconds:.0f} CPU-s", flush=True)
         return super().of(files)
 
@@ -58,9 +68,8 @@ def frozen_rows(config: Config, weights: Path, out: Path, device: torch.device) 
     """Rows of zero-shot CLIP, subspace removal and closed form for the config's held-out domain."""
     out.mkdir(parents=True, exist_ok=True)
     method = ZeroShot(load_clip(weights).to(device))
-    kind = "inverted" if set(config.stroke_domains) - {"none"} else "as-is"
-    key = f"{file_digest(weights)} {config.precision} {kind}"
-    return rows_of({"zero-shot": Stored(Extractor(method, config, device), out / f"clip-{kind}.pt", key)}, config)
+    key = f"{file_digest(weights)} {config.precision}"
+    return rows_of({"zero-shot": Stored(Extractor(method, config, device), out / "clip.pt", key)}, config)
 
 
 def adapter_rows(folder: Path, device: torch.device, form: bool) -> list[dict[str, Any]]:
