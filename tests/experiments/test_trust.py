@@ -128,7 +128,8 @@ def anchors(kind: str, path: Path) -> None:
 @pytest.mark.parametrize("kind", ["zero", "complex", "integer", "huge", "fifo", "pickled", "big-endian"])
 def test_class_features_that_are_none_are_refused_without_a_hang(world, tmp_path, capsys, kind):
     anchors(kind, tmp_path / "a.npy")
-    refused(capsys, train.main(flags(world, tmp_path / "run", "--class-features", str(tmp_path / "a.npy"))), "--class-features", "a.npy")
+    given = flags(world, tmp_path / "run", "--class-features", str(tmp_path / "a.npy"))
+    refused(capsys, train.main(given), "--class-features", "a.npy")
     assert not (tmp_path / "run").exists()
 
 
@@ -167,7 +168,8 @@ def test_a_classifier_s_checkpoint_of_other_sizes_is_refused(legacy_sre, capsys,
     refused(capsys, evaluate.main(call(legacy_sre)), "best.pt", reason)
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"instance": 7}', "\udcff", "[" * 100_000, "", '{"instance": {"h": "\x1b"}}', None])
+@pytest.mark.parametrize("content", ["{", "[1]", '{"instance": 7}', "\udcff", "[" * 100_000, "",
+                                     '{"instance": {"h": "\x1b"}}', None])
 def test_test_scores_that_are_none_are_told_in_a_sentence(tmp_path, content):
     path = tmp_path / classification.SCORES
     if content is None:
@@ -191,8 +193,9 @@ def test_a_log_that_is_none_is_told_in_a_sentence_and_a_torn_line_left_out(tmp_p
 # Run folders of others
 
 
-@pytest.mark.parametrize("name", [".lock", "config.json", "run.json", "log.jsonl", "last.pt", "best.pt", "results.json", "nonfinite.json",
-                                  run_folder.LISTING, classification.SCORES, "features", "index", "other-data"])
+@pytest.mark.parametrize("name", [".lock", "config.json", "run.json", "log.jsonl", "last.pt", "best.pt", "results.json",
+                                  "nonfinite.json", run_folder.LISTING, classification.SCORES, "features", "index",
+                                  "other-data"])
 @pytest.mark.parametrize("kind", ["link", "dangling", "fifo"])
 def test_nothing_outside_a_run_folder_is_written_through_it(world, run, tmp_path, capsys, name, kind):
     victim = tmp_path / "victim"
@@ -278,7 +281,8 @@ def test_a_listing_of_another_folder_brings_nothing_back():
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", gzip.compress(b"["), gzip.compress(b"[1]"), gzip.compress(b'{"data": [1]}'),
-                                     gzip.compress(b"[" * 100_000), gzip.compress(b'{"data": []}')[:-9], gzip.compress(bytes(10_000))])
+                                     gzip.compress(b"[" * 100_000), gzip.compress(b'{"data": []}')[:-9],
+                                     gzip.compress(bytes(10_000))])
 def test_a_listing_that_is_none_is_told_in_a_sentence(tmp_path, monkeypatch, content):
     monkeypatch.setattr(run_folder, "MAX_LISTING", 5000 if len(content) < 100 else 1 << 20)
     (tmp_path / run_folder.LISTING).write_bytes(content)
@@ -311,8 +315,8 @@ def test_names_never_steer_a_terminal(world, tmp_path, capsys):
         (data / domain / "shape_4").rename(data / domain / f"four{ESC}")
     (data / "icon").rename(data / f"icon{ESC}")
     (data / "sketch" / f"six{ESC}" / "0.png").write_bytes(b"broken")
-    given = [*flags(world, tmp_path / f"run{ESC}", *CLIP_ONLY, "--data-root", str(data), "--bad-images", "skip"), "--class-split", ""]
-    assert train.main(given) == 0
+    given = [*CLIP_ONLY, "--data-root", str(data), "--bad-images", "skip", "--class-split", ""]
+    assert train.main(flags(world, tmp_path / f"run{ESC}", *given)) == 0
     photo = data / "photo" / f"six{ESC}" / "0.png"
     look = ["--gallery", str(data / "photo"), "--query", str(photo), "--k", "3", "--export", str(tmp_path / f"{ESC}.npy")]
     assert retrieve.main(call(tmp_path / f"run{ESC}", *look)) == 0

@@ -1,4 +1,4 @@
-"""Both methods on tensors that claim to be on a GPU and hold nothing: an operation that mixes devices raises. Forward passes only."""
+"""Both methods on tensors that claim to be on a GPU and hold nothing: what mixes devices raises. Forward passes only."""
 from __future__ import annotations
 
 import contextlib
@@ -32,15 +32,21 @@ aten = torch.ops.aten
 
 
 class Pretended(FakeTensorMode):
-    """Gives an answer where a value would decide: 1 for a number, two rows for what is found, all different for what is unique."""
+    """Gives an answer where a value would decide: 1 for a number, two places for `nonzero`, all rows for `unique`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers: dict[int, int] = {}  # {id of a tensor: another answer than 1}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten._local_scalar_dense.default:
-            return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
-        if func is aten.nonzero.default:
-            return torch.empty(2, args[0].dim(), dtype=torch.long, device=args[0].device)
-        if func is aten._unique2.default:
-            return torch.empty_like(args[0]), *(torch.empty(len(args[0]), dtype=torch.long, device=args[0].device),) * 2
+            return {torch.bool: True}.get(args[0].dtype, self.numbers.get(id(args[0]), 1.0 if args[0].is_floating_point() else 1))
+        if func in (aten.nonzero.default, aten._unique2.default):
+            with self:
+                if func is aten.nonzero.default:
+                    return torch.empty(2, args[0].dim(), dtype=torch.long, device=args[0].device)
+                number = torch.empty(len(args[0]), dtype=torch.long, device=args[0].device)
+                return torch.empty_like(args[0]), number, number.clone()
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
@@ -49,7 +55,7 @@ def values(x: Tensor) -> Any:
 
 
 @contextlib.contextmanager
-def pretended(*modules: nn.Module) -> Iterator[None]:
+def pretended(*modules: nn.Module) -> Iterator[Pretended]:
     """Within it, all parameters and buffers of the modules are on a GPU, and so is nothing else."""
     def moved(x: Tensor) -> Tensor:
         with mode:
@@ -58,13 +64,15 @@ def pretended(*modules: nn.Module) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         mode = Pretended()
         patch.setattr(Tensor, "tolist", values)
+        patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)  # else no autocast without a GPU
+        patch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
         for part in {id(part): part for module in modules for part in module.modules()}.values():
             for held in (part._parameters, part._buffers):
                 for name, value in held.items():
                     if value is not None:
                         held[name] = nn.Parameter(moved(value)) if held is part._parameters else moved(value)
         with mode, torch.no_grad():
-            yield
+            yield mode
 
 
 def on_gpu(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -131,14 +139,14 @@ def test_sre_clip_mixes_no_devices(clip, change, precision):
     config = replace(Config(sre_hidden=16, sre_bank=8, sre_batch=4, sre_warmup=0), **change)
     edges = [(0, 5), (1, 5), (2, 5), (3, 6), (4, 6)]
     method = sre.SRECLIP(clip, list("abcde"), torch.randn(7, 12), normalised_adjacency(edges, 7).to_dense(), [1], config)
-    with pretended(method), autocast(precision, CUDA):
+    with pretended(method) as mode, autocast(precision, CUDA):
         method.start("sre")
-        for filled in (False, True):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sre.TargetBank, "full", filled)
-                patch.setattr(sre.TargetBank, "rows", property(lambda bank: bank.store[:8]))
-                for term in method.step(sre.Batch(on_gpu(4, clip.embed_dim), ids(4), on_gpu(4, clip.embed_dim), 1), "sre").values():
-                    stays(term)
+        for rows in (2, 8):  # in the bank: it has room, it is full
+            mode.numbers |= {id(method.bank.count): rows, id(method.bank.pointer): 0}
+            assert method.bank.full == (rows == 8)
+            source, target = on_gpu(4, clip.embed_dim), on_gpu(4, clip.embed_dim)
+            for term in method.step(sre.Batch(source, ids(4), target, 1), "sre").values():
+                stays(term)
         stays(method.eval().logits(on_gpu(9, clip.embed_dim)), 9, 5)
         stays(method.encode(on_gpu(2, 3, 32, 32)), 2, 16)
 
@@ -150,6 +158,7 @@ def test_baselines_and_closed_forms_mix_no_devices(clip, precision):
     form, ridge = ClosedForm(torch.zeros(e), torch.zeros(e, 1), torch.zeros(e, e)), Ridge(torch.zeros(e, 12), torch.zeros(5, 12))
     method = ClosedFormAdapter(clip, plain.encode, form)
     with pretended(method, ridge), autocast(precision, CUDA):
+        assert (on_gpu(2, 2) @ on_gpu(2, 2)).dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         stays(plain.encode(on_gpu(2, 3, 32, 32)), 2, e)
         stays(method.encode(on_gpu(2, 3, 32, 32)), 2, e)
         stays(ridge.logits(on_gpu(3, e)), 3, 5)
