@@ -176,8 +176,10 @@ def bounded(root: Any) -> Any:
             todo.append(iter((*value.keys(), *value.values())))
         elif isinstance(value, (list, tuple)):
             todo.append(iter(value))
-        if size > MAX_SIZE or len(todo) > MAX_NESTING:
-            raise FormatError(f"has a pickle of more than {MAX_SIZE} values, or nested deeper than {MAX_NESTING}")
+        if size > MAX_SIZE:
+            raise FormatError(f"has a pickle of more than {MAX_SIZE} values and letters, each counted as often as it is there")
+        if len(todo) > MAX_NESTING:
+            raise FormatError(f"has a pickle that nests deeper than {MAX_NESTING}")
     return root
 
 
