@@ -83,19 +83,20 @@ def test_retrieve_from_index_to_sheet(run, world, tmp_path, capsys):
             "--workers", "0", "--cache", str(tmp_path / "cache")]
     assert retrieve.main([*call, "--out", str(tmp_path / "sheet.png")]) == 0
     text = capsys.readouterr().out
-    assert "48 images" in text and "from the cache" not in text and str(Path("shape_5") / "1.png") in text
+    assert "48 images" in text and "48 encoded now" in text and str(Path("shape_5") / "1.png") in text
     with Image.open(tmp_path / "sheet.png") as picture:
         assert picture.width > 300 and picture.height > 200
     assert retrieve.main([*call, "--json", "--export", str(tmp_path / "vectors.npy")]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert answer["cached"] and len(answer["queries"]) == 2
+    assert (answer["cached"], answer["encoded"]) == (48, 0) and len(answer["queries"]) == 2
     first = answer["queries"][0]["results"]
     assert first[0]["path"] == query and first[0]["distance"] == pytest.approx(0, abs=1e-3) and len(first) == 3
     assert [hit["distance"] for hit in first] == sorted(hit["distance"] for hit in first)
     assert np.load(tmp_path / "vectors.npy").shape == (48, 32)
     (gallery / "shape_5" / "2.png").unlink()
     assert retrieve.main([*call, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["cached"] is False  # a changed folder is encoded anew
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["images"], answer["cached"], answer["encoded"]) == (47, 47, 0)
 
 
 def test_class_features_take_the_place_of_text(world, tmp_path, capsys):
@@ -237,7 +238,8 @@ def test_evaluate_and_retrieve_explain_mistakes(run, world, tmp_path, capsys):
     gallery = ["--gallery", str(world / "data" / "photo")]
     refused(capsys, retrieve.main(["--run", str(run), *gallery]), "nothing to do")
     refused(capsys, retrieve.main(["--run", str(run), *gallery, "--query", str(tmp_path / "no.png")]), "no.png")
-    refused(capsys, retrieve.main(["--run", str(run), "--gallery", str(tmp_path / "no"), "--query", "a.png"]), "no such folder")
+    refused(capsys, retrieve.main(["--run", str(run), "--gallery", str(tmp_path / "no"), "--export",
+                                   str(tmp_path / "x.npy")]), "no such folder")
     (run.parent / "broken").mkdir()
     (run.parent / "broken" / "best.pt").write_bytes(b"PK\x03\x04 half a file")
     refused(capsys, evaluate.main(["--run", str(run.parent / "broken")]), "best.pt")
