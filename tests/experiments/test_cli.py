@@ -14,11 +14,12 @@ from PIL import Image
 import evaluate
 import retrieve
 import train
-from tests.helpers import flags, refused, tiny_state_dict, touch_images
+from tests.helpers import LONGER, flags, refused, same_runs, tiny_state_dict, touch_images
 from ucdr_ref.config import FIELDS, PRESETS, from_dict, resolve
 from ucdr_ref.experiments.class_folders import graph_and_unseen
 from ucdr_ref.experiments.protocols import DOMAINNET_DOMAINS, class_list
 from ucdr_ref.metrics import retrieval
+from ucdr_ref.ucdr.adapter import UCDRAdapter
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +222,37 @@ def test_changed_images_or_weights_are_noticed(world, tmp_path, capsys):
     torch.save(tiny_state_dict(1), tmp_path / "other.pt")
     refused(capsys, retrieve.main(["--run", str(tmp_path / "run"), "--gallery", str(data), "--query", "x.png", "--workers", "0",
                                  "--weights", str(tmp_path / "absent.pt")]), "absent.pt")
+
+
+def test_a_run_is_resumed_and_evaluated_after_its_data_moved(world, tmp_path, monkeypatch, capsys):
+    before, after = tmp_path / "before", tmp_path / "after"
+    shutil.copytree(world, before)
+    assert train.main(flags(before, tmp_path / "whole", *LONGER)) == 0
+    step, count = UCDRAdapter.step, 0
+
+    def stopping(self, *arguments):
+        nonlocal count
+        count += 1
+        if count == 7:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    monkeypatch.setattr(UCDRAdapter, "step", stopping)
+    assert train.main(flags(before, tmp_path / "run", *LONGER)) == 130
+    monkeypatch.undo()
+    before.rename(after)
+    assert train.main(flags(after, tmp_path / "run", *LONGER)) == 0
+    same_runs(tmp_path / "whole", tmp_path / "run", ignored=("data_root", "class_split", "weights"))
+    capsys.readouterr()
+    moved = ["--run", str(tmp_path / "whole"), "--workers", "0", "--out", str(tmp_path / "out")]
+    refused(capsys, evaluate.main(moved), "clip.pt", "--weights")
+    moved += ["--weights", str(after / "clip.pt")]
+    refused(capsys, evaluate.main(moved), "before", "no such folder")
+    moved += ["--data-root", str(after / "data")]
+    refused(capsys, evaluate.main(moved), "--class-split", "split.json")
+    assert evaluate.main([*moved, "--class-split", str(after / "split.json")]) == 0
+    rows = [json.loads((folder / "results.json").read_text())["rows"] for folder in (tmp_path / "whole", tmp_path / "out")]
+    assert rows[0] == rows[1]
 
 
 def test_evaluate_and_retrieve_explain_mistakes(run, world, tmp_path, capsys):
