@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ucdr_ref.config import FIELDS, add_arguments
 from ucdr_ref.experiments import experiment
+from ucdr_ref.experiments.run_folder import newest_run
 from ucdr_ref.machine.command import command
 from ucdr_ref.machine.options import MACHINE
 
@@ -16,8 +17,8 @@ MAY_DIFFER = (*MACHINE, "data_root", "target", "class_split", "weights", "bad_im
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
                                      epilog="A field that is not given is the run's own.")
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), metavar="DIR",
-                        help="folder of a finished run (default: %(default)s)")
+    parser.add_argument("--run", type=Path, metavar="DIR",
+                        help="folder of a finished run (default: the newest demonstration)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: the run folder)")
     parser.add_argument("--other-data", action="store_true", help="evaluate although the images are not those of the run")
     parser.add_argument("--other-weights", action="store_true", help="evaluate although the CLIP weights are not the run's")
@@ -30,7 +31,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(argv: list[str] | None) -> None:
     args = parse(argv)
     overrides = {name: value for name, value in vars(args).items() if name in FIELDS}
-    experiment.evaluate(args.run, overrides, args.out, args.other_data, args.other_weights, not args.no_verify,
+    experiment.evaluate(args.run or newest_run(), overrides, args.out, args.other_data, args.other_weights, not args.no_verify,
                         args.with_closed_form)
 
 

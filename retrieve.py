@@ -1,88 +1,81 @@
-"""Searches a folder of images by image: indexes it once with a run's model, prints the nearest paths, draws a contact sheet."""
+"""Searches a folder of images by image or text, with an index, vectors and a contact sheet."""
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import os
 import sys
 from pathlib import Path
 
-import torch
-
-from ucdr_ref.clip.tensorfile import file_digest
 from ucdr_ref.config import add_arguments
-from ucdr_ref.experiments.experiment import restore
-from ucdr_ref.experiments.report import Shown, plain, sheet
-from ucdr_ref.images.cache import build_index
-from ucdr_ref.images.features import Extractor
+from ucdr_ref.experiments import search
+from ucdr_ref.experiments.report import plain
+from ucdr_ref.experiments.run_folder import newest_run
 from ucdr_ref.machine.command import command
 from ucdr_ref.machine.options import MACHINE
-from ucdr_ref.machine.processes import pick_device
 
 MAY_DIFFER = (*MACHINE, "weights", "bad_images")
+INVERT = ("auto", "yes", "no")
+SEEN = "images of dark strokes on white are inverted; auto: those that look like it (default: auto)"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of a finished run")
-    parser.add_argument("--gallery", type=Path, required=True, help="folder of images to search, with all below it")
-    parser.add_argument("--query", nargs="*", default=[], metavar="IMG", help="query images")
-    parser.add_argument("--k", type=int, default=10, help="results per query")
-    parser.add_argument("--out", type=Path, metavar="SHEET.png", help="write a contact sheet of queries and results")
-    parser.add_argument("--export", type=Path, metavar="FILE.npy", help="write the gallery's vectors, and their paths beside it")
+    parser = argparse.ArgumentParser(
+        description=__doc__, usage="%(prog)s [flags]",
+        epilog="--weights without --run: CLIP as it is. Another field that is not given is the run's.")
+    parser.add_argument("--run", type=Path, metavar="DIR",
+                        help="folder of a finished run (default: the newest demonstration)")
+    parser.add_argument("--gallery", type=Path, metavar="DIR",
+                        help="folder of images to search, with all below it (default: the run's gallery)")
+    parser.add_argument("--query", nargs="+", default=[], metavar="IMG", help="query images (default: none)")
+    parser.add_argument("--text", nargs="+", default=[], metavar="TEXT",
+                        help="query texts as CLIP reads them, such as \"a red bus\" (default: none)")
+    parser.add_argument("--k", type=int, default=10, metavar="N", help="results per query (default: 10)")
+    parser.add_argument("--center", action="store_true",
+                        help="remove the mean of the gallery, and that of the queries' kind")
+    parser.add_argument("--queries-like", type=Path, metavar="DIR",
+                        help="for --center: images of the queries' kind (default: five queries or more)")
+    parser.add_argument("--out", type=Path, metavar="SHEET.png",
+                        help="write a contact sheet of the results (default: none)")
+    parser.add_argument("--export", type=Path, metavar="FILE.npy",
+                        help="write the gallery's vectors, and their paths beside it (default: none)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.add_argument("--invert-query", default="auto", choices=("auto", "yes", "no"),
-                        help="queries are dark strokes on white; auto: those that look like it")
-    parser.add_argument("--invert-gallery", default="auto", choices=("auto", "yes", "no"), help="the same for the gallery")
-    parser.add_argument("--cache", type=Path, help="where feature indexes are kept (default: RUN/index)")
-    parser.add_argument("--other-weights", action="store_true", help="search although the CLIP weights are not the run's")
-    parser.add_argument("--no-verify", action="store_true", help="load weights whose sha256 is not the published one")
+    parser.add_argument("--invert-query", default="auto", choices=INVERT, help=f"query {SEEN}")
+    parser.add_argument("--invert-gallery", default="auto", choices=INVERT, help=f"gallery {SEEN}")
+    parser.add_argument("--cache", type=Path, metavar="DIR",
+                        help="where indexes are kept (default: RUN/index; without a run, runs/index)")
+    parser.add_argument("--other-weights", action="store_true",
+                        help="search although the CLIP weights are not the run's")
+    parser.add_argument("--no-verify", action="store_true",
+                        help="load weights whose sha256 is not the published one")
     add_arguments(parser, MAY_DIFFER)
     return parser.parse_args(argv)
 
 
 def run(argv: list[str] | None) -> None:
     args = parse(argv)
-    if not args.query and not args.export:
-        raise ValueError("nothing to do: give --query IMG ..., --export FILE.npy, or both")
+    if not (args.query or args.text or args.export):
+        raise ValueError("nothing to do: give --query IMG ..., --text TEXT ... or --export FILE.npy")
     if args.k < 1:
         raise ValueError(f"--k {args.k}: expected at least 1")
-    device = pick_device(getattr(args, "device", "auto"))
     overrides = {name: getattr(args, name) for name in MAY_DIFFER if hasattr(args, name)}
-    config, method, _ = restore(args.run, overrides, device, not args.no_verify, args.other_weights)
-    model = [file_digest(args.run / "best.pt"), file_digest(config.weights), config.precision, args.invert_gallery]
-    key = hashlib.sha256(json.dumps(model).encode()).hexdigest()
-    encoder = Extractor(method, config, device).of_paths
-    index = build_index(args.gallery, encoder(args.invert_gallery), key, args.cache or args.run / "index", config.bad_images)
-    results = []
-    if args.query:
-        found = list(encoder(args.invert_query)(args.query))
-        indices = torch.cat([part for part, _ in found]).tolist() if found else []
-        missing = sorted(set(range(len(args.query))) - set(indices))
-        if missing:
-            raise ValueError(f"{os.fsencode(args.query[missing[0]])!r}: not a readable query image")
-        distances, rows = index.search(torch.cat([part for _, part in found]).cpu(), args.k)
-        for i, query in enumerate(args.query):
-            hits = zip(rows[i].tolist(), distances[i].tolist())
-            results.append({"query": query, "results": [{"path": index.path(row), "distance": d} for row, d in hits]})
-    if args.json:
-        print(json.dumps({"gallery": str(args.gallery), "images": len(index.paths), "skipped": index.skipped,
-                          "cached": index.cached, "queries": results}))
+    if args.run is None and "weights" in overrides:
+        if args.gallery is None:
+            raise ValueError("which images should be searched? give their folder as --gallery DIR")
+        model = search.clip_model(overrides, not args.no_verify)
+        cache = Path("runs", "index")
     else:
-        print(f"{len(index.paths)} images in {plain(args.gallery)}{' (from the cache)' if index.cached else ''}"
-              + (f", {len(index.skipped)} unreadable" if index.skipped else ""))
-        for result in results:
-            print(f"\n{plain(result['query'])}")
-            for rank, hit in enumerate(result["results"], 1):
-                print(f"{rank:4d}  {hit['distance']:.4f}  {plain(hit['path'])}")
-    if args.export:
-        names = index.export(args.export)
-        size = " x ".join(map(str, index.features.shape))
-        print(f"{plain(args.export)}: {size} float32; paths in {plain(names)}", file=sys.stderr)
-    if args.out and results:
-        sheet([(Shown(result["query"], "query"), [Shown(hit["path"], f"{hit['distance']:.3f}") for hit in result["results"]])
-               for result in results], args.out)
+        folder = args.run or newest_run()
+        model = search.run_model(folder, overrides, not args.no_verify, args.other_weights)
+        cache = folder / "index"
+    gallery = args.gallery or search.own_gallery(model.config)
+    found = search.search(model, gallery, args.query, args.text, args.k, args.cache or cache,
+                          args.invert_query, args.invert_gallery, args.center, args.queries_like)
+    if args.export:  # files before text: the reader of the text may go away
+        names = found.index.export(args.export)
+        rows, width = found.index.features.shape
+        print(f"{plain(args.export)}: {rows} x {width} float32; paths in {plain(names)}", file=sys.stderr)
+    if args.out and found.queries:
+        search.draw(found, args.out)
+    print(search.as_json(found) if args.json else search.as_text(found))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,15 +7,18 @@ from pathlib import Path
 
 from ucdr_ref.config import PRESETS, add_arguments, resolve
 from ucdr_ref.experiments import experiment
+from ucdr_ref.experiments.run_folder import default_run
 from ucdr_ref.machine.command import command
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]")
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), metavar="DIR",
-                        help="run folder; the same command again resumes it (default: %(default)s)")
-    parser.add_argument("--preset", metavar="NAME", help=f"a row of a published table: {', '.join(PRESETS)} (default: the "
-                                                         "dataset's own)")
+    parser.add_argument("--run", type=Path, metavar="DIR", help="run folder; the same command again resumes it (default: "
+                        "runs/demo; with --fast runs/fast; for sre-clip runs/sre-demo, runs/sre-fast)")
+    preset = parser.add_argument("--preset", metavar="NAME",
+                                 help="row of a published table, as --help-all lists them (default: the dataset's own)")
+    every = f"row of a published table: {', '.join(PRESETS)} (default: the dataset's own)"
+    preset.whole_help = every  # type: ignore[attr-defined]
     parser.add_argument("--fast", action="store_true", help="the demonstration in under a minute (default: the whole one)")
     parser.add_argument("--dry-run", action="store_true", help="print config, files, classes and trainable parameters, and stop")
     parser.add_argument("--no-verify", action="store_true", help="load weights whose sha256 is not the published one")
@@ -26,7 +29,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(argv: list[str] | None) -> None:
     args = parse(argv)
     config = resolve(vars(args), args.preset, args.fast)
-    experiment.train(config, args.run, verify=not args.no_verify, dry_run=args.dry_run)
+    folder = args.run or default_run(config.method, args.fast)
+    experiment.train(config, folder, verify=not args.no_verify, dry_run=args.dry_run)
 
 
 def main(argv: list[str] | None = None) -> int:

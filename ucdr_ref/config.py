@@ -3,10 +3,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from .machine.options import MACHINE, Shared
@@ -86,7 +88,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # What `--help` shows; `--help-all` shows everything.
 ESSENTIAL = ("method", "dataset", "data_root", "weights", "variant", "seed", "held_out", "gallery", "class_split", "bad_images",
-             "source", "target", "graph", "unseen", "device", "workers", "precision")
+             "source", "target", "graph", "device", "workers", "precision")
 
 
 class HelpAll(argparse.Action):
@@ -111,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser, names: Sequence[str] = ()) ->
             action = section.add_argument(
                 "--" + name.replace("_", "-"), type=str if field.kind is tuple else field.kind, default=argparse.SUPPRESS,
                 choices=field.choices or None, metavar=field.metavar or None, nargs="+" if field.kind is tuple else None,
-                help=text if names or name in ESSENTIAL else argparse.SUPPRESS)
+                help=text if name in ESSENTIAL else argparse.SUPPRESS)
             action.whole_help = text  # type: ignore[attr-defined]
 
 
@@ -146,7 +148,14 @@ def resolve(flags: Mapping[str, Any], preset: str | None = None, fast: bool = Fa
     if variant and merged["selection"] != "validation" and merged["dataset"] in ("sketchy", "tuberlin"):
         # D10: the released code holds the validation classes out of training on DomainNet alone.
         merged.setdefault("train_classes", "train+val")
-    return from_dict(merged)
+    config = from_dict(merged)
+    return replace(config, weights=located(config.weights))
+
+
+def located(weights: str) -> str:
+    """The path of weights; one beside the scripts where the current folder has no such file."""
+    beside = Path(__file__).parents[1] / weights
+    return str(beside) if os.path.exists(beside) and not os.path.exists(weights) else weights
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:

@@ -14,11 +14,12 @@ from PIL import Image
 import evaluate
 import retrieve
 import train
-from tests.helpers import flags, refused, tiny_state_dict, touch_images
+from tests.helpers import LONGER, flags, refused, same_runs, tiny_state_dict, touch_images
 from ucdr_ref.config import FIELDS, PRESETS, from_dict, resolve
 from ucdr_ref.experiments.class_folders import graph_and_unseen
 from ucdr_ref.experiments.protocols import DOMAINNET_DOMAINS, class_list
 from ucdr_ref.metrics import retrieval
+from ucdr_ref.ucdr.adapter import UCDRAdapter
 
 
 @pytest.fixture(scope="module")
@@ -83,19 +84,20 @@ def test_retrieve_from_index_to_sheet(run, world, tmp_path, capsys):
             "--workers", "0", "--cache", str(tmp_path / "cache")]
     assert retrieve.main([*call, "--out", str(tmp_path / "sheet.png")]) == 0
     text = capsys.readouterr().out
-    assert "48 images" in text and "from the cache" not in text and str(Path("shape_5") / "1.png") in text
+    assert "48 images" in text and "48 encoded now" in text and str(Path("shape_5") / "1.png") in text
     with Image.open(tmp_path / "sheet.png") as picture:
         assert picture.width > 300 and picture.height > 200
     assert retrieve.main([*call, "--json", "--export", str(tmp_path / "vectors.npy")]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert answer["cached"] and len(answer["queries"]) == 2
+    assert (answer["cached"], answer["encoded"]) == (48, 0) and len(answer["queries"]) == 2
     first = answer["queries"][0]["results"]
     assert first[0]["path"] == query and first[0]["distance"] == pytest.approx(0, abs=1e-3) and len(first) == 3
     assert [hit["distance"] for hit in first] == sorted(hit["distance"] for hit in first)
     assert np.load(tmp_path / "vectors.npy").shape == (48, 32)
     (gallery / "shape_5" / "2.png").unlink()
     assert retrieve.main([*call, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["cached"] is False  # a changed folder is encoded anew
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["images"], answer["cached"], answer["encoded"]) == (47, 47, 0)
 
 
 def test_class_features_take_the_place_of_text(world, tmp_path, capsys):
@@ -222,6 +224,37 @@ def test_changed_images_or_weights_are_noticed(world, tmp_path, capsys):
                                  "--weights", str(tmp_path / "absent.pt")]), "absent.pt")
 
 
+def test_a_run_is_resumed_and_evaluated_after_its_data_moved(world, tmp_path, monkeypatch, capsys):
+    before, after = tmp_path / "before", tmp_path / "after"
+    shutil.copytree(world, before)
+    assert train.main(flags(before, tmp_path / "whole", *LONGER)) == 0
+    step, count = UCDRAdapter.step, 0
+
+    def stopping(self, *arguments):
+        nonlocal count
+        count += 1
+        if count == 7:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    monkeypatch.setattr(UCDRAdapter, "step", stopping)
+    assert train.main(flags(before, tmp_path / "run", *LONGER)) == 130
+    monkeypatch.undo()
+    before.rename(after)
+    assert train.main(flags(after, tmp_path / "run", *LONGER)) == 0
+    same_runs(tmp_path / "whole", tmp_path / "run", ignored=("data_root", "class_split", "weights"))
+    capsys.readouterr()
+    moved = ["--run", str(tmp_path / "whole"), "--workers", "0", "--out", str(tmp_path / "out")]
+    refused(capsys, evaluate.main(moved), "clip.pt", "--weights")
+    moved += ["--weights", str(after / "clip.pt")]
+    refused(capsys, evaluate.main(moved), "before", "no such folder")
+    moved += ["--data-root", str(after / "data")]
+    refused(capsys, evaluate.main(moved), "--class-split", "split.json")
+    assert evaluate.main([*moved, "--class-split", str(after / "split.json")]) == 0
+    rows = [json.loads((folder / "results.json").read_text())["rows"] for folder in (tmp_path / "whole", tmp_path / "out")]
+    assert rows[0] == rows[1]
+
+
 def test_evaluate_and_retrieve_explain_mistakes(run, world, tmp_path, capsys):
     refused(capsys, evaluate.main(["--run", str(tmp_path / "nothing")]), "best.pt", "train first")
     wide = tiny_state_dict(embed_dim=48)
@@ -237,7 +270,8 @@ def test_evaluate_and_retrieve_explain_mistakes(run, world, tmp_path, capsys):
     gallery = ["--gallery", str(world / "data" / "photo")]
     refused(capsys, retrieve.main(["--run", str(run), *gallery]), "nothing to do")
     refused(capsys, retrieve.main(["--run", str(run), *gallery, "--query", str(tmp_path / "no.png")]), "no.png")
-    refused(capsys, retrieve.main(["--run", str(run), "--gallery", str(tmp_path / "no"), "--query", "a.png"]), "no such folder")
+    refused(capsys, retrieve.main(["--run", str(run), "--gallery", str(tmp_path / "no"), "--export",
+                                   str(tmp_path / "x.npy")]), "no such folder")
     (run.parent / "broken").mkdir()
     (run.parent / "broken" / "best.pt").write_bytes(b"PK\x03\x04 half a file")
     refused(capsys, evaluate.main(["--run", str(run.parent / "broken")]), "best.pt")

@@ -268,7 +268,12 @@ def save_picture(page: Image.Image, path: str | os.PathLike[str]) -> None:
 
 
 def thumbnail(file: str, size: int, inverted: bool = False) -> Image.Image:
-    """The whole image, centred on a square, as the model saw it; a crossed box where it cannot be read."""
+    """The whole image, centred on a square, as the model saw it; a crossed box where it cannot be read.
+
+    No path at all, as of a text, is an empty square.
+    """
+    if not file:
+        return Image.new("RGB", (size, size), "white")
     try:
         image = open_image(file)
     except ValueError:

@@ -9,7 +9,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..clip.tensorfile import file_digest, regular_file, show, tidy
-from ..config import Config, differences, from_dict, to_json
+from ..config import Config, differences, from_dict, located, to_json
 from ..machine.files import in_place, load_state, write_atomic, write_text_atomic
 from ..machine.processes import is_main
 from ..training.journal import Misfit
@@ -39,6 +39,28 @@ def versions(device: torch.device | None = None) -> dict[str, str]:
             "torchvision": torchvision.__version__, "pillow": PIL.__version__,
             "machine": f"{platform.system()} {platform.machine()}",
             "gpu": torch.cuda.get_device_name(device) if gpu else "none", "threads": str(torch.get_num_threads())}
+
+
+def default_run(method: str, fast: bool) -> Path:
+    """Where a training goes that names no --run: runs/demo, runs/fast, runs/sre-demo or runs/sre-fast."""
+    return Path("runs", ("sre-" if method == "sre-clip" else "") + ("fast" if fast else "demo"))
+
+
+def newest_run() -> Path:
+    """The default run that was finished last, for commands without --run; it is named on stderr.
+
+    Raises FileNotFoundError when the current folder has none.
+    """
+    folders = [default_run(method, fast) for method in ("ucdr-adapter", "sre-clip") for fast in (False, True)]
+    finished = [folder for folder in folders
+                if (folder / "results.json").exists() and (folder / "best.pt").exists()]
+    if not finished:
+        raise FileNotFoundError(f"no --run was given, and none of {', '.join(map(str, folders))} holds a finished "
+                                "run here; train first: python train.py")
+    newest = max(finished, key=lambda folder: (folder / "best.pt").stat().st_mtime)
+    if is_main():
+        print(f"{newest} (the newest of the default runs; --run names another)", file=sys.stderr)
+    return newest
 
 
 def open_run(folder: Path, config: Config, about: dict[str, Any], listing: Listing) -> AbstractContextManager[object]:
@@ -189,6 +211,7 @@ def restore_state(folder: Path, overrides: dict[str, Any], other_weights: bool,
     state = load_state(path)
     try:
         config = from_dict({**state["config"], **overrides})
+        config = replace(config, weights=located(config.weights))
         check_state(state)
         check(config, state, path)
     except Misfit:

@@ -1,0 +1,168 @@
+"""What a newcomer does: install, read --help, run the lines of the README and of docs/running.md one after another."""
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import retrieve
+import train
+from tests.helpers import refused, tiny_state_dict
+from ucdr_ref.config import resolve
+from ucdr_ref.experiments.run_folder import default_run, newest_run
+
+ROOT = Path(__file__).resolve().parents[2]
+NEEDS_DATA = "# needs data that is not shipped"  # the first line of such a block
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT.pop("PYTHONPATH", None)
+
+
+def blocks() -> list[str]:
+    """The shell blocks of both pages, in order; a command that goes on in the next line stands in one."""
+    text = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/running.md"))
+    return re.findall(r"^```bash\n(.*?)^```", text.replace("\\\n", " "), re.DOTALL | re.MULTILINE)
+
+
+def commands(fast: bool) -> list[str]:
+    """What can be run of the blocks, with the scripts and python of this checkout."""
+    found = []
+    for block in blocks():
+        if block.startswith(NEEDS_DATA):
+            continue
+        for line in block.splitlines():
+            line = line.removeprefix("pip install -r requirements.txt && ")  # .ci/run installs
+            if re.search(r"-m (pytest|tests\.killtest)", line):
+                continue  # .ci/run, tests/whole/test_killtest.py
+            if fast and " train.py" in line and "--fast" not in line:
+                line += " --fast"
+            found.append(re.sub(r"^python (\w+\.py)", rf"{shlex.quote(sys.executable)} {ROOT}/\1", line))
+    return found
+
+
+@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["fast", "whole"])
+def test_the_lines_of_the_docs_run_in_order_from_an_empty_folder(fast, tmp_path):
+    lines = commands(fast)
+    scripts = [line.split()[1].rsplit("/", 1)[-1] for line in lines]
+    assert scripts[:3] == ["train.py", "evaluate.py", "retrieve.py"] and any("sre-clip" in line for line in lines)
+    for line in lines:
+        done = subprocess.run(line, shell=True, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=1800)
+        assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
+    runs = {"fast", "sre-fast"} if fast else {"demo", "sre-demo"}
+    assert {path.name for path in (tmp_path / "runs").iterdir()} >= runs
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "data", "sheet.png", "gallery.npy", "gallery.paths.txt"}
+
+
+def test_blocks_that_need_data_say_so():
+    """Without the mark their commands would be run above; with it they must need something that is not shipped."""
+    marked = [block for block in blocks() if block.startswith(NEEDS_DATA)]
+    assert len(marked) == 4
+    for block in marked:
+        for line in block.splitlines()[1:]:
+            assert re.search(r"data/(mine|DomainNet|Sketchy|TUBerlin|3D2)|runs/mine|/usr/share/wordnet", line), line
+
+
+@pytest.mark.parametrize("script", [train, evaluate, retrieve], ids=lambda script: script.__name__)
+def test_help_fits_a_screen_and_tells_defaults(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def shown(flag: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            script.main([flag])
+        assert ended.value.code == 0
+        return capsys.readouterr().out
+
+    short, whole = shown("--help"), shown("--help-all")
+    assert len(short.splitlines()) <= 60 and max(map(len, short.splitlines())) <= 80
+    assert len(whole.splitlines()) > len(short.splitlines()) and "--micro-batch" in whole and "--micro-batch" not in short
+    for text in (short, whole):
+        for entry in re.split(r"\n(?=  -)", text)[1:]:
+            entry = re.split(r"\n\S", entry)[0]
+            takes_value = re.match(r"  --[\w-]+ \S", entry)
+            assert not takes_value or "(default:" in entry, entry
+
+
+def test_demonstrations_do_not_share_a_folder():
+    folders = [default_run(resolve({"method": method}, fast=fast).method, fast)
+               for method in ("ucdr-adapter", "sre-clip") for fast in (False, True)]
+    assert [folder.as_posix() for folder in folders] == ["runs/demo", "runs/fast", "runs/sre-demo", "runs/sre-fast"]
+
+
+def test_without_a_run_the_newest_finished_demonstration_is_taken(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, evaluate.main([]), "no --run was given", "train first: python train.py")
+    for age, name, files in ((40, "fast", ("best.pt", "results.json")), (30, "sre-demo", ("best.pt", "results.json")),
+                             (20, "demo", ("best.pt",)), (10, "elsewhere", ("best.pt", "results.json"))):
+        for file in files:
+            path = tmp_path / "runs" / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            os.utime(path, (1e9 - age, 1e9 - age))
+    assert newest_run() == Path("runs/sre-demo") and "runs/sre-demo" in capsys.readouterr().err
+    os.utime("runs/fast/best.pt", (1e9, 1e9))
+    assert newest_run() == Path("runs/fast")
+
+
+def test_weights_beside_the_scripts_serve_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Path(resolve({}).weights).samefile(ROOT / "weights" / "demo-clip.pt")
+    (tmp_path / "weights").mkdir()
+    torch.save(tiny_state_dict(), tmp_path / "weights" / "demo-clip.pt")
+    assert resolve({}).weights == "weights/demo-clip.pt"  # what lies here comes first
+    assert resolve({"weights": "weights/absent.pt"}).weights == "weights/absent.pt"
+
+
+USE = """
+import sys
+from importlib.resources import files
+import ucdr_ref
+from ucdr_ref.clip import tokenize
+from ucdr_ref.experiments.datasets import DATASETS, alias_list
+from ucdr_ref.sre.graph import load_graph
+assert tokenize(["a photo of a cat"])[0, :7].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407]
+assert all(dataset.splits() for dataset in DATASETS.values()) and alias_list("tuberlin-images")
+assert (files("ucdr_ref.clip") / "bpe_merges.LICENSE").is_file()
+assert len(load_graph(str(files("ucdr_ref.sre") / "graphs" / "toy.json")).names) == 197
+assert (files("ucdr_ref.sre") / "graphs" / "awa2.txt").is_file()
+print(ucdr_ref.__version__, ucdr_ref.__file__)
+"""
+
+
+def test_pip_installs_the_package_with_its_data(tmp_path):
+    if find_spec("setuptools") is None or find_spec("pip") is None:
+        pytest.skip("without setuptools and pip nothing can be built here; both would have to be downloaded")
+    copy, venv = tmp_path / "copy", tmp_path / "venv"
+    copy.mkdir()  # a build leaves folders where it runs
+    shutil.copytree(ROOT / "ucdr_ref", copy / "ucdr_ref", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "requirements.txt", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, copy / name)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    python = venv / "bin" / "python"
+    here = subprocess.run([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], check=True,
+                          capture_output=True, text=True).stdout.strip()
+    # PyTorch is not installed again: it is found where it is for the tests.
+    outside = {Path(torch.__file__).parents[1], Path(sysconfig.get_path("purelib"))}
+    Path(here, "outside.pth").write_text("".join(f"{path}\n" for path in outside))
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index",
+               "--no-build-isolation", str(copy)]
+    done = subprocess.run(install, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    shutil.rmtree(copy)
+    done = subprocess.run([str(python), "-c", USE], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert str(here) in done.stdout
+    installed = {path.relative_to(here).as_posix() for path in Path(here, "ucdr_ref").rglob("*")
+                 if path.is_file() and path.suffix != ".pyc"}
+    shipped = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ucdr_ref").rglob("*")
+               if path.is_file() and path.suffix != ".pyc"}
+    assert installed == shipped
+    assert not list(Path(here).glob("train*"))  # the scripts stay scripts

@@ -1,0 +1,240 @@
+"""Searching a folder of images with the features of a finished run, or of CLIP as it is.
+
+Queries are images or texts. The folder is encoded once (`images.cache`), under a key that holds all that
+shapes its features: digests of the weights that were loaded and of best.pt, precision, reading, inversion.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..clip.tensorfile import file_digest
+from ..clip.tokenizer import tokenize
+from ..clip.zero_shot import ZeroShot
+from ..config import Config, from_dict, located
+from ..images.cache import Index, build_index
+from ..images.features import Extractor
+from ..machine.processes import pick_device
+from ..ucdr.adapter import UCDRAdapter
+from ..ucdr.closed_form import center, centred
+from .contract import Method
+from .experiment import load_tower, restore
+from .report import Shown, plain, sheet
+
+FEW = 5  # queries whose mean tells something about their kind
+
+
+class Model(NamedTuple):
+    """What encodes images, and perhaps texts."""
+
+    title: str
+    config: Config
+    method: Method
+    device: torch.device
+    digests: tuple[str, ...]  # of the files it was made of
+
+
+@dataclass(frozen=True)
+class Hit:
+    path: str
+    distance: float
+    inverted: bool
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A query, which is the path of an image or a text, and its hits, nearest first."""
+
+    query: str
+    kind: str  # image or text
+    inverted: bool
+    results: list[Hit]
+
+
+@dataclass(frozen=True)
+class Search:
+    """A gallery and the answers to the queries. `index` holds the features that were searched."""
+
+    model: str
+    gallery: str
+    index: Index
+    inverted: int  # images of the gallery
+    centred: str  # which means were removed; empty: none
+    queries: list[Answer]
+
+
+def run_model(folder: Path, overrides: dict[str, Any], verify: bool = True,
+              other_weights: bool = False) -> Model:
+    """The best model of a finished run.
+
+    Raises as `experiment.restore`, and ValueError for a run with --sre-center 1.
+    """
+    device = pick_device(overrides.get("device", "auto"))
+    config, method, _ = restore(folder, overrides, device, verify, other_weights)
+    if config.sre_center:
+        raise ValueError(f"{folder} was trained with --sre-center 1, where features depend on the folder that "
+                         "an image came with: it cannot search; name another --run, or --weights alone for CLIP")
+    digests = file_digest(folder / "best.pt"), file_digest(config.weights)
+    return Model(f"run {folder}", config, method, device, digests)
+
+
+def clip_model(overrides: dict[str, Any], verify: bool = True) -> Model:
+    """Zero-shot CLIP of the weights in `overrides`. Raises as `load_clip`."""
+    config = from_dict({"method": "zero-shot", **overrides, "weights": located(overrides["weights"])})
+    device = pick_device(config.device)
+    method = ZeroShot(load_tower(config, verify, device))
+    digests = "", file_digest(config.weights)
+    return Model(f"zero-shot CLIP of {config.weights}", config, method, device, digests)
+
+
+def own_gallery(config: Config) -> Path:
+    """The folder that a run's own tests search; ValueError where the config does not name it."""
+    if config.target:
+        return Path(config.target)
+    domain = config.gallery or ("real" if config.dataset in ("toy", "domainnet") else "")
+    if not domain or not config.data_root:
+        raise ValueError("which images should be searched? give their folder as --gallery DIR")
+    return Path(config.data_root) / domain
+
+
+def encode_folder(model: Model, folder: Path, invert: str, cache: Path) -> tuple[Index, np.ndarray]:
+    """The index of a folder, and which of its images were inverted, bool [g]. Raises as `build_index`."""
+    config = model.config
+    made_of = [*model.digests, config.precision, config.image_reading, invert]
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+    encode = Extractor(model.method, config, model.device).of_paths(invert, flags=True)
+    index = build_index(folder, encode, key, cache, config.bad_images)
+    return replace(index, features=index.features[:, :-1]), index.features[:, -1] > 0
+
+
+def encode_images(model: Model, paths: Sequence[str], invert: str) -> tuple[Tensor, list[bool]]:
+    """Features [q, e] of query images and which were inverted; ValueError for one that cannot be read."""
+    encode = Extractor(model.method, model.config, model.device).of_paths(invert, flags=True)
+    found = list(encode(list(paths)))
+    indices = {int(i) for part, _ in found for i in part}
+    for i, path in enumerate(paths):
+        if i not in indices:
+            raise ValueError(f"{os.fsencode(path)!r}: not a readable query image")
+    rows = torch.cat([part for _, part in found]).cpu()
+    return rows[:, :-1], (rows[:, -1] > 0).tolist()
+
+
+def encode_texts(model: Model, texts: Sequence[str]) -> Tensor:
+    """CLIP's features [q, e] of the texts as they are, L2-normalised.
+
+    A trained adapter is searched by them too, since L-align pulled its features towards text. Raises
+    ValueError where features are elsewhere (SRE-CLIP, a closed form) or not of unit length, and without a
+    text tower.
+    """
+    method, clip = model.method, model.method.clip
+    if not isinstance(method, (ZeroShot, UCDRAdapter)) or model.config.evaluation_features != "normalized":
+        raise ValueError(f"the features of {model.title} do not lie, at unit length, in CLIP's space of images "
+                         "and texts, so --text cannot search them; name --weights alone for CLIP, or --query "
+                         "images")
+    clip.require_text()
+    with torch.no_grad():
+        ids = tokenize(list(texts), clip.context_length).to(model.device)
+        return F.normalize(clip.encode_text(ids).float(), dim=-1).cpu()
+
+
+def search(model: Model, gallery: Path, images: Sequence[str], texts: Sequence[str], k: int, cache: Path,
+           invert_query: str = "auto", invert_gallery: str = "auto", centre: bool = False,
+           like: Path | None = None) -> Search:
+    """The k nearest images of a gallery folder to each query image and text.
+
+    centre (transductive): the gallery loses its mean, images that of the unlabelled ones in the folder
+    `like`, or their own when they are FEW or more, and so do texts. Raises ValueError for fewer, and as
+    those above.
+    """
+    if centre and texts and len(texts) < FEW:
+        raise ValueError(f"--center needs {FEW} texts or more, to know their mean; got {len(texts)}")
+    if centre and images and like is None and len(images) < FEW:
+        raise ValueError("--center needs the mean of images like the queries: name a folder of such as "
+                         f"--queries-like DIR, or give {FEW} queries or more; got {len(images)}")
+    parts: list[Tensor] = []
+    asked: list[tuple[str, str, bool]] = []
+    about = ["the gallery less its mean"] if centre else []
+    if images:
+        found, flags = encode_images(model, images, invert_query)
+        if centre and like is not None:
+            others, _ = encode_folder(model, like, invert_query, cache)
+            about.append(f"query images less the mean of {len(others.paths)} images in {like}")
+            found = centred(found, center(rows(others)))
+        elif centre:
+            about.append(f"query images less the mean of these {len(images)}")
+            found = centred(found)
+        parts.append(found)
+        asked += [(path, "image", flag) for path, flag in zip(images, flags)]
+    if texts:
+        found = encode_texts(model, texts)
+        if centre:
+            about.append(f"texts less the mean of these {len(texts)}")
+            found = centred(found)
+        parts.append(found)
+        asked += [(text, "text", False) for text in texts]
+    index, inverted = encode_folder(model, gallery, invert_gallery, cache)
+    if centre:
+        index = replace(index, features=centred(rows(index)).numpy())
+    answers = []
+    if parts:
+        distances, nearest = index.search(torch.cat(parts), k)
+        for query, lengths, places in zip(asked, distances.tolist(), nearest.tolist()):
+            hits = [Hit(index.path(j), d, bool(inverted[j])) for j, d in zip(places, lengths)]
+            answers.append(Answer(*query, hits))
+    return Search(model.title, str(gallery), index, int(inverted.sum()), "; ".join(about), answers)
+
+
+def rows(index: Index) -> Tensor:
+    return torch.from_numpy(np.array(index.features))
+
+
+def draw(found: Search, path: Path) -> None:
+    """The contact sheet of the answers, inverted images as the model saw them. Raises as `report.sheet`."""
+    pictures = []
+    for answer in found.queries:
+        image = answer.kind == "image"
+        query = Shown(answer.query, "query", None, answer.inverted) if image else Shown("", answer.query)
+        hits = [Shown(hit.path, f"{hit.distance:.3f}", None, hit.inverted) for hit in answer.results]
+        pictures.append((query, hits))
+    sheet(pictures, path)
+
+
+def counts(found: Search) -> dict[str, int]:
+    """Images of the gallery: encoded now, out of the cache, unreadable, inverted."""
+    images, encoded = len(found.index.paths), found.index.encoded
+    return {"images": images, "encoded": encoded, "cached": images - encoded,
+            "skipped": len(found.index.skipped), "inverted": found.inverted}
+
+
+def as_json(found: Search) -> str:
+    return json.dumps({"model": found.model, "gallery": found.gallery, **counts(found),
+                       "unreadable": found.index.skipped, "centred": found.centred,
+                       "queries": [asdict(answer) for answer in found.queries]})
+
+
+def as_text(found: Search) -> str:
+    """What a terminal shows; names and texts without what does not print."""
+    number = counts(found)
+    told = {"encoded": "encoded now", "cached": "from the cache", "skipped": "unreadable",
+            "inverted": "inverted as strokes"}
+    notes = ", ".join(f"{number[name]} {words}" for name, words in told.items() if number[name])
+    lines = [plain(found.model), f"{number['images']} images in {plain(found.gallery)}: {notes}"]
+    if found.centred:
+        lines.append(f"centred (transductive): {plain(found.centred)}")
+    for answer in found.queries:
+        kind = " (text)" if answer.kind == "text" else " (inverted)" if answer.inverted else ""
+        lines += ["", plain(answer.query) + kind]
+        for rank, hit in enumerate(answer.results, 1):
+            mark = " (inverted)" if hit.inverted else ""
+            lines.append(f"{rank:4d}  {hit.distance:.4f}  {plain(hit.path)}{mark}")
+    return "\n".join(lines)
