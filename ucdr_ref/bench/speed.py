@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
@@ -34,10 +33,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import metrics
-from ..clip.model import CLIP
+from ..clip.model import random_clip
 from ..config import Config
 from ..experiments.protocols import class_list
 from ..experiments.retrieval import cut
@@ -63,25 +62,10 @@ SEARCH_CASES = [(threads, q) for threads in (1, 2) for q in (1, 10, 100)]
 SEARCH_ROUNDS = 5
 
 
-def random_clip(arch: str) -> CLIP:
-    """A frozen CLIP of SHAPES[arch] with random weights of a usual scale, from torch's global generator."""
-    clip = CLIP(**SHAPES[arch])
-    for name, value in clip.named_parameters():
-        leaf = name.rpartition(".")[2]
-        if "ln_" in name or leaf.endswith("bias") or name == "logit_scale":
-            nn.init.constant_(value, math.log(100) if name == "logit_scale" else float(leaf == "weight"))
-        elif "embedding" in name:
-            nn.init.normal_(value, std=0.02)
-        else:  # the projections are stored [in, out], all others [out, in]
-            inputs = len(value) if leaf.endswith("proj") or leaf == "text_projection" else value[0].numel()
-            nn.init.normal_(value, std=inputs ** -0.5)
-    return clip.eval().requires_grad_(False)
-
-
 def build(side: str, sizes: dict[str, Any], device: torch.device) -> UCDRAdapter | bench_plain.PlainAdapter:
     """One side's model, its queues filled with random features."""
     torch.manual_seed(0)
-    clip = random_clip(sizes["arch"]).to(device)
+    clip = random_clip(**SHAPES[sizes["arch"]]).eval().requires_grad_(False).to(device)
     names = class_list("domainnet-train") + [f"class {i}" for i in range(sizes["classes"])]
     kind = UCDRAdapter if side == "ours" else bench_plain.PlainAdapter
     config = Config(context_vectors=sizes["context"])

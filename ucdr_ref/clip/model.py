@@ -221,6 +221,30 @@ class CLIP(nn.Module):
         return model.eval().requires_grad_(False)
 
 
+def random_clip(**shape: int) -> CLIP:
+    """A CLIP of `CLIP`'s arguments with the initial values of Radford et al., drawn from torch's global generator."""
+    clip = CLIP(**shape)
+    for name, parameter in clip.named_parameters():
+        tower = "vision" if name.startswith("visual.") else "text"
+        module, _, leaf = name.rpartition(".")
+        width, layers = shape[f"{tower}_width"], shape[f"{tower}_layers"]
+        if name == "logit_scale":
+            nn.init.constant_(parameter, math.log(1 / 0.07))
+        elif "ln_" in name:
+            nn.init.constant_(parameter, float(leaf == "weight"))
+        elif leaf.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif module.endswith(("out_proj", "c_proj")):
+            nn.init.normal_(parameter, std=(2 * layers * width) ** -0.5)
+        elif module.endswith("c_fc"):
+            nn.init.normal_(parameter, std=(2 * width) ** -0.5)
+        elif "token_embedding" in name or "positional_embedding" in name:
+            nn.init.normal_(parameter, std=0.02)
+        else:  # class token, patches, in_proj, both projections
+            nn.init.normal_(parameter, std=width ** -0.5 if parameter.dim() < 4 else (3 * shape["patch"] ** 2) ** -0.5)
+    return clip
+
+
 def shorten(names: list[str], limit: int = 8) -> str:
     return ("[" + ", ".join(names[:limit]) + (f", ... {len(names) - limit} more" if len(names) > limit else "") + "]")
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..clip.model import CLIP
+from ..clip.model import random_clip
 from ..clip.tokenizer import tokenize
 from ..clip.zero_shot import CLIP_MEAN, CLIP_STD
 from ..machine.files import save_atomic
@@ -74,30 +74,6 @@ def sample_pairs(seed: int, count: int, workers: int = 2) -> tuple[Tensor, list[
     return torch.from_numpy(np.stack([image for image, _ in pairs])).permute(0, 3, 1, 2), [caption for _, caption in pairs]
 
 
-def random_clip() -> CLIP:
-    """A CLIP of SHAPE with the initial values of Radford et al. (drawn from torch's global generator)."""
-    clip = CLIP(**SHAPE)
-    for name, parameter in clip.named_parameters():
-        module, _, leaf = name.rpartition(".")
-        width = SHAPE["vision_width"] if name.startswith("visual.") else SHAPE["text_width"]
-        layers = SHAPE["vision_layers"] if name.startswith("visual.") else SHAPE["text_layers"]
-        if name == "logit_scale":
-            nn.init.constant_(parameter, math.log(1 / 0.07))
-        elif "ln_" in name:
-            nn.init.constant_(parameter, float(leaf == "weight"))
-        elif leaf.endswith("bias"):
-            nn.init.zeros_(parameter)
-        elif module.endswith(("out_proj", "c_proj")):
-            nn.init.normal_(parameter, std=(2 * layers * width) ** -0.5)
-        elif module.endswith("c_fc"):
-            nn.init.normal_(parameter, std=(2 * width) ** -0.5)
-        elif "token_embedding" in name or "positional_embedding" in name:
-            nn.init.normal_(parameter, std=0.02)
-        else:  # class token, patches, in_proj, both projections
-            nn.init.normal_(parameter, std=width ** -0.5 if parameter.dim() < 4 else (3 * SHAPE["patch"] ** 2) ** -0.5)
-    return clip
-
-
 def jitter(images: Tensor) -> Tensor:
     """uint8 [b, 3, H, W] -> normalised floats, each mirrored at random and shifted by up to 6 pixels."""
     images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(3), images)
@@ -124,7 +100,7 @@ def pretrain(path: str, pairs: int = 40000, epochs: int = 10, batch: int = 64, l
     words *= (pairs / words.sum(0)).log()
     words /= words.sum(1, keepdim=True)
     torch.manual_seed(seed)
-    clip, head = random_clip(), nn.Linear(SHAPE["vision_width"], words.shape[1])
+    clip, head = random_clip(**SHAPE), nn.Linear(SHAPE["vision_width"], words.shape[1])
     matrices = [p for name, p in clip.named_parameters() if "resblocks" in name and p.dim() == 2]
     kept = {id(p) for p in matrices}
     rest = [p for p in (*clip.parameters(), *head.parameters()) if id(p) not in kept]
