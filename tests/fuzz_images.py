@@ -16,7 +16,7 @@ from PIL import Image, features
 from tests.fuzzing import Harness, mutated, png, tidied
 from ucdr_ref.experiments import protocols
 from ucdr_ref.images.batches import open_image
-from ucdr_ref.images.cache import list_images
+from ucdr_ref.images.listing import list_images
 
 
 def base_images() -> dict[str, bytes]:

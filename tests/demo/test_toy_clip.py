@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from ucdr_ref.clip.load import load_clip
+from ucdr_ref.clip.model import random_clip
 from ucdr_ref.config import resolve
 from ucdr_ref.demo.drawing import CLASSES, DOMAINS, SPLIT, draw, write_dataset
-from ucdr_ref.demo.pretrain import CAPTIONS, colour, random_clip, sample_pair
+from ucdr_ref.demo.pretrain import CAPTIONS, SHAPE, colour, sample_pair
 from ucdr_ref.experiments.protocols import build
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights" / "demo-clip.pt"
@@ -57,7 +58,7 @@ def test_training_and_selection_see_nothing_of_the_query_side(tmp_path_factory, 
 
 def test_the_small_clip_starts_and_ships_as_promised():
     torch.manual_seed(0)
-    clip = random_clip()
+    clip = random_clip(**SHAPE)
     assert clip.encode_image(torch.randn(2, 3, 96, 96)).std() > 0.01
     assert WEIGHTS.stat().st_size <= 10_000_000
     shipped = load_clip(WEIGHTS, dtype=torch.float16)

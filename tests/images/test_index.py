@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from ucdr_ref.images import cache as index_module
-from ucdr_ref.images.cache import Index, build_index, list_images
+from ucdr_ref.images.cache import Index, build_index
+from ucdr_ref.images.listing import list_images
 from ucdr_ref.machine.files import WriteError
 
 COLOURS = {"red.png": (250, 10, 10), "sub/green.png": (10, 250, 10), "sub/blue.png": (10, 10, 250),

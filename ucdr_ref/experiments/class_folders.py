@@ -23,8 +23,9 @@ from ..clip.tensorfile import file_digest, regular_file
 from ..clip.zero_shot import ZeroShot
 from ..config import Config
 from ..images.batches import Files
-from ..images.cache import build_index, list_images
+from ..images.cache import build_index
 from ..images.features import Extractor
+from ..images.listing import list_images
 from ..machine.processes import fold
 from ..sre.adapter import EPOCH, Batch, check_unseen, unseen_indices
 from ..sre.graph import Graph, canonical, duplicates, load_graph, require_classes

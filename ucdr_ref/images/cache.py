@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import sys
 import tempfile
 import time
@@ -31,7 +30,7 @@ from torch import Tensor
 from ..clip.tensorfile import regular_file, show, tidy
 from ..machine.files import STALE_SECONDS, WriteError, write_atomic
 from ..metrics import search
-from .batches import ENDINGS
+from .listing import File, list_images
 
 HEADER_BYTES = 128  # of a .npy file that holds a float32 matrix of any size
 BLOCK = 1 << 24  # bytes read at once
@@ -39,7 +38,6 @@ SAY_SECONDS = 10  # between two lines about how far the encoding is
 ENTRY_NAME = re.compile("[0-9a-f]{16}-[a-z0-9_]{8}")
 TEMPORARY_NAME = re.compile(rf"\.{ENTRY_NAME.pattern}\.tmp")
 
-File = tuple[str, int, int, int]  # path below the folder, size, time of modification, time of change in ns
 Batches = Iterable[tuple[Tensor, Tensor]]  # (indices [b], features [b, e])
 EncodePaths = Callable[[list[str]], Batches]
 
@@ -125,50 +123,6 @@ def build_index(folder: str | os.PathLike[str], encode_paths: EncodePaths, key: 
     if skipped and bad == "error":
         raise unreadable(skipped, len(files))
     return Index(root, [name for name, *_ in entry.files], entry.features, skipped, cached, encoded)
-
-
-def list_images(root: str) -> list[File]:
-    """(relative path, size, time of modification, time of change in ns) of each image below `root`, sorted by
-    path.
-
-    An image is a regular file, or a link to one, with one of ENDINGS. Links to folders are followed; other
-    kinds of file and hidden names are passed over. Raises FileNotFoundError, or ValueError when there is no
-    image, a folder cannot be listed, or a link leads back to a folder that it lies in.
-    """
-    if not os.path.isdir(root):
-        raise FileNotFoundError(f"{show(Path(root))}: no such folder; give a folder of images")
-    found = []
-    # Folders to be listed, each with what `stat` says of it and of those it lies in.
-    ahead: list[tuple[str, tuple[os.stat_result, ...]]] = [(root, (os.stat(root),))]
-    while ahead:
-        folder, parents = ahead.pop()
-        for entry in listed(folder):
-            if entry.name.startswith("."):
-                continue
-            try:
-                status = entry.stat()
-            except OSError:  # a dangling link, a loop of links, or removed a moment ago
-                continue
-            if stat.S_ISDIR(status.st_mode):
-                if any(os.path.samestat(status, parent) for parent in parents):
-                    raise ValueError(f"{show(Path(entry.path))}: this link leads back to a folder that it "
-                                     "lies in; remove it")
-                ahead.append((entry.path, (*parents, status)))
-            elif stat.S_ISREG(status.st_mode) and os.path.splitext(entry.name)[1].lower() in ENDINGS:
-                name = os.path.relpath(entry.path, root)
-                found.append((name, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
-    if not found:
-        raise ValueError(f"{show(Path(root))}: no images below this folder; expected names such as x.jpg or "
-                         "x.png")
-    return sorted(found)
-
-
-def listed(folder: str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError as error:
-        raise ValueError(f"{show(Path(folder))}: this folder cannot be listed ({error.strerror})") from error
 
 
 def sound_entries(cache: Path, digest: str, say: Callable[[str], None]) -> list[Entry]:
