@@ -1,4 +1,5 @@
-"""ucdr_ref: reference implementations of UCDR-Adapter (WACV 2025) and the SRE-CLIP adapter (arXiv 2510.21808).
+"""ucdr_ref: reference implementations of UCDR-Adapter (WACV 2025) and the SRE-CLIP adapter (arXiv
+2510.21808).
 
 The wings, each with a door (`__init__`) that says what to read first; a wing imports only those before it:
 
@@ -13,9 +14,9 @@ The wings, each with a door (`__init__`) that says what to read first; a wing im
     experiments  benchmarks, run folders, tables: where everything meets
     demo, bench  drawn data and its CLIP; measurements; both may be deleted
 
-Shapes in docstrings: `b` batch, `n` patches (or images), `d` vision width, `e` embedding, `t` text width, `m` context vectors, `p`
-prompt length, `c` training classes, `s` source domains, `q` queries, `g` gallery, `r` triplet pairs; for SRE-CLIP also `h` adapter
-width, `N` graph nodes (classes first), `w` class-vector width. Tags such as `D1` and `S1` mark the lines where paper and released
-code differ; docs/ledger.md lists them.
+Shapes in docstrings: `b` batch, `n` patches (or images), `d` vision width, `e` embedding, `t` text width, `m`
+context vectors, `p` prompt length, `c` training classes, `s` source domains, `q` queries, `g` gallery, `r`
+triplet pairs; for SRE-CLIP also `h` adapter width, `N` graph nodes (classes first), `w` class-vector width.
+Tags such as `D1` and `S1` mark the lines where paper and released code differ; docs/ledger.md lists them.
 """
 __version__ = "0.1.0"

@@ -1,14 +1,21 @@
-"""Retrieval metrics and exact search: pure functions of features and labels. Imports nothing from the package.
+"""Retrieval metrics and exact search: pure functions of features and labels. Imports nothing from the
+package.
 
 Conventions (the evaluation protocol of UCDR-Adapter, shared with ProS and SnMpNet):
 
-- Ranking is by squared Euclidean distance of the vectors as they are given. Equal distances keep the gallery's order.
-- The distance of a pair is *defined* as the float32 nearest to one fixed float64 sum over the pair's two vectors
-  (`squared_distances`). It depends on nothing else: not on the chunk, the thread count, the BLAS or the device. So
-  copies of one vector tie exactly, every chunk size gives the same ranks, and `search` and `retrieval` always agree.
-- AP@k is divided by the number of hits within the first k (`mAP@k`), as published tables are; the textbook divisor
-  min(relevant, k) is reported beside it (`mAP@k/relevant`). A query without hit scores 0 and stays in the mean.
-- A gallery smaller than k: k is the gallery size. The keys keep the k that was asked for, `k_used` tells the cut.
+- Ranking is by squared Euclidean distance of the vectors as they are given. Equal distances keep the
+gallery's order.
+- The distance of a pair is *defined* as the float32 nearest to one fixed float64 sum over the pair's two
+vectors
+  (`squared_distances`). It depends on nothing else: not on the chunk, the thread count, the BLAS or the
+  device. So copies of one vector tie exactly, every chunk size gives the same ranks, and `search` and
+  `retrieval` always agree.
+- AP@k is divided by the number of hits within the first k (`mAP@k`), as published tables are; the textbook
+divisor
+  min(relevant, k) is reported beside it (`mAP@k/relevant`). A query without hit scores 0 and stays in the
+  mean.
+- A gallery smaller than k: k is the gallery size. The keys keep the k that was asked for, `k_used` tells the
+cut.
 """
 
 from __future__ import annotations
@@ -37,21 +44,21 @@ def retrieval(
 ) -> dict[str, Any]:
     """Rank the gallery for every query and score the ranks.
 
-    query [q, e], query_labels [q], gallery [g, e], gallery_labels [g]; labels are integers of one common numbering.
-    `chunk` queries are ranked at once, with one matrix product and one sort on the queries' device, in O(chunk * g)
-    memory; None takes what MEMORY_BUDGET allows.
+    query [q, e], query_labels [q], gallery [g, e], gallery_labels [g]; labels are integers of one common
+    numbering. `chunk` queries are ranked at once, with one matrix product and one sort on the queries'
+    device, in O(chunk * g) memory; None takes what MEMORY_BUDGET allows.
 
     Returns, for k = 200:
-      `mAP@200`, `mAP@200/relevant`, `Prec@200`, `mAP@all`, `Prec@100`   floats in 0..1, means over all queries
-      `AP`, `AP@all`                 float64 tensors [q] on the CPU: AP@k and AP@g of each query
+      `mAP@200`, `mAP@200/relevant`, `Prec@200`, `mAP@all`, `Prec@100`   floats in 0..1, means over all
+      queries `AP`, `AP@all`                 float64 tensors [q] on the CPU: AP@k and AP@g of each query
       `per_class`, `per_class@all`   {label: mean of `AP` / of `AP@all` over that class's queries}
       `queries`, `gallery`           q and g
       `no_relevant`                  number of queries whose class is absent from the gallery (they score 0)
       `k`, `k_used`                  what was asked for, and min(k, g)
     At g the two divisors are the same number, so mAP@all has one variant. Prec@100 is cut to g likewise.
 
-    Raises ValueError on empty or mismatching input and on features that are not finite. Source: evaluation protocol of
-    UCDR-Adapter (WACV 2025); divisor as in the benchmark's released code.
+    Raises ValueError on empty or mismatching input and on features that are not finite. Source: evaluation
+    protocol of UCDR-Adapter (WACV 2025); divisor as in the benchmark's released code.
     """
     _check_k(k, chunk)
     _check_rows(query, "query", query_labels)
@@ -64,12 +71,14 @@ def retrieval(
     k_used, hundred = min(k, len(gallery)), min(100, len(gallery))
 
     columns: list[Tensor] = []
-    for rows, labels in zip(_split(query, chunk, len(gallery)), _split(query_labels, chunk, len(gallery)), strict=True):
+    for rows, labels in zip(_split(query, chunk, len(gallery)), _split(query_labels, chunk, len(gallery)),
+                            strict=True):
         order = _sort(_keys(squared_distances(rows, gallery), index)) & INDEX
         hits = gallery_labels[order] == labels[:, None]
         relevant, first = hits.sum(1), hits[:, :k_used]
         precisions = [hits[:, :cut].sum(1, dtype=torch.float64) / cut for cut in (k_used, hundred)]
-        scores = [average_precision(first), average_precision(first, "relevant", relevant), average_precision(hits)]
+        scores = [average_precision(first), average_precision(first, "relevant", relevant),
+                  average_precision(hits)]
         columns.append(torch.stack([*scores, *precisions, relevant.double()]))
     ap, ap_relevant, ap_all, precision, precision_100, relevant = torch.cat(columns, dim=1).cpu()
     return {
@@ -93,9 +102,9 @@ def retrieval(
 def average_precision(hits: Tensor, divisor: str = "retrieved", relevant: Tensor | None = None) -> Tensor:
     """AP@k = sum over hits i <= k of (hits up to i) / i, over the divisor; 0 where that is 0.
 
-    hits [..., k] (true where the item at that rank is relevant) -> [...] float64. `divisor`: "retrieved" divides by the
-    hits within the list (published tables), "relevant" by min(relevant, k), with `relevant` [...] the number of items
-    of the query's class in the gallery.
+    hits [..., k] (true where the item at that rank is relevant) -> [...] float64. `divisor`: "retrieved"
+    divides by the hits within the list (published tables), "relevant" by min(relevant, k), with `relevant`
+    [...] the number of items of the query's class in the gallery.
     """
     hits = hits.bool()
     k = hits.shape[-1]
@@ -104,7 +113,8 @@ def average_precision(hits: Tensor, divisor: str = "retrieved", relevant: Tensor
     elif divisor == "relevant" and relevant is not None:
         count = relevant.clamp(max=k)
     else:
-        raise ValueError(f'divisor must be "retrieved", or "relevant" with the counts `relevant`; got {divisor!r}.')
+        raise ValueError(f'divisor must be "retrieved", or "relevant" with the counts `relevant`; got '
+                         f'{divisor!r}.')
     ranks = torch.arange(1, k + 1, device=hits.device, dtype=torch.int32)
     precision_at_hits = hits.cumsum(-1, dtype=torch.int32) / ranks * hits
     return precision_at_hits.sum(-1, dtype=torch.float64) / count.clamp(min=1)
@@ -117,14 +127,17 @@ def class_means(values: Tensor, labels: Tensor) -> dict[int, float]:
     return dict(zip(classes.tolist(), (sums / count).tolist(), strict=True))
 
 
-def search(query: Tensor, gallery: Tensor | np.ndarray, k: int, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+def search(query: Tensor, gallery: Tensor | np.ndarray, k: int,
+           chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """The k nearest gallery rows of each query, exactly, with the gallery read `chunk` rows at a time.
 
-    query [q, e]; gallery [g, e], a tensor or an array such as a memory map larger than memory: O(q * chunk) memory
-    whatever g is. Returns (Euclidean distances [q, k] float32, gallery indices [q, k]) on the query's device, nearest
-    first, equal squared distances by index; k is cut to g. Raises ValueError as `retrieval` does.
+    query [q, e]; gallery [g, e], a tensor or an array such as a memory map larger than memory: O(q * chunk)
+    memory whatever g is. Returns (Euclidean distances [q, k] float32, gallery indices [q, k]) on the query's
+    device, nearest first, equal squared distances by index; k is cut to g. Raises ValueError as `retrieval`
+    does.
 
-    On the CPU a float32 scan (`_candidates`) first leaves out the rows that provably are among nobody's k nearest.
+    On the CPU a float32 scan (`_candidates`) first leaves out the rows that provably are among nobody's k
+    nearest.
     """
     _check_k(k, chunk)
     _check_rows(query, "query")
@@ -136,7 +149,8 @@ def search(query: Tensor, gallery: Tensor | np.ndarray, k: int, chunk: int | Non
     block = max(1, SCAN_BYTES // (4 * e))
     usual = max(1, MEMORY_BUDGET // (BYTES_PER_PAIR * q + 16 * e))
     on_cpu = query.device.type == "cpu" and (not isinstance(gallery, Tensor) or gallery.device.type == "cpu")
-    scan = on_cpu and q * k < min(chunk or usual, len(gallery)) and e <= WIDEST_SCAN and _multiplies_in_float32(q, block, e)
+    scan = on_cpu and q * k < min(chunk or usual,
+                                  len(gallery)) and e <= WIDEST_SCAN and _multiplies_in_float32(q, block, e)
     if chunk is None:  # few rows of a scanned chunk are turned to float64
         chunk = max(1, MEMORY_BUDGET // (BYTES_PER_PAIR * q + 4 * e)) if scan else usual
 
@@ -146,7 +160,8 @@ def search(query: Tensor, gallery: Tensor | np.ndarray, k: int, chunk: int | Non
         index = torch.arange(start, start + len(rows), device=query.device)
         if scan and k <= len(rows):
             products, norms = _scan(query, rows, block)
-            if not bool((norms < 7e37).all()):  # a number below the squared limit of _check_rows; NaN compares false
+            # a number below the squared limit of _check_rows; NaN compares false
+            if not bool((norms < 7e37).all()):
                 _check_rows(_tensor(rows), "gallery", offset=start)
             chosen = _candidates(query, products, norms, k, best)
             rows, index = rows[chosen if isinstance(rows, Tensor) else chosen.numpy()], index[chosen]
@@ -166,9 +181,11 @@ def _candidates(query: Tensor, products: Tensor, norms: Tensor, k: int, best: Te
 
     products [q, c] and norms [c] are those of `_scan`, best [q, <= k] the keys of the nearest earlier rows.
 
-    With c and tiny of `_scan_error`, Q = |q|^2, G = |g|^2 and low = (1 - c)G - 2 q.g, the defined distance D of a pair is
+    With c and tiny of `_scan_error`, Q = |q|^2, G = |g|^2 and low = (1 - c)G - 2 q.g, the defined distance D
+    of a pair is
         low - cQ - tiny < D - Q < low + 2cG + cQ + tiny,
-    so a row above the right-hand side of k others, or above the D of k earlier rows, is not among the k nearest.
+    so a row above the right-hand side of k others, or above the D of k earlier rows, is not among the k
+    nearest.
     """
     c, tiny = _scan_error(query.shape[1])
     query_sq = (query**2).sum(1)
@@ -184,19 +201,22 @@ def _candidates(query: Tensor, products: Tensor, norms: Tensor, k: int, best: Te
 def _scan_error(e: int) -> tuple[float, float]:
     """(c, tiny) of `_candidates`, for features of e numbers.
 
-    Let u = 2^-24. Products and norms are sums of e float32 terms: rounding the two inputs costs a term 2u, multiplying u,
-    and adding (e - 1)u, in whatever order, with or without FMA. So, by Cauchy-Schwarz, 2 q.g is off by at most
-    2(e + 3)u |q||g| <= (e + 3)u (Q + G), and G by (e + 3)u G. Forming `low` takes three roundings, of numbers of at most
-    2(Q + G). In all, G - 2 q.g is off by at most 2(e + 7)u (Q + G). c is twice that and 36u more: what is left, at least
-    c(Q + G) / 2, is more than the roundings of `limit` and of D, of u times at most 3(Q + G) each. Products of the small
-    terms are left out; e <= WIDEST_SCAN keeps them below a fiftieth. `tiny` is more than float32's underflow costs:
-    2^-126 (1 + |q| + |g|) for each of e terms.
+    Let u = 2^-24. Products and norms are sums of e float32 terms: rounding the two inputs costs a term 2u,
+    multiplying u, and adding (e - 1)u, in whatever order, with or without FMA. So, by Cauchy-Schwarz, 2 q.g
+    is off by at most 2(e + 3)u |q||g| <= (e + 3)u (Q + G), and G by (e + 3)u G. Forming `low` takes three
+    roundings, of numbers of at most 2(Q + G). In all, G - 2 q.g is off by at most 2(e + 7)u (Q + G). c is
+    twice that and 36u more: what is left, at least c(Q + G) / 2, is more than the roundings of `limit` and of
+    D, of u times at most 3(Q + G) each. Products of the small terms are left out; e <= WIDEST_SCAN keeps them
+    below a fiftieth. `tiny` is more than float32's underflow costs: 2^-126 (1 + |q| + |g|) for each of e
+    terms.
     """
     return 4 * (e + 16) * 2.0**-24, e * 2.0**-100
 
 
 def _scan(query: Tensor, rows: Tensor | np.ndarray, size: int) -> tuple[Tensor, Tensor]:
-    """Products [q, c] and squared norms [c] in float32, `size` rows at a time: the norms read them from the cache."""
+    """Products [q, c] and squared norms [c] in float32, `size` rows at a time: the norms read them from the
+    cache.
+    """
     left = query.float()
     products, norms = torch.empty(len(query), len(rows)), np.empty(len(rows), np.float32)
     copy = torch.empty(size, query.shape[1])
@@ -218,9 +238,11 @@ def _scan(query: Tensor, rows: Tensor | np.ndarray, size: int) -> tuple[Tensor, 
 
 
 def _multiplies_in_float32(q: int, size: int, e: int) -> bool:
-    """False where autocast or a precision setting makes `_scan`'s products bfloat16 or TF32: asked by an example.
+    """False where autocast or a precision setting makes `_scan`'s products bfloat16 or TF32: asked by an
+    example.
 
-    (1 + 2^-12)(1 + 2^-11) needs all 24 bits of a float32; the other terms are zero, so no order of addition matters.
+    (1 + 2^-12)(1 + 2^-11) needs all 24 bits of a float32; the other terms are zero, so no order of addition
+    matters.
     """
     left, rows = torch.zeros(q, e), torch.zeros(size, e)
     left[:, 0], rows[:, 0] = 1 + 2**-12, 1 + 2**-11
@@ -233,15 +255,18 @@ def _tensor(rows: Tensor | np.ndarray) -> Tensor:
 
 
 def squared_distances(query: Tensor, gallery: Tensor) -> Tensor:
-    """||query_i - gallery_j||^2 as float32: [q, e], [g, e] -> [q, g], the same bits for a pair in whatever company.
+    """||query_i - gallery_j||^2 as float32: [q, e], [g, e] -> [q, g], the same bits for a pair in whatever
+    company.
 
-    One float64 matrix product gives q^2 + g^2 - 2qg, whose last digits depend on how the BLAS blocks the sum. They
-    matter only where the error bound spans two float32 values: those pairs (about one in 100,000) get the reference sum
-    `_halving_sum` instead, and all others provably round to what it would have given.
+    One float64 matrix product gives q^2 + g^2 - 2qg, whose last digits depend on how the BLAS blocks the sum.
+    They matter only where the error bound spans two float32 values: those pairs (about one in 100,000) get
+    the reference sum `_halving_sum` instead, and all others provably round to what it would have given.
     """
     query, gallery = query.double(), gallery.double()
-    query_sq, gallery_sq = torch.linalg.vector_norm(query, dim=1) ** 2, torch.linalg.vector_norm(gallery, dim=1) ** 2
-    # |error| <= (e + 3) u (|q| + |g|)^2 <= (e + 3) eps (q^2 + g^2); 16 covers the reference sum's, and 2 is for safety.
+    query_sq, gallery_sq = torch.linalg.vector_norm(query,
+                                                    dim=1) ** 2, torch.linalg.vector_norm(gallery, dim=1) ** 2
+    # |error| <= (e + 3) u (|q| + |g|)^2 <= (e + 3) eps (q^2 + g^2); 16 covers the reference sum's, and 2 is
+    # for safety.
     bound = 2 * (query.shape[1] + 16) * torch.finfo(torch.float64).eps * (query_sq.max() + gallery_sq)
     upper = torch.addmm(gallery_sq + bound, query, gallery.T, alpha=-2).add_(query_sq[:, None])
     distances = upper.float()
@@ -255,7 +280,8 @@ def squared_distances(query: Tensor, gallery: Tensor) -> Tensor:
 def _keys(distances: Tensor, index: Tensor) -> Tensor:
     """Distinct int64 that order by distance, then by gallery index [g]: any sort or top-k of them is stable.
 
-    The index is in the low 32 bits, the distance's own bits above it: float32 >= 0 are ordered like their bits.
+    The index is in the low 32 bits, the distance's own bits above it: float32 >= 0 are ordered like their
+    bits.
     """
     return (distances.view(torch.int32).to(torch.int64) << 32) | index
 
@@ -266,12 +292,17 @@ def _squares(keys: Tensor) -> Tensor:
 
 
 def _sort(keys: Tensor) -> Tensor:
-    """Sorts each row. On the CPU by numpy, whose integer sort is vectorised and ten times as fast as PyTorch's."""
-    return torch.from_numpy(np.sort(keys.numpy(), axis=1)) if keys.device.type == "cpu" else keys.sort(dim=1).values
+    """Sorts each row. On the CPU by numpy, whose integer sort is vectorised and ten times as fast as
+    PyTorch's.
+    """
+    return torch.from_numpy(np.sort(keys.numpy(),
+                                    axis=1)) if keys.device.type == "cpu" else keys.sort(dim=1).values
 
 
 def _halving_sum(x: Tensor) -> Tensor:
-    """Row sums [rows, e] -> [rows] by adding halves: elementwise additions, so no library chooses another order."""
+    """Row sums [rows, e] -> [rows] by adding halves: elementwise additions, so no library chooses another
+    order.
+    """
     x = torch.nn.functional.pad(x, (0, (1 << (x.shape[1] - 1).bit_length()) - x.shape[1]))
     while x.shape[1] > 1:
         left, right = x.chunk(2, dim=1)
@@ -296,22 +327,27 @@ def _check_k(k: int, chunk: int | None) -> None:
 def _check_widths(query: Tensor, gallery: Tensor | np.ndarray) -> None:
     if gallery.ndim != 2 or query.shape[1] != gallery.shape[1]:
         raise ValueError(
-            f"Query features {tuple(query.shape)} and gallery features {tuple(gallery.shape)} must be [q, e] and "
+            f"Query features {tuple(query.shape)} and gallery features {tuple(gallery.shape)} must be [q, e] "
+            f"and "
             "[g, e] of one width e; encode both with the same model."
         )
 
 
 def _check_rows(x: Tensor, name: str, labels: Tensor | None = None, offset: int = 0) -> None:
     if x.ndim != 2 or x.numel() == 0:
-        raise ValueError(f"The {name} features must be a non-empty [rows, e] matrix; got shape {tuple(x.shape)}.")
+        raise ValueError(f"The {name} features must be a non-empty [rows, e] matrix; got shape "
+                         f"{tuple(x.shape)}.")
     if labels is not None and labels.shape != x.shape[:1]:
-        raise ValueError(f"{len(x)} {name} features need labels of shape [{len(x)}]; got {list(labels.shape)}.")
+        raise ValueError(f"{len(x)} {name} features need labels of shape [{len(x)}]; got "
+                         f"{list(labels.shape)}.")
     # Two lengths below 9e18 add up to a distance whose square still fits float32. NaN compares false.
     bad = (~(torch.linalg.vector_norm(x.float(), dim=1) < 9e18)).nonzero()
     if len(bad):
         raise ValueError(
-            f"{len(bad)} of {len(x)} {name} feature rows hold NaN, infinite or overflowing values (first: row "
-            f"{offset + int(bad[0])}); a rank would mean nothing, so check the images and the model's precision."
+            f"{len(bad)} of {len(x)} {name} feature rows hold NaN, infinite or overflowing values (first: "
+            f"row "
+            f"{offset + int(bad[0])}); a rank would mean nothing, so check the images and the model's "
+            f"precision."
         )
 
 
@@ -319,9 +355,9 @@ def zero_shot_accuracy(logits: Tensor, labels: Tensor,
                        unseen_ids: Sequence[int] | Tensor) -> dict[str, dict[str, float]]:
     """ZSL and generalised ZSL accuracy, in 0..1, of logits [b, c] and labels [b].
 
-    `zsl`: unseen-class images among unseen classes; `unseen`, `seen`: images of these classes among all classes;
-    `h` = 2US / (U + S). Under `instance` averaged over images, under `class` over the classes that have images.
-    NaN where there is no image.
+    `zsl`: unseen-class images among unseen classes; `unseen`, `seen`: images of these classes among all
+    classes; `h` = 2US / (U + S). Under `instance` averaged over images, under `class` over the classes that
+    have images. NaN where there is no image.
     """
     is_unseen = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
     is_unseen[torch.as_tensor(unseen_ids, dtype=torch.long)] = True
@@ -331,10 +367,11 @@ def zero_shot_accuracy(logits: Tensor, labels: Tensor,
 
 def predicted_accuracy(everywhere: Tensor, among_unseen: Tensor, labels: Tensor,
                        is_unseen: Tensor) -> dict[str, dict[str, float]]:
-    """`zero_shot_accuracy` of predictions: the class of each image among all classes [b] and among the unseen ones
-    [b], labels [b], and which classes are unseen [c].
+    """`zero_shot_accuracy` of predictions: the class of each image among all classes [b] and among the unseen
+    ones [b], labels [b], and which classes are unseen [c].
     """
-    everywhere, among_unseen, labels, is_unseen = (part.cpu() for part in (everywhere, among_unseen, labels, is_unseen))
+    everywhere, among_unseen, labels, is_unseen = (part.cpu()
+                                                   for part in (everywhere, among_unseen, labels, is_unseen))
     of_unseen, c = is_unseen[labels], len(is_unseen)
 
     def accuracy(predicted: Tensor, images: Tensor, by_class: bool) -> float:

@@ -2,9 +2,10 @@
 
     python -m ucdr_ref.bench.animals --data DIR --weights FILE --out results/
 
-DIR holds `<domain>/<class>/<image>` of AwA2's classes for sketch, quickdraw, clipart (sources) and photo (target), and AwA2's
-attribute tables, which give the class vectors: so the weights may be an image tower alone. Every run is an ordinary
-`python train.py ...` below --out, finished ones are not run again. Accuracies are averaged over images.
+DIR holds `<domain>/<class>/<image>` of AwA2's classes for sketch, quickdraw, clipart (sources) and photo
+(target), and AwA2's attribute tables, which give the class vectors: so the weights may be an image tower
+alone. Every run is an ordinary `python train.py ...` below --out, finished ones are not run again. Accuracies
+are averaged over images.
 """
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ from ..sre.graph import load_graph
 from .real import STROKES, spread, train
 
 SOURCES = (*STROKES, "clipart")
-VARIANTS: dict[str, list[str]] = {"SRE-CLIP": [], "SRE-CLIP, no inversion": ["--stroke-domains", "none"], "SRE-CLIP, centred": ["--sre-center", "1"],
+VARIANTS: dict[str, list[str]] = {"SRE-CLIP": [], "SRE-CLIP, no inversion": ["--stroke-domains", "none"],
+                                  "SRE-CLIP, centred": ["--sre-center", "1"],
            "no structure": ["--sre-structure", "0"], "no retention": ["--sre-retention", "0"],
            "no target losses": ["--sre-target", "0"], "ridge": ["--method", "closed-form"],
            "ridge, centred": ["--method", "closed-form", "--sre-center", "1"],
@@ -37,13 +39,17 @@ KEYS = ("zsl", "unseen", "seen", "h")
 
 
 def write_attributes(data: Path, path: Path) -> str:
-    """Class vectors for `--class-vectors`: a class's continuous attributes; an ancestor's are the mean over its classes."""
+    """Class vectors for `--class-vectors`: a class's continuous attributes; an ancestor's are the mean over
+    its classes.
+    """
     graph = load_graph(SHIPPED / "awa2.json")
     names = [folder_key(line.split()[1]) for line in (data / "classes.txt").read_text().splitlines()]
-    matrix = torch.from_numpy(np.loadtxt(data / "predicate-matrix-continuous.txt", ndmin=2)).clamp(min=0)  # -1: not known
+    # -1: not known
+    matrix = torch.from_numpy(np.loadtxt(data / "predicate-matrix-continuous.txt", ndmin=2)).clamp(min=0)
     rows = matrix[[names.index(folder_key(name)) for name in graph.names[:graph.classes]]]
     vectors = means_of_classes(F.normalize(rows, dim=1), graph)
-    lines = (" ".join([node, *(f"{value:.5f}" for value in row)]) for node, row in zip(graph.ids, vectors.tolist(), strict=True))
+    lines = (" ".join([node, *(f"{value:.5f}" for value in row)])
+             for node, row in zip(graph.ids, vectors.tolist(), strict=True))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
     return str(path)
@@ -52,13 +58,16 @@ def write_attributes(data: Path, path: Path) -> str:
 def read(folder: Path) -> dict[str, Any]:
     """A finished run's accuracies in points of 100, by method, and its seconds and CPU-seconds."""
     rows = json.loads((folder / "results.json").read_text())["rows"]
-    numbers = {row["method"]: {key: None if row["instance"][key] is None else round(100 * row["instance"][key], 2)
+    numbers = {row["method"]: {key: None if row["instance"][key] is None
+                               else round(100 * row["instance"][key], 2)
                                for key in KEYS} for row in rows}
     return {"seconds": json.loads((folder / "seconds.json").read_text()), "numbers": numbers}
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: a row for each method of each variant, mean ± standard deviation over seeds; baselines once an inversion."""
+    """Markdown: a row for each method of each variant, mean ± standard deviation over seeds; baselines once
+    an inversion.
+    """
     lines, shown = ["| | seeds | ZSL | unseen | seen | H |", "|---|---|---|---|---|---|"], set()
     for variant in VARIANTS:
         mine = [run for run in runs if run["variant"] == variant]
@@ -77,19 +86,23 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag in ("--data", "--weights", "--out"):
         parser.add_argument(flag, type=Path, required=True)
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--machine", default=f"cpu-{os.cpu_count()}cores")
-    parser.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 1) - 1), help="as in train.py")
+    parser.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 1) - 1),
+                        help="as in train.py")
     args = parser.parse_args(argv)
     data, weights, out = (path.resolve() for path in (args.data, args.weights, args.out))
     out.mkdir(parents=True, exist_ok=True)
     machine = re.sub(r"[^a-z0-9]+", "-", args.machine.lower())
-    base = ["--preset", "i2awa", "--source", *(str(data / name) for name in SOURCES), "--target", str(data / "photo"),
-            "--class-vectors", write_attributes(data, out / "attributes.txt"), "--weights", str(weights), "--precision", "bf16",
+    base = ["--preset", "i2awa", "--source", *(str(data / name) for name in SOURCES), "--target",
+            str(data / "photo"),
+            "--class-vectors", write_attributes(data,
+                                                out / "attributes.txt"), "--weights", str(weights), "--precision", "bf16",
             "--eval-batch", "16", "--stroke-domains", *STROKES]
     runs = []
     for seed in (0, 1, 2):

@@ -2,9 +2,9 @@
 
     python -m ucdr_ref.bench.drawn --part main --seeds 0 1 2 3 4 --json docs/drawn.json
 
-Every run is an ordinary `python train.py ...` in its own folder below --runs, named after its flags; finished ones are not run
-again, so it can be stopped and started at will, and parts share runs. Means and standard deviations are
-over seeds, in points of 100.
+Every run is an ordinary `python train.py ...` in its own folder below --runs, named after its flags; finished
+ones are not run again, so it can be stopped and started at will, and parts share runs. Means and standard
+deviations are over seeds, in points of 100.
 """
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ LEDGER_D = {"D1": ["--mask", "none"], "D2": ["--feature-token", "1"], "D3": ["--
             "D13": ["--class-features", "plain"], "D14": ["--stroke-domains", "none"], "D15": ["--balance", "released"],
             "all": ["--variant", "released"]}
 # The drawn default's class vectors are of the classes alone (S4), and a fifth of its classes are unseen (S5).
-LEDGER_S = {"S1": ["--structure-pairs", "diagonal"], "S2": ["--test-attention", "batch"], "S3": ["--retention-scale", "scaled"],
+LEDGER_S = {"S1": ["--structure-pairs", "diagonal"], "S2": ["--test-attention", "batch"],
+            "S3": ["--retention-scale", "scaled"],
             "S4": ["--class-vectors", "clip"], "S5": ["--sre-kappa", "0.2"], "S6": ["--sre-report", "best-test"],
             "S7": ["--bank-ring", "released"], "S8": ["--structure-classes", "30"], "all": ["--variant", "released"]}
 PARTS: dict[str, dict[str, list[str]]] = {
@@ -40,7 +41,8 @@ PARTS: dict[str, dict[str, list[str]]] = {
                  "no triplet": ["--triplet-pairs", "0"], "phase 1 only": ["--target-epochs", "0"]},
     "ledger": {"paper": [], **LEDGER_D},
     "precision": {"fp32": [], "bf16": ["--precision", "bf16"]},
-    "sre": {"full": SRE, "no structure": [*SRE, "--sre-structure", "0"], "no retention": [*SRE, "--sre-retention", "0"],
+    "sre": {"full": SRE, "no structure": [*SRE, "--sre-structure", "0"],
+            "no retention": [*SRE, "--sre-retention", "0"],
             "no target losses": [*SRE, "--sre-target", "0"]},
     "sre-ledger": {"paper": SRE, **{tag: [*SRE, *flags] for tag, flags in LEDGER_S.items()}},
 }
@@ -55,14 +57,16 @@ def run(name: str, seed: int, flags: list[str], runs: Path) -> dict:
     done = out / "seconds.json"
     if not done.exists():
         start = time.monotonic()
-        command = [sys.executable, str(ROOT / "train.py"), "--run", str(out), "--seed", str(seed), "--workers", "1", *flags]
+        command = [sys.executable, str(ROOT / "train.py"), "--run", str(out), "--seed", str(seed),
+                   "--workers", "1", *flags]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
         if result.returncode:
             raise SystemExit(f"{' '.join(command)}\n{result.stderr[-2000:]}")
         done.write_text(json.dumps(time.monotonic() - start))
     rows = json.loads((out / "results.json").read_text())["rows"]
-    return {"name": name, "seed": seed, "flags": flags, "seconds": round(json.loads(done.read_text()), 1), "numbers": read(rows)}
+    return {"name": name, "seed": seed, "flags": flags, "seconds": round(json.loads(done.read_text()), 1),
+            "numbers": read(rows)}
 
 
 def read(rows: list[dict]) -> Numbers:
@@ -72,7 +76,8 @@ def read(rows: list[dict]) -> Numbers:
         if "protocol" in row:
             numbers[f"{row['protocol']} {row['gallery_name']} {row['method']}"] = 100 * row["mAP@200"]
         else:
-            numbers |= {f"{metric} {row['method']}": 100 * (value or 0.0) for metric, value in row["instance"].items()}
+            numbers |= {f"{metric} {row['method']}": 100 * (value or 0.0)
+                        for metric, value in row["instance"].items()}
     return numbers
 
 
@@ -81,11 +86,15 @@ def spread(values: list[float]) -> str:
 
 
 def table(results: list[dict], names: list[str], columns: list[Column]) -> str:
-    """Markdown: a row a name, mean ± standard deviation over seeds of each column(numbers, numbers of the first name)."""
-    of = {name: {result["seed"]: result["numbers"] for result in results if result["name"] == name} for name in names}
+    """Markdown: a row a name, mean ± standard deviation over seeds of each column(numbers, numbers of the
+    first name).
+    """
+    of = {name: {result["seed"]: result["numbers"] for result in results if result["name"] == name}
+          for name in names}
     lines = ["| | " + " | ".join(title for title, _ in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in names:
-        cells = [spread([column(found, of[names[0]][seed]) for seed, found in of[name].items()]) for _, column in columns]
+        cells = [spread([column(found, of[names[0]][seed]) for seed, found in of[name].items()])
+                 for _, column in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -113,30 +122,39 @@ OURS, CLIP = "ucdr-adapter", "zero-shot"
 BESIDE_CLIP = [value("unseen: CLIP", UNSEEN + CLIP), value("unseen: adapted", UNSEEN + OURS),
                value("difference", UNSEEN + OURS, UNSEEN + CLIP), value("mixed: CLIP", MIXED + CLIP),
                value("mixed: adapted", MIXED + OURS), value("difference", MIXED + OURS, MIXED + CLIP)]
-EFFECTS = [value("unseen", UNSEEN + OURS), change(UNSEEN + OURS), value("mixed", MIXED + OURS), change(MIXED + OURS),
+EFFECTS = [value("unseen", UNSEEN + OURS), change(UNSEEN + OURS), value("mixed", MIXED + OURS),
+           change(MIXED + OURS),
            value("U^dCDR", UD + OURS), change(UD + OURS)]
 SRE_METRICS = [metric("ZSL", "zsl"), metric("unseen", "unseen"), metric("seen", "seen"), metric("H", "h")]
-SRE_BESIDE_CLIP = [*SRE_METRICS, value("H of CLIP", "h zero-shot"), value("difference", "h sre-clip", "h zero-shot")]
-SRE_EFFECTS = [*SRE_METRICS, ("effect on H", lambda numbers, first: reported(numbers, "h") - reported(first, "h"))]
-COLUMNS: dict[str, list[Column]] = {"main": BESIDE_CLIP, "ablation": BESIDE_CLIP, "ledger": EFFECTS, "precision": EFFECTS,
+SRE_BESIDE_CLIP = [*SRE_METRICS, value("H of CLIP", "h zero-shot"),
+                   value("difference", "h sre-clip", "h zero-shot")]
+SRE_EFFECTS = [*SRE_METRICS,
+               ("effect on H", lambda numbers, first: reported(numbers, "h") - reported(first, "h"))]
+COLUMNS: dict[str, list[Column]] = {"main": BESIDE_CLIP, "ablation": BESIDE_CLIP, "ledger": EFFECTS,
+                                    "precision": EFFECTS,
                                     "sre": SRE_BESIDE_CLIP, "sre-ledger": SRE_EFFECTS}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, default="main")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "benchmark")
-    parser.add_argument("--json", type=Path, help="write the numbers, with machine and versions, into this file")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trainings at once, one thread each")
+    parser.add_argument("--json", type=Path, help="write the numbers, with machine and versions, into this "
+                                                  "file")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trainings at once, one thread "
+                                                                              "each")
     args = parser.parse_args()
     variants = PARTS[args.part]
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(run, name, seed, flags, args.runs) for seed in args.seeds for name, flags in variants.items()]
+        jobs = [pool.submit(run, name, seed, flags, args.runs) for seed in args.seeds
+                for name, flags in variants.items()]
         results = []
         for job in jobs:
             results.append(job.result())
-            print(f"{len(results)}/{len(jobs)} {results[-1]['name']} seed {results[-1]['seed']}: {results[-1]['seconds']} s",
+            print(f"{len(results)}/{len(jobs)} {results[-1]['name']} seed {results[-1]['seed']}: "
+                  f"{results[-1]['seconds']} s",
                   file=sys.stderr, flush=True)
     print(table(results, list(variants), COLUMNS[args.part]))
     if args.json:

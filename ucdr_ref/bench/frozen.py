@@ -1,7 +1,9 @@
-"""Rows of the table on real images that train nothing: each image passes a tower once, all else is arithmetic on features.
+"""Rows of the table on real images that train nothing: each image passes a tower once, all else is arithmetic
+on features.
 
-Zero-shot CLIP, its domain subspace removed, the closed form, and any trained adapter with the closed form of its own features:
-each as it is (inductive) and centred (transductive). lambda is chosen on the validation classes, never on test classes.
+Zero-shot CLIP, its domain subspace removed, the closed form, and any trained adapter with the closed form of
+its own features: each as it is (inductive) and centred (transductive). lambda is chosen on the validation
+classes, never on test classes.
 """
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ BLOCK = 512  # images between two saves
 
 
 class Stored(FeatureTable):
-    """Features that also lie in a file, for `key`: what was encoded once is not encoded again. Counts its CPU-seconds."""
+    """Features that also lie in a file, for `key`: what was encoded once is not encoded again. Counts its
+    CPU-seconds.
+    """
 
     def __init__(self, extractor: Extractor, path: Path, key: str) -> None:
         super().__init__(extractor)
@@ -58,7 +62,8 @@ class Stored(FeatureTable):
             self.cpu_seconds += time.process_time() - before
             kept = [(path, self.inverted(path), row) for path, row in self.rows.items() if row is not None]
             names, flags, rows = zip(*kept, *self.others)
-            save_atomic({"key": self.key, "cpu_seconds": self.cpu_seconds, "paths": list(names), "inverted": list(flags),
+            save_atomic({"key": self.key, "cpu_seconds": self.cpu_seconds, "paths": list(names),
+                         "inverted": list(flags),
                          "features": torch.stack(rows)}, self.path)
             print(f"{self.path.name}: {len(self.rows)} images, {self.cpu_seconds:.0f} CPU-s", flush=True)
         return super().of(files)
@@ -73,14 +78,19 @@ def frozen_rows(config: Config, weights: Path, out: Path, device: torch.device) 
 
 
 def adapter_rows(folder: Path, device: torch.device, form: bool) -> list[dict[str, Any]]:
-    """Rows of a finished run's adapter and, with `form`, of the closed form of its features: a pass of all training images."""
+    """Rows of a finished run's adapter and, with `form`, of the closed form of its features: a pass of all
+    training images.
+    """
     config, method, _ = restore(folder, {}, device)
     key = file_digest(folder / "best.pt")
-    return rows_of({"ucdr-adapter": Stored(Extractor(method, config, device), folder / "features.pt", key)}, config, form)
+    return rows_of({"ucdr-adapter": Stored(Extractor(method, config, device), folder / "features.pt", key)},
+                   config, form)
 
 
 def rows_of(tables: Mapping[str, Stored], config: Config, form: bool = True) -> list[dict[str, Any]]:
-    """Numbers in points of 100 of each method of `tables` and of its closed forms, for queries of the held-out domain."""
+    """Numbers in points of 100 of each method of `tables` and of its closed forms, for queries of the
+    held-out domain.
+    """
     protocol = protocols.build(replace(config, selection="validation"))
     test = next(test for test in protocol.tests if test.protocol == "UCDR")
     assert protocol.validation is not None and protocol.selected is not None
@@ -92,7 +102,8 @@ def rows_of(tables: Mapping[str, Stored], config: Config, form: bool = True) -> 
             table.of(protocol.train)  # the one pass, before the clock runs
             start = time.process_time()
             measured = measured_form(protocol, table)
-            strength = choose_strength(measured, lambda tried, table=table: validation_score(  # type: ignore[misc]
+            strength = choose_strength(measured, lambda tried,
+                                       table=table: validation_score(  # type: ignore[misc]
                 formed(table, tried), protocol.validation, protocol.selected))
             seconds = time.process_time() - start
             methods |= {f"{name}, subspace removed": formed(table, measured.form(None)),
@@ -100,9 +111,11 @@ def rows_of(tables: Mapping[str, Stored], config: Config, form: bool = True) -> 
         for title, rows in methods.items():
             for center in (False, True):
                 scored = score(rows, test, center)
-                numbers = {gallery: {metric: round(100 * scored[gallery]["metrics"][metric], 3) for metric in METRICS}
+                numbers = {gallery: {metric: round(100 * scored[gallery]["metrics"][metric], 3)
+                                     for metric in METRICS}
                            for gallery in ("unseen", "mixed")}
-                found.append({"held_out": config.held_out, "seed": config.seed, "method": title, "transductive": center,
+                found.append({"held_out": config.held_out, "seed": config.seed, "method": title,
+                              "transductive": center,
                               "lambda": strength if title.endswith("closed form") else None, **numbers,
                               "train_images": len(protocol.train), "fit_cpu_seconds": round(seconds, 2),
                               "encode_cpu_seconds": round(table.cpu_seconds, 1), "encoded": len(table.rows)})

@@ -1,23 +1,27 @@
-"""Measures UCDR-Adapter and what it must be shown beside on real images in several domains, with real CLIP weights.
+"""Measures UCDR-Adapter and what it must be shown beside on real images in several domains, with real CLIP
+weights.
 
     python -m ucdr_ref.bench.real --data DIR --weights FILE --out results/
 
-DIR holds `<domain>/<class>/<image>` for photo, sketch, quickdraw, clipart and icon, and `splits.json` (lists of class names
-under seen, val_unseen and unseen). The weights may be an image tower alone: class anchors are image prototypes (D13). Each row
-holds one query domain out; the gallery is photo. Queries and the unseen gallery are of the unseen classes; the mixed gallery adds
-photos of the seen ones.
+DIR holds `<domain>/<class>/<image>` for photo, sketch, quickdraw, clipart and icon, and `splits.json` (lists
+of class names under seen, val_unseen and unseen). The weights may be an image tower alone: class anchors are
+image prototypes (D13). Each row holds one query domain out; the gallery is photo. Queries and the unseen
+gallery are of the unseen classes; the mixed gallery adds photos of the seen ones.
 
-Rows without training (`frozen`) come first: each image passes the tower once, its features stay in --out. Then the trainings:
-each is an ordinary `python train.py ...` in its own folder below --out; finished ones are not run again, a stopped one goes on,
-and --variants, --held-out and --seeds take a piece of the whole; `--variants` with nothing behind it trains nothing.
+Rows without training (`frozen`) come first: each image passes the tower once, its features stay in --out.
+Then the trainings: each is an ordinary `python train.py ...` in its own folder below --out; finished ones are
+not run again, a stopped one goes on, and --variants, --held-out and --seeds take a piece of the whole;
+`--variants` with nothing behind it trains nothing.
 
---subset all, the default on a GPU: four held-out domains, all variants, three seeds, the five domains above (clipart, the
-smallest, decides how long an epoch is), the best epoch by validation mAP. --subset cpu, the default elsewhere: `paper` for all
-four domains, seeds 1 and 2 and the other variants for sketch, bfloat16, all domains of DIR, of which a thin one makes short
-epochs: with 79 images in it one epoch of 19 batches of 20 in phase 1, eight in phase 2 (152 steps); the last is kept.
+--subset all, the default on a GPU: four held-out domains, all variants, three seeds, the five domains above
+(clipart, the smallest, decides how long an epoch is), the best epoch by validation mAP. --subset cpu, the
+default elsewhere: `paper` for all four domains, seeds 1 and 2 and the other variants for sketch, bfloat16,
+all domains of DIR, of which a thin one makes short
+epochs: with 79 images in it one epoch of 19 batches of 20 in phase 1, eight in phase 2 (152 steps); the last
+is kept.
 
---check-open-clip DOMAIN computes zero-shot mAP@all of that query domain twice in float32, here and by open_clip_torch's tower and
-a plain loop.
+--check-open-clip DOMAIN computes zero-shot mAP@all of that query domain twice in float32, here and by
+open_clip_torch's tower and a plain loop.
 """
 from __future__ import annotations
 
@@ -70,11 +74,15 @@ class Job:
 
 
 def plan(subset: str) -> list[Job]:
-    """Every training of a subset: on a GPU all variants, domains and seeds; else `paper` everywhere, the rest on sketch."""
-    everything = [Job(domain, variant, seed) for seed in (0, 1, 2) for variant in VARIANTS for domain in DOMAINS]
+    """Every training of a subset: on a GPU all variants, domains and seeds; else `paper` everywhere, the
+    rest on sketch.
+    """
+    everything = [Job(domain, variant, seed) for seed in (0, 1, 2) for variant in VARIANTS
+                  for domain in DOMAINS]
     if subset == "all":
         return everything
-    return [job for job in everything if job.variant == "paper" and (job.seed == 0 or job.held_out == "sketch")
+    return [job for job in everything if job.variant == "paper"
+            and (job.seed == 0 or job.held_out == "sketch")
             or job.seed == 0 and job.held_out == "sketch"]
 
 
@@ -86,14 +94,17 @@ def command(held_out: str, data: Path, weights: Path) -> list[str]:
 
 
 def train(flags: list[str], workers: int) -> None:
-    """One run, unless it is finished. Its seconds and CPU-seconds, of all attempts together, go into seconds.json."""
+    """One run, unless it is finished. Its seconds and CPU-seconds, of all attempts together, go into
+    seconds.json.
+    """
     folder = Path(flags[flags.index("--run") + 1])
     spent = folder / "seconds.json"
     if (folder / "results.json").exists():
         return
     start, cpu = time.monotonic(), os.times().children_user + os.times().children_system
     before = json.loads(spent.read_text()) if spent.exists() else [0.0, 0.0]
-    result = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags, "--workers", str(workers)], cwd=ROOT)
+    result = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags, "--workers", str(workers)],
+                            cwd=ROOT)
     if folder.is_dir():
         cpu = os.times().children_user + os.times().children_system - cpu
         spent.write_text(json.dumps([before[0] + time.monotonic() - start, before[1] + cpu]))
@@ -108,7 +119,9 @@ def spread(values: list[float], sign: str = "") -> str:
 
 
 def title_of(row: dict[str, Any]) -> str:
-    """A row's name in the tables: method, variant where it is not the paper's, inversion where there is none, centring."""
+    """A row's name in the tables: method, variant where it is not the paper's, inversion where there is
+    none, centring.
+    """
     parts = [row["method"].replace("ucdr-adapter", "UCDR-Adapter")]
     parts += [row["variant"]] if row.get("variant", "paper") != "paper" else []
     parts += ["no inversion"] if row.get("inversion") == "none" else []
@@ -116,10 +129,13 @@ def title_of(row: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]], gallery: str, metric: str = "mAP@all") -> str:
-    """Markdown: a row a method, a column a held-out domain and their mean, in points of 100; spread over seeds."""
+    """Markdown: a row a method, a column a held-out domain and their mean, in points of 100; spread over
+    seeds.
+    """
     lines = ["| | " + " | ".join([*DOMAINS, "mean"]) + " |", "|---" * (len(DOMAINS) + 2) + "|"]
     for title in dict.fromkeys(map(title_of, rows)):
-        of = {domain: [row[gallery][metric] for row in rows if title_of(row) == title and row["held_out"] == domain]
+        of = {domain: [row[gallery][metric] for row in rows if title_of(row) == title
+                       and row["held_out"] == domain]
               for domain in DOMAINS}
         cells = [spread(values) if values else "-" for values in of.values()]
         whole = all(of.values())
@@ -129,13 +145,16 @@ def table(rows: list[dict[str, Any]], gallery: str, metric: str = "mAP@all") -> 
 
 
 def open_clip_score(data: Path, weights: Path, domain: str) -> float:
-    """mAP@all in points, queries of `domain`, gallery photo, unseen classes: open_clip_torch's tower and transform, float32."""
+    """mAP@all in points, queries of `domain`, gallery photo, unseen classes: open_clip_torch's tower and
+    transform, float32.
+    """
     from open_clip.transform import image_transform
     from open_clip.transformer import QuickGELU, VisionTransformer
 
     ours = load_clip(weights)
     width = ours.vision_width
-    peer = VisionTransformer(ours.image_size, ours.patch, width, len(ours.visual.transformer.blocks()), width // 64, 4.0,
+    peer = VisionTransformer(ours.image_size, ours.patch, width, len(ours.visual.transformer.blocks()),
+                             width // 64, 4.0,
                              output_dim=ours.embed_dim, act_layer=QuickGELU).eval()
     peer.load_state_dict(ours.visual.state_dict())
     transform = image_transform(ours.image_size, is_train=False)
@@ -162,19 +181,24 @@ def open_clip_score(data: Path, weights: Path, domain: str) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     gpu = torch.cuda.is_available()
     for flag in ("--data", "--weights", "--out"):
         parser.add_argument(flag, type=Path, required=True)
     parser.add_argument("--subset", choices=SETTINGS, default="all" if gpu else "cpu")
-    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="train these alone")
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS),
+                        help="train these alone")
     parser.add_argument("--held-out", nargs="+", choices=DOMAINS, default=DOMAINS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--closed-form", nargs="*", choices=DOMAINS, default=list(DOMAINS),
-                        help="held-out domains whose adapters get the closed form of their own features, one pass more")
+                        help="held-out domains whose adapters get the closed form of their own features, one "
+                             "pass more")
     parser.add_argument("--check-open-clip", choices=DOMAINS, metavar="DOMAIN")
-    parser.add_argument("--machine", default=(torch.cuda.get_device_name() if gpu else f"cpu-{os.cpu_count()}cores"))
-    parser.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 1) - 1), help="as in train.py")
+    parser.add_argument("--machine",
+                        default=(torch.cuda.get_device_name() if gpu else f"cpu-{os.cpu_count()}cores"))
+    parser.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 1) - 1),
+                        help="as in train.py")
     args = parser.parse_args(argv)
     data, weights, out = (path.resolve() for path in (args.data, args.weights, args.out))
     out.mkdir(parents=True, exist_ok=True)
@@ -190,7 +214,8 @@ def main(argv: list[str] | None = None) -> None:
     def config_of(domain: str, *more: str) -> Config:
         parser = argparse.ArgumentParser()
         add_arguments(parser)
-        flags = [*command(domain, data, weights), *SETTINGS[args.subset], "--workers", str(args.workers), *more]
+        flags = [*command(domain, data, weights), *SETTINGS[args.subset], "--workers", str(args.workers),
+                 *more]
         return resolve(vars(parser.parse_args(flags)))
 
     rows = []
@@ -202,19 +227,24 @@ def main(argv: list[str] | None = None) -> None:
     write(frozen=rows)
     for job in plan(args.subset):
         if job.variant in args.variants and job.held_out in args.held_out and job.seed in args.seeds:
-            train(["--run", str(out / job.name), *command(job.held_out, data, weights), "--seed", str(job.seed),
+            train(["--run", str(out / job.name), *command(job.held_out, data, weights), "--seed",
+                   str(job.seed),
                    *SETTINGS[args.subset], *VARIANTS[job.variant]], args.workers)
     trained = []
     for job in plan(args.subset):
         if (out / job.name / "results.json").exists():
             seconds = json.loads((out / job.name / "seconds.json").read_text())
             trained += [{**row, "variant": job.variant, "seconds": seconds}
-                        for row in frozen.adapter_rows(out / job.name, device, job.held_out in args.closed_form)]
+                        for row in frozen.adapter_rows(out / job.name, device,
+                                                       job.held_out in args.closed_form)]
             write(trained=trained)
     for gallery in GALLERIES:
-        print(f"\n{gallery} gallery, mAP@all\n" + table([*found["frozen"], *found.get("trained", [])], gallery))
+        print(f"\n{gallery} gallery, mAP@all\n"
+              + table([*found["frozen"], *found.get("trained", [])], gallery))
     if args.check_open_clip:
-        [row] = [row for row in frozen.frozen_rows(config_of(args.check_open_clip, "--precision", "fp32"), weights,
+        [row] = [row
+                 for row in frozen.frozen_rows(config_of(args.check_open_clip, "--precision", "fp32"),
+                                               weights,
                                                    out / "float32", device)
                  if row["method"] == "zero-shot" and not row["transductive"]]
         peer = open_clip_score(data, weights, args.check_open_clip)

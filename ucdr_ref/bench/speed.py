@@ -1,16 +1,19 @@
-"""Time and peak memory of every part beside a plain transcription of the published computation: `python -m ucdr_ref.bench.speed`.
+"""Time and peak memory of every part beside a plain transcription of the published computation: `python -m
+ucdr_ref.bench.speed`.
 
-Weights, images and labels are random, so no file is needed. Each part and side runs alone in a fresh process of the same
-interpreter, one after the other, so that its peak memory is its own; both see the same machine, threads and sizes. The first
-step of each is not counted. CPU-seconds are those of all threads: they hold on a machine that does other things too, where
-seconds do not. The plain metrics are timed on the first queries and scaled to all, which the output says.
+Weights, images and labels are random, so no file is needed. Each part and side runs alone in a fresh process
+of the same interpreter, one after the other, so that its peak memory is its own; both see the same machine,
+threads and sizes. The first step of each is not counted. CPU-seconds are those of all threads: they hold on a
+machine that does other things too, where seconds do not. The plain metrics are timed on the first queries and
+scaled to all, which the output says.
 
-`search` compares exact search with faiss-cpu's flat index (requirements-dev.txt), both in one process and in turns, so that
-they meet the same load on a busy machine; the ratio is that of the median seconds. Adding vectors to FAISS is not timed.
+`search` compares exact search with faiss-cpu's flat index (requirements-dev.txt), both in one process and in
+turns, so that they meet the same load on a busy machine; the ratio is that of the median seconds. Adding
+vectors to FAISS is not timed.
 
-Exit status 1 when a required figure is missed. On two CPU cores, float32, 245 classes, 5 domains, 16 context vectors, batch 50:
-phase 1 at least 2x, phase 2 at least 3x (ViT-B/32) or 2x (ViT-B/16) fewer CPU-seconds, each in at most half the memory;
-metrics at 8,000 x 20,000 x 512 in 25 s and 2 GB;
+Exit status 1 when a required figure is missed. On two CPU cores, float32, 245 classes, 5 domains, 16 context
+vectors, batch 50: phase 1 at least 2x, phase 2 at least 3x (ViT-B/32) or 2x (ViT-B/16) fewer CPU-seconds,
+each in at most half the memory; metrics at 8,000 x 20,000 x 512 in 25 s and 2 GB;
 search at 200,000 x 512 no slower than FAISS for 1, 10 and 100 queries with one and two threads.
 On a GPU: encoding with ViT-B/16 in bf16 at half the measured matrix peak.
 """
@@ -47,10 +50,12 @@ from ..ucdr import plain as bench_plain
 from ..ucdr.adapter import Batch, UCDRAdapter
 
 TEXT = dict(context_length=77, vocab_size=49408)
-BASE = dict(image_size=224, vision_width=768, vision_layers=12, vision_heads=12, embed_dim=512, text_width=512, text_layers=12,
+BASE = dict(image_size=224, vision_width=768, vision_layers=12, vision_heads=12, embed_dim=512,
+            text_width=512, text_layers=12,
             text_heads=8, **TEXT)
 SHAPES = {"ViT-B/32": dict(BASE, patch=32), "ViT-B/16": dict(BASE, patch=16),
-          "tiny": dict(image_size=32, patch=8, vision_width=64, vision_layers=2, vision_heads=1, embed_dim=32, text_width=64,
+          "tiny": dict(image_size=32, patch=8, vision_width=64, vision_layers=2, vision_heads=1, embed_dim=32,
+                       text_width=64,
                        text_layers=2, text_heads=1, **TEXT)}
 PARTS = ("phase1", "phase2", "encode", "metrics", "search")
 PHASES = {"phase1": "source", "phase2": "target"}
@@ -69,8 +74,10 @@ def build(side: str, sizes: dict[str, Any], device: torch.device) -> UCDRAdapter
     names = class_list("domainnet-train") + [f"class {i}" for i in range(sizes["classes"])]
     kind = UCDRAdapter if side == "ours" else bench_plain.PlainAdapter
     config = Config(context_vectors=sizes["context"])
-    model = kind(clip, names[:sizes["classes"]], [f"domain {i}" for i in range(sizes["domains"])], config).to(device)
-    rows = F.normalize(torch.randn(sizes["classes"], config.queue_size, clip.embed_dim, device=device), dim=-1)
+    model = kind(clip, names[:sizes["classes"]], [f"domain {i}" for i in range(sizes["domains"])],
+                 config).to(device)
+    rows = F.normalize(torch.randn(sizes["classes"], config.queue_size, clip.embed_dim, device=device),
+                       dim=-1)
     if isinstance(model, UCDRAdapter):
         labels = torch.arange(sizes["classes"], device=device).repeat_interleave(config.queue_size)
         model.queues.push(rows.flatten(0, 1), labels)
@@ -86,8 +93,11 @@ def random_batch(sizes: dict[str, Any], device: torch.device) -> Batch:
     return Batch(*(part.to(device) for part in (torch.randn(b, 3, size, size), *ids)))
 
 
-def timed(work: Callable[[], Any], steps: int, device: torch.device, warm_up: bool = True) -> dict[str, float]:
-    """Mean CPU-seconds and seconds of a call, and the peak memory of the process (of the GPU where one is used)."""
+def timed(work: Callable[[], Any], steps: int, device: torch.device,
+          warm_up: bool = True) -> dict[str, float]:
+    """Mean CPU-seconds and seconds of a call, and the peak memory of the process (of the GPU where one is
+    used).
+    """
     def wait() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -110,7 +120,8 @@ def measure(part: str, side: str, sizes: dict[str, Any]) -> dict[str, Any]:
     device = torch.device(sizes["device"])
     if part == "metrics":
         return measure_metrics(side, sizes, device)
-    model, batch, config = build(side, sizes, device), random_batch(sizes, device), Config(precision=sizes["precision"])
+    model, batch, config = build(side, sizes,
+                                 device), random_batch(sizes, device), Config(precision=sizes["precision"])
     if part == "encode":
         def encode() -> None:
             with autocast(config.precision, device):
@@ -127,7 +138,8 @@ def measure(part: str, side: str, sizes: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def training_step(model: UCDRAdapter | bench_plain.PlainAdapter, batch: Batch, phase: str, config: Config) -> Callable[[], None]:
+def training_step(model: UCDRAdapter | bench_plain.PlainAdapter, batch: Batch, phase: str,
+                  config: Config) -> Callable[[], None]:
     """A step as the training loop takes it: loss, gradient, Adam."""
     trained = model.requires_grad_(False).trainable(phase)
     for parameter in trained.values():
@@ -151,7 +163,8 @@ def measure_metrics(side: str, sizes: dict[str, Any], device: torch.device) -> d
     q, g, e = sizes["sizes"]
     query, query_labels, gallery, gallery_labels = (part.to(device) for part in random_features(q, g, e))
     few, rank = (q, metrics.retrieval) if side == "ours" else (min(q, PLAIN_QUERIES), bench_plain.retrieval)
-    result = timed(lambda: rank(query[:few], query_labels[:few], gallery, gallery_labels), 1, device, warm_up=False)
+    result = timed(lambda: rank(query[:few], query_labels[:few], gallery, gallery_labels), 1, device,
+                   warm_up=False)
     if few == q:
         return result
     scaled = {name: result[name] * q / few for name in ("cpu_s", "wall_s")}
@@ -159,7 +172,9 @@ def measure_metrics(side: str, sizes: dict[str, Any], device: torch.device) -> d
 
 
 def measure_search(g: int, e: int) -> list[dict[str, float]]:
-    """`metrics.search` and FAISS's flat index in turns, k = 10: median seconds and CPU-seconds of each, per case."""
+    """`metrics.search` and FAISS's flat index in turns, k = 10: median seconds and CPU-seconds of each, per
+    case.
+    """
     import faiss
 
     query, _, gallery, _ = random_features(max(q for _, q in SEARCH_CASES), g, e)
@@ -197,7 +212,8 @@ def random_features(q: int, g: int, e: int, classes: int = 45) -> tuple[Tensor, 
 
 
 def image_flops(part: str, shape: dict[str, int]) -> float:
-    """Operations of our image tower per image (a multiplication and an addition are two); text and generator are left out.
+    """Operations of our image tower per image (a multiplication and an addition are two); text and generator
+    are left out.
 
     With frozen weights a backward pass costs what the forward pass does, and attention's twice that.
     """
@@ -205,7 +221,8 @@ def image_flops(part: str, shape: dict[str, int]) -> float:
 
     def tower(tokens: int, backward: bool = False) -> float:
         linear, attention = 24 * tokens * d ** 2, 4 * tokens ** 2 * d
-        last_linear, last_attention = (4 * tokens + 20) * d ** 2, 4 * tokens * d  # keys and values of all, the rest of one
+        # keys and values of all, the rest of one
+        last_linear, last_attention = (4 * tokens + 20) * d ** 2, 4 * tokens * d
         projection = 2 * d * shape["embed_dim"]
         return ((shape["vision_layers"] - 1) * linear + last_linear + projection) * (2 if backward else 1) \
             + ((shape["vision_layers"] - 1) * attention + last_attention) * (3 if backward else 1)
@@ -222,13 +239,17 @@ def matmul_flops(dtype: torch.dtype, device: torch.device, size: int = 8192, rou
     return 2 * size ** 3 / min(timed(lambda: a @ b, 1, device)["wall_s"] for _ in range(rounds))
 
 
-def checks(part: str, ours: dict[str, float], plain: dict[str, float], sizes: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is required at the published sizes: [{what, value, bound, met}]; nothing is required at other sizes."""
+def checks(part: str, ours: dict[str, float], plain: dict[str, float],
+           sizes: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is required at the published sizes: [{what, value, bound, met}]; nothing is required at other
+    sizes.
+    """
     gpu, arch = sizes["device"].startswith("cuda"), sizes["arch"]
     published = all(sizes[name] == PUBLISHED[name] for name in PUBLISHED if name != "sizes")
     wanted: list[tuple[str, float, str, float]] = []
     if part in FASTER and arch in FASTER[part] and published and not gpu:
-        wanted.append(("plain / ours in CPU-seconds", plain["cpu_s"] / ours["cpu_s"], ">=", FASTER[part][arch]))
+        wanted.append(("plain / ours in CPU-seconds", plain["cpu_s"] / ours["cpu_s"], ">=",
+                       FASTER[part][arch]))
         wanted.append(("ours / plain in memory", ours["memory_gib"] / plain["memory_gib"], "<=", 0.5))
     if part == "metrics" and sizes["sizes"] == PUBLISHED["sizes"]:
         # On a busy machine seconds exceed CPU-seconds, which then bound what an idle one would take.
@@ -241,13 +262,17 @@ def checks(part: str, ours: dict[str, float], plain: dict[str, float], sizes: di
 
 
 def isolated(part: str, side: str, sizes: dict[str, Any]) -> dict[str, Any]:
-    """`measure` in a fresh process. Raises ValueError when that process is killed, as it is when memory runs out."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for a busy core would spin, and that would count
+    """`measure` in a fresh process. Raises ValueError when that process is killed, as it is when memory runs
+    out.
+    """
+    # threads that wait for a busy core would spin, and that would count
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(measure, part, side, sizes).result()
         except BrokenProcessPool:
-            raise ValueError(f"{part} ({side}) was killed, probably for lack of memory; lower --batch, or run another "
+            raise ValueError(f"{part} ({side}) was killed, probably for lack of memory; lower --batch, or "
+                             f"run another "
                              "--part") from None
 
 
@@ -276,17 +301,20 @@ def compare(part: str, sizes: dict[str, Any]) -> dict[str, Any]:
 def compare_search(sizes: dict[str, Any]) -> dict[str, Any]:
     """Measures search beside FAISS and prints every case; nothing but a line where FAISS is not installed."""
     if find_spec("faiss") is None:
-        print("search not measured: faiss-cpu is not installed; `pip install faiss-cpu`, or choose another --part", flush=True)
+        print("search not measured: faiss-cpu is not installed; `pip install faiss-cpu`, or choose another "
+              "--part", flush=True)
         return {"cases": [], "plain_over_ours": {}, "required": []}
     cases = isolated("search", "both", sizes)["cases"]
     required = []
     for case in cases:
         name = f"{case['queries']} queries, {case['threads']} threads"
         ratio = case["ours_wall_s"] / case["faiss_wall_s"]
-        print(f"search {name:<24}" + "".join(f" {side} {case[f'{side}_wall_s']:.4f} s ({case[f'{side}_cpu_s']:.4f} CPU-s)"
+        print(f"search {name:<24}" + "".join(f" {side} {case[f'{side}_wall_s']:.4f} s "
+                                             f"({case[f'{side}_cpu_s']:.4f} CPU-s)"
                                             for side in ("ours", "faiss")), flush=True)
         if sizes["search_sizes"] == SEARCH:
-            required.append({"what": f"ours / FAISS, {name}", "value": ratio, "bound": "<= 1", "met": ratio <= 1})
+            required.append({"what": f"ours / FAISS, {name}", "value": ratio, "bound": "<= 1",
+                             "met": ratio <= 1})
     return {"cases": cases, "required": required, "plain_over_ours": {
         f"{case['threads']}x{case['queries']}": case["faiss_wall_s"] / case["ours_wall_s"] for case in cases}}
 
@@ -297,7 +325,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--arch", choices=SHAPES, default="ViT-B/32")
     parser.add_argument("--part", choices=(*PARTS, "all"), default="all")
     for name, default, text in (("batch", 50, "images per step"), ("classes", 245, "training classes"),
-                                ("domains", 5, "source domains"), ("context", 16, "learnable context vectors"),
+                                ("domains", 5,
+                                 "source domains"), ("context", 16, "learnable context vectors"),
                                 ("steps", 0, "steps measured (0: 2 on a CPU, 20 on a GPU)")):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
     parser.add_argument("--sizes", type=int, nargs=3, metavar=("Q", "G", "E"), default=PUBLISHED["sizes"],
@@ -305,10 +334,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--search-sizes", type=int, nargs=2, metavar=("G", "E"), default=SEARCH,
                         help="gallery and feature width of the search (default: 200000 512)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU when there is one)")
-    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="of both sides (default: fp32)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, with machine and versions")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
+                        help="of both sides (default: fp32)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, with machine "
+                                                                  "and versions")
     args = parser.parse_args(argv)
-    if args.steps < 0 or min(args.batch, args.classes, args.domains, args.context, *args.sizes, *args.search_sizes) < 1:
+    if args.steps < 0 or min(args.batch, args.classes, args.domains, args.context, *args.sizes,
+                             *args.search_sizes) < 1:
         parser.error("sizes must be at least 1")
     return args
 

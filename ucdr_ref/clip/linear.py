@@ -1,4 +1,6 @@
-"""Linear layers of frozen weights: on a CPU by oneDNN, which PyTorch brings along, elsewhere as PyTorch does."""
+"""Linear layers of frozen weights: on a CPU by oneDNN, which PyTorch brings along, elsewhere as PyTorch
+does.
+"""
 from __future__ import annotations
 
 from typing import Any
@@ -22,14 +24,16 @@ class OneDNNLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return torch.ops.mkldnn._linear_pointwise(grad, ctx.saved_tensors[0].t(), None, "none", [], ""), None, None
+        return torch.ops.mkldnn._linear_pointwise(grad, ctx.saved_tensors[0].t(), None, "none", [],
+                                                  ""), None, None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """F.linear: x [..., i], weight [o, i], bias [o] -> [..., o].
 
-    On a CPU PyTorch's float32 products go to MKL, which leaves up to half of the speed of AMD's processors unused. Where the
-    weights are frozen, as CLIP's are in both methods, this takes oneDNN, which PyTorch brings along: the same within rounding.
+    On a CPU PyTorch's float32 products go to MKL, which leaves up to half of the speed of AMD's processors
+    unused. Where the weights are frozen, as CLIP's are in both methods, this takes oneDNN, which PyTorch
+    brings along: the same within rounding.
     """
     here = ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not weight.requires_grad
     if here and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():

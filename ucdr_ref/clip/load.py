@@ -17,7 +17,8 @@ OPENAI_SHA256 = {  # published: also part of OpenAI's download addresses
     "ViT-B-16.pt": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
     "ViT-L-14.pt": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
     "ViT-L-14-336px.pt": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"}
-EXPECTED = ("expected ViT CLIP weights: OpenAI's TorchScript archive, a state dict saved by torch.save, or safetensors "
+EXPECTED = ("expected ViT CLIP weights: OpenAI's TorchScript archive, a state dict saved by torch.save, or "
+            "safetensors "
             "(weights/README.md says where to get them)")
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 HUGGING_FACE = {  # patterns are full matches; (1) is the layer
@@ -32,29 +33,37 @@ HUGGING_FACE = {  # patterns are full matches; (1) is the layer
     r"text_model\.final_layer_norm\.(weight|bias)": r"ln_final.\1",
     r"text_projection\.weight": "text_projection"}
 HUGGING_FACE_BLOCK = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
-BLOCK_PARTS = {"self_attn.out_proj": "attn.out_proj.", "layer_norm1": "ln_1.", "layer_norm2": "ln_2.", "mlp.fc1": "mlp.c_fc.",
+BLOCK_PARTS = {"self_attn.out_proj": "attn.out_proj.", "layer_norm1": "ln_1.", "layer_norm2": "ln_2.",
+               "mlp.fc1": "mlp.c_fc.",
                "mlp.fc2": "mlp.c_proj.", "self_attn.q_proj": "attn.in_proj_"}
 
 
 def load_clip(path: str | os.PathLike[str], heads: int | tuple[int, int] | None = None, verify: bool = True,
               dtype: torch.dtype = torch.float32) -> CLIP:
-    """CLIP from a weight file; the format is told from the content, never from the name, and nothing in it is executed.
+    """CLIP from a weight file; the format is told from the content, never from the name, and nothing in it is
+    executed.
 
-    Formats: OpenAI's TorchScript archive; a state dict of torch.save, alone or under `state_dict`, `model_state_dict` or
-    `model`, with or without a `module.` prefix; safetensors. Names: OpenAI's / open_clip's, or Hugging Face's `CLIPModel`.
-    heads: of both towers, or (vision, text); width / 64 when None. dtype: of the parameters (files are often float16).
-    verify: compare the digest of a file that bears the name of one of OpenAI's files, and the checksums of a zip archive.
-    Raises FileNotFoundError, or ValueError that says what the file is, what was expected and where to get it.
+    Formats: OpenAI's TorchScript archive; a state dict of torch.save, alone or under `state_dict`,
+    `model_state_dict` or `model`, with or without a `module.` prefix; safetensors. Names: OpenAI's /
+    open_clip's, or Hugging Face's `CLIPModel`.
+    heads: of both towers, or (vision, text); width / 64 when None. dtype: of the parameters (files are often
+    float16).
+    verify: compare the digest of a file that bears the name of one of OpenAI's files, and the checksums of a
+    zip archive. Raises FileNotFoundError, or ValueError that says what the file is, what was expected and
+    where to get it.
     """
     file = regular_file(path, f"; {EXPECTED}")
     expected = OPENAI_SHA256.get(file.name)
     if verify and expected is not None and (found := file_digest(file)) != expected:
-        raise ValueError(f"{show(file)} is not OpenAI's {file.name}: its sha256 is {found}, the published one {expected}; "
-                         "download it again (weights/README.md), rename it, or load it unverified (--no-verify)")
+        raise ValueError(f"{show(file)} is not OpenAI's {file.name}: its sha256 is {found}, the published "
+                         f"one {expected}; "
+                         "download it again (weights/README.md), rename it, or load it unverified "
+                         "(--no-verify)")
     try:
         weights = openai_names(read_any(file, checksums=verify))
         if (total := sum(value.nbytes for value in weights.values())) > 2 * file.stat().st_size:
-            raise FormatError(f"names {total} bytes of tensors, more than twice its own size: they share their storage")
+            raise FormatError(f"names {total} bytes of tensors, more than twice its own size: they share "
+                              f"their storage")
         model = CLIP.from_state_dict(weights, heads, dtype)
     except FormatError as error:
         raise ValueError(f"{show(file)} {tidy(error)}; {EXPECTED}") from error
@@ -64,7 +73,8 @@ def load_clip(path: str | os.PathLike[str], heads: int | tuple[int, int] | None 
         raise ValueError(f"{show(file)}: {tidy(error)}; {EXPECTED}") from error
     for key, value in model.state_dict().items():
         if not torch.isfinite(torch.stack(torch.aminmax(value))).all():
-            raise ValueError(f"{show(file)}: {key} holds values that are not finite in {dtype}; get the file again "
+            raise ValueError(f"{show(file)}: {key} holds values that are not finite in {dtype}; get the file "
+                             f"again "
                              "(weights/README.md)")
     return model
 
@@ -89,7 +99,8 @@ def openai_names(content: Any) -> dict[str, Tensor]:
             continue
         if not (isinstance(value, Tensor) and value.is_floating_point()):
             found = f"of type {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            raise FormatError(f"has an entry {key[:100]} that is {found}, not a tensor of floating point numbers")
+            raise FormatError(f"has an entry {key[:100]} that is {found}, not a tensor of floating point "
+                              f"numbers")
         weights[key] = value
     if any(key.startswith(("vision_model.", "text_model.")) for key in weights):
         return from_hugging_face(weights)
@@ -97,12 +108,15 @@ def openai_names(content: Any) -> dict[str, Tensor]:
 
 
 def from_hugging_face(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A `CLIPModel` state dict under OpenAI's names: q, k, v stacked, both projections transposed, other keys as they are."""
+    """A `CLIPModel` state dict under OpenAI's names: q, k, v stacked, both projections transposed, other
+    keys as they are.
+    """
     renamed = {}
     for key, value in weights.items():
         if match := HUGGING_FACE_BLOCK.fullmatch(key):
             tower, layer, part, kind = match.groups()
-            if part in ("self_attn.k_proj", "self_attn.v_proj") and key.replace(part, "self_attn.q_proj") in weights:
+            if part in ("self_attn.k_proj",
+                        "self_attn.v_proj") and key.replace(part, "self_attn.q_proj") in weights:
                 continue  # stacked below its q_proj
             if part == "self_attn.q_proj":
                 names = [key.replace(part, f"self_attn.{letter}_proj") for letter in "qkv"]

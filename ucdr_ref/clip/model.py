@@ -1,8 +1,8 @@
 """CLIP's two transformer towers (Radford et al. 2021), under the parameter names of OpenAI's released files.
 
-Pre-norm blocks with QuickGELU; the architecture follows from the shapes of the weights, so one class serves ViT-B/32, B/16,
-L/14, L/14@336 and small models. The vision tower is split into `embed`, `blocks` and `pool`, between which a method inserts its
-own tokens.
+Pre-norm blocks with QuickGELU; the architecture follows from the shapes of the weights, so one class serves
+ViT-B/32, B/16, L/14, L/14@336 and small models. The vision tower is split into `embed`, `blocks` and `pool`,
+between which a method inserts its own tokens.
 """
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ class Attention(nn.Module):
                 mask: Tensor | None = None) -> Tensor:
         """x [b, L, w] -> [b, L, w]; with `at`, only that row's output [b, 1, w].
 
-        `past` holds keys and values [b, heads, P, w / heads] of P earlier tokens; `mask` is True where a query may attend.
+        `past` holds keys and values [b, heads, P, w / heads] of P earlier tokens; `mask` is True where a
+        query may attend.
         """
         width = x.shape[-1]
         rows = x if at is None else x.select(1, at).unsqueeze(1)
@@ -67,7 +68,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers with QuickGELU, x * sigmoid(1.702 x), written as silu(1.702 x) / 1.702: fewer tensors are made and kept."""
+    """Two layers with QuickGELU, x * sigmoid(1.702 x), written as silu(1.702 x) / 1.702: fewer tensors are
+    made and kept.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -112,7 +115,8 @@ class Transformer(nn.Module):
 
 
 class VisionTower(nn.Module):
-    def __init__(self, image_size: int, patch: int, width: int, layers: int, heads: int, embed_dim: int) -> None:
+    def __init__(self, image_size: int, patch: int, width: int, layers: int, heads: int,
+                 embed_dim: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(width))
@@ -127,7 +131,9 @@ class VisionTower(nn.Module):
         return self.conv1(images).flatten(2).transpose(1, 2) + self.positional_embedding[1:]
 
     def class_token(self, count: int, embedding: Tensor | None = None) -> Tensor:
-        """The class token (`embedding` [d], CLIP's own when None) with position 0, repeated: [count, 1, d]."""
+        """The class token (`embedding` [d], CLIP's own when None) with position 0, repeated: [count, 1,
+        d].
+        """
         token = (self.class_embedding if embedding is None else embedding) + self.positional_embedding[0]
         return token.expand(count, 1, -1)
 
@@ -154,7 +160,8 @@ class CLIP(nn.Module):
     Parameters are left uninitialised: they come from a file through `from_state_dict`.
     """
 
-    def __init__(self, *, image_size: int, patch: int, vision_width: int, vision_layers: int, vision_heads: int, embed_dim: int,
+    def __init__(self, *, image_size: int, patch: int, vision_width: int, vision_layers: int,
+                 vision_heads: int, embed_dim: int,
                  context_length: int = 0, vocab_size: int = 0, text_width: int = 0, text_layers: int = 0,
                  text_heads: int = 0) -> None:
         super().__init__()
@@ -193,7 +200,8 @@ class CLIP(nn.Module):
     def require_text(self) -> None:
         if not self.has_text:
             raise ValueError("these weights hold CLIP's image tower alone, so text cannot be encoded; "
-                             "use a full CLIP file (see weights/README.md) or, for UCDR-Adapter, --class-features prototypes")
+                             "use a full CLIP file (see weights/README.md) or, for UCDR-Adapter, "
+                             "--class-features prototypes")
 
     @classmethod
     def from_state_dict(cls, sd: Mapping[str, Tensor], heads: int | tuple[int, int] | None = None,
@@ -212,17 +220,21 @@ class CLIP(nn.Module):
         expected = {key: value.shape for key, value in model.state_dict().items()}
         missing, unexpected = sorted(expected.keys() - sd.keys()), sorted(sd.keys() - expected.keys())
         if missing or unexpected:
-            raise ValueError(f"not a complete ViT CLIP: missing keys {shorten(missing)}; unexpected keys {shorten(unexpected)}")
+            raise ValueError(f"not a complete ViT CLIP: missing keys {shorten(missing)}; unexpected keys "
+                             f"{shorten(unexpected)}")
         for key, size in expected.items():
             if sd[key].shape != size:
-                raise ValueError(f"{key} has shape {list(sd[key].shape)}, expected {list(size)} beside the other weights")
+                raise ValueError(f"{key} has shape {list(sd[key].shape)}, expected {list(size)} beside the "
+                                 f"other weights")
         # One tensor at a time, so that a half-precision or memory-mapped source never exists twice in full.
         model.load_state_dict({key: sd[key].to(dtype, copy=True) for key in expected}, assign=True)
         return model.eval().requires_grad_(False)
 
 
 def random_clip(**shape: int) -> CLIP:
-    """A CLIP of `CLIP`'s arguments with the initial values of Radford et al., drawn from torch's global generator."""
+    """A CLIP of `CLIP`'s arguments with the initial values of Radford et al., drawn from torch's global
+    generator.
+    """
     clip = CLIP(**shape)
     for name, parameter in clip.named_parameters():
         tower = "vision" if name.startswith("visual.") else "text"
@@ -241,18 +253,24 @@ def random_clip(**shape: int) -> CLIP:
         elif "token_embedding" in name or "positional_embedding" in name:
             nn.init.normal_(parameter, std=0.02)
         else:  # class token, patches, in_proj, both projections
-            nn.init.normal_(parameter, std=width ** -0.5 if parameter.dim() < 4 else (3 * shape["patch"] ** 2) ** -0.5)
+            nn.init.normal_(parameter, std=width ** -0.5 if parameter.dim() < 4
+                            else (3 * shape["patch"] ** 2) ** -0.5)
     return clip
 
 
 def shorten(names: list[str], limit: int = 8) -> str:
-    return ("[" + ", ".join(names[:limit]) + (f", ... {len(names) - limit} more" if len(names) > limit else "") + "]")
+    return ("[" + ", ".join(names[:limit])
+            + (f", ... {len(names) - limit} more" if len(names) > limit else "") + "]")
 
 
-def infer_architecture(sd: Mapping[str, Tensor], heads: int | tuple[int, int] | None = None) -> dict[str, int]:
-    """The arguments of `CLIP` from the shapes in an OpenAI-named state dict; ValueError when they fit no ViT CLIP."""
+def infer_architecture(sd: Mapping[str, Tensor],
+                       heads: int | tuple[int, int] | None = None) -> dict[str, int]:
+    """The arguments of `CLIP` from the shapes in an OpenAI-named state dict; ValueError when they fit no ViT
+    CLIP.
+    """
     if any(key.startswith("visual.layer1.") for key in sd):
-        raise ValueError("this is a ResNet CLIP; only the ViT family is supported (ViT-B/32, B/16, L/14, L/14@336px)")
+        raise ValueError("this is a ResNet CLIP; only the ViT family is supported (ViT-B/32, B/16, L/14, "
+                         "L/14@336px)")
 
     def dims(key: str, rank: int) -> list[int]:
         if key not in sd or sd[key].dim() != rank or 0 in sd[key].shape:
@@ -271,19 +289,22 @@ def infer_architecture(sd: Mapping[str, Tensor], heads: int | tuple[int, int] | 
         count = width // 64 if heads is None else heads if isinstance(heads, int) else heads[tower]
         if count < 1 or width % count or (heads is None and width % 64):
             raise ValueError(f"width {width} of the {('vision', 'text')[tower]} tower does not divide into "
-                             f"{'heads of 64' if heads is None else f'{count} heads'}; give the number of heads")
+                             f"{'heads of 64' if heads is None else f'{count} heads'}; give the number of "
+                             f"heads")
         return count
 
     width, _, _, patch = dims("visual.conv1.weight", 4)
     positions = dims("visual.positional_embedding", 2)[0]
     grid = math.isqrt(positions - 1)
     if grid < 1 or grid * grid != positions - 1:
-        raise ValueError(f"not a ViT CLIP: {positions} vision positions are not 1 + a square number of patches")
+        raise ValueError(f"not a ViT CLIP: {positions} vision positions are not 1 + a square number of "
+                         f"patches")
     arch = dict(image_size=grid * patch, patch=patch, vision_width=width, vision_layers=layers("visual."),
                 vision_heads=head_count(width, 0), embed_dim=dims("visual.proj", 2)[1])
     text = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
     if any(key.startswith(text) for key in sd):
         text_width = dims("ln_final.weight", 1)[0]
-        arch.update(context_length=dims("positional_embedding", 2)[0], vocab_size=dims("token_embedding.weight", 2)[0],
+        arch.update(context_length=dims("positional_embedding", 2)[0],
+                    vocab_size=dims("token_embedding.weight", 2)[0],
                     text_width=text_width, text_layers=layers(""), text_heads=head_count(text_width, 1))
     return arch

@@ -1,18 +1,24 @@
 """CLIP's byte-pair tokenizer on the standard library: text in, ids out, `[texts] -> [b, L]`.
 
-Source: Radford et al. 2021, section 2.4, and the public tokenizer of openai/CLIP, whose 49,408 ids it reproduces. The
-merges in `bpe_merges.txt.gz` are OpenAI's (MIT, see `bpe_merges.LICENSE`).
+Source: Radford et al. 2021, section 2.4, and the public tokenizer of openai/CLIP, whose 49,408 ids it
+reproduces. The merges in `bpe_merges.txt.gz` are OpenAI's (MIT, see `bpe_merges.LICENSE`).
 
-OpenAI's tokenizer cleans text with the package `ftfy` and splits it with the package `regex`. This one needs neither.
-The differences, all of them checked in the tests, with their number among 20,000 random strings over all of Unicode:
+OpenAI's tokenizer cleans text with the package `ftfy` and splits it with the package `regex`. This one needs
+neither. The differences, all of them checked in the tests, with their number among 20,000 random strings over
+all of Unicode:
 
 - Mojibake is not guessed at: `ftfy` turns "cafÃ©" into "café", here it stays (134 strings with ftfy 6.3.1).
-  `ftfy`'s other repairs are done: NFC, straight quotes, ligatures, full width, control characters, surrogates.
-- Letters and numbers are those of the running Python's Unicode table. A character younger than it counts as a symbol,
+  `ftfy`'s other repairs are done: NFC, straight quotes, ligatures, full width, control characters,
+  surrogates.
+- Letters and numbers are those of the running Python's Unicode table. A character younger than it counts as a
+symbol,
   so a word may be cut elsewhere (1,340 strings for the Unicode 14 of Python 3.11 against regex 2026.11.15).
-- Three oddities, in none of the strings: terminal colour codes stay, except for the escape character; entities in
-  capitals such as "&EACUTE;" stay; those escaped more than three times over ("&amp;amp;amp;lt;") stay in part.
-- The special tokens are spelled as OpenAI's, "<|endoftext|>", and give their id if spelled in a text. Recent versions
+- Three oddities, in none of the strings: terminal colour codes stay, except for the escape character;
+entities in
+  capitals such as "&EACUTE;" stay; those escaped more than three times over ("&amp;amp;amp;lt;") stay in
+  part.
+- The special tokens are spelled as OpenAI's, "<|endoftext|>", and give their id if spelled in a text. Recent
+versions
   of open_clip spell them "<end_of_text>".
 """
 
@@ -45,7 +51,8 @@ def _vocabulary() -> tuple[dict[int, str], dict[str, int], dict[tuple[str, str],
     others = [byte for byte in range(256) if byte not in printable]
     symbols = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
     if not MERGES.is_file():
-        raise FileNotFoundError(f"{MERGES} is missing; the tokenizer needs it: copy it along with tokenizer.py")
+        raise FileNotFoundError(f"{MERGES} is missing; the tokenizer needs it: copy it along with "
+                                f"tokenizer.py")
     lines = gzip.decompress(MERGES.read_bytes()).decode("utf-8").splitlines()
     first, second = zip(*(line.split(" ") for line in lines))
     assert len(lines) == 48_894, f"{MERGES} holds {len(lines)} merges, CLIP has 48894"
@@ -83,7 +90,8 @@ def _clean(text: str) -> str:
 
 def _kind(char: str) -> str:
     """`L` letter, `N` number, ` ` separator, `S` anything else."""
-    # CLIP's pattern, compiled without regard to case, never matches a lone U+0345: it folds to a letter and is none.
+    # CLIP's pattern, compiled without regard to case, never matches a lone U+0345: it folds to a letter and
+    # is none.
     if char in " \u0345":
         return " "
     category = unicodedata.category(char)[0]
@@ -104,7 +112,9 @@ def _split(text: str) -> list[str]:
 
 @functools.lru_cache(maxsize=2**15)
 def _bpe(word: str) -> tuple[int, ...]:
-    """Ids of one word: merges the pair of the lowest rank, everywhere in the word, until no pair has a rank."""
+    """Ids of one word: merges the pair of the lowest rank, everywhere in the word, until no pair has a
+    rank.
+    """
     symbols, ids, ranks = _vocabulary()
     if word in (START, END):
         return (ids[word],)
@@ -133,10 +143,12 @@ def encode(text: str) -> list[int]:
 def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: bool = False) -> torch.Tensor:
     """Ids of one text or several, `[b, L]` int64, padded with 0. `truncate` cuts a text that is too long.
 
-    The last id of a truncated row is end-of-text. Raises ValueError for a text of more than `context_length` ids.
+    The last id of a truncated row is end-of-text. Raises ValueError for a text of more than `context_length`
+    ids.
     """
     if context_length < 2:
-        raise ValueError(f"context_length is {context_length}; it must be at least 2 to hold the two special ids")
+        raise ValueError(f"context_length is {context_length}; it must be at least 2 to hold the two special "
+                         f"ids")
     rows = [texts] if isinstance(texts, str) else texts
     result = torch.zeros(len(rows), context_length, dtype=torch.long)
     for row, text in zip(result, rows):

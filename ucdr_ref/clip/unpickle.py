@@ -1,7 +1,8 @@
 """Interpreter of PyTorch's pickles that executes nothing.
 
-A pickle is a program, so none is handed to an unpickler that could import or call what the file names. `Pickle` interprets
-the few instructions that PyTorch's writers use and knows tensors, dicts, lists and inert stand-ins for module classes only.
+A pickle is a program, so none is handed to an unpickler that could import or call what the file names.
+`Pickle` interprets the few instructions that PyTorch's writers use and knows tensors, dicts, lists and inert
+stand-ins for module classes only.
 """
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "Half
             "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
 MAX_STEPS = 1_000_000  # instructions; ViT-L/14 needs about 15,000
 MAX_NAME, MAX_RANK = 300, 8
-MAX_SIZE, MAX_NESTING = 10_000_000, 64  # of what a pickle builds: values and characters, dicts in dicts; see `bounded`
+# of what a pickle builds: values and characters, dicts in dicts; see `bounded`
+MAX_SIZE, MAX_NESTING = 10_000_000, 64
 MAX_KEY = 2**53  # of a number as a key: larger ones can be chosen such that thousands have one hash
 
 LoadStorage = Callable[[str, torch.dtype, int], Tensor]
@@ -38,7 +40,8 @@ class Instance:
 class Pickle:
     """Interpreter of the pickle instructions that PyTorch's writers use.
 
-    storage: gives the vector for (key, dtype, elements) of a persistent id; every tensor is a view of such a vector.
+    storage: gives the vector for (key, dtype, elements) of a persistent id; every tensor is a view of such a
+    vector.
     """
 
     def __init__(self, storage: LoadStorage) -> None:
@@ -59,7 +62,8 @@ class Pickle:
 
     def step(self, name: str, argument: Any) -> None:
         stack = self.stack
-        if name in ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "BINSTRING", "SHORT_BINSTRING"):
+        if name in ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "BINSTRING",
+                    "SHORT_BINSTRING"):
             stack.append(argument)
         elif name in CONSTANTS:
             stack.append(CONSTANTS[name]())
@@ -75,7 +79,8 @@ class Pickle:
             if name == "TUPLE":
                 self.stack.append(tuple(stack))
             else:
-                add(self.stack[-1], stack if name == "APPENDS" else list(zip(stack[::2], stack[1::2], strict=True)))
+                add(self.stack[-1], stack if name == "APPENDS"
+                    else list(zip(stack[::2], stack[1::2], strict=True)))
         elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
             count = int(name[-1])
             stack[-count:] = [tuple(stack[-count:])]
@@ -104,7 +109,9 @@ class Pickle:
             raise FormatError(f"has a pickle with the instruction {name}, which no weight file needs")
 
     def known(self, name: str) -> Known:
-        """What a global of the file stands for; FormatError for anything that is not part of a weight file."""
+        """What a global of the file stands for; FormatError for anything that is not part of a weight
+        file.
+        """
         if name in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
             return Known(lambda vector, offset, size, stride, *_: self.rebuild(vector, offset, size, stride))
         if name.startswith("torch.jit._pickle.") or name in ("torch.Size", "torch._utils._rebuild_parameter"):
@@ -116,9 +123,11 @@ class Pickle:
         module, _, last = name.rpartition(".")
         if module == "torch" and last in STORAGES:
             return Known(None, STORAGES[last])
-        raise FormatError(f"has a pickle that asks for {name[:MAX_NAME]}, which no weight file needs; nothing was executed")
+        raise FormatError(f"has a pickle that asks for {name[:MAX_NAME]}, which no weight file needs; "
+                          f"nothing was executed")
 
-    def persistent(self, kind: str, storage: Known, key: str, location: str, count: int, view: None = None) -> Tensor:
+    def persistent(self, kind: str, storage: Known, key: str, location: str, count: int,
+                   view: None = None) -> Tensor:
         if kind != "storage" or not isinstance(storage, Known) or storage.dtype is None or view is not None:
             raise FormatError("has a pickle with an unknown kind of storage")
         if not (isinstance(key, str) and is_size(count)):
@@ -127,13 +136,15 @@ class Pickle:
 
     def rebuild(self, vector: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
         """The view of a storage that `_rebuild_tensor_v2` describes, checked against the storage."""
-        well_formed = is_size(offset) and all(map(is_size, size)) and all(map(is_size, stride)) and len(size) == len(stride)
+        well_formed = is_size(offset) and all(map(is_size,
+                                                  size)) and all(map(is_size, stride)) and len(size) == len(stride)
         if not (well_formed and len(size) <= MAX_RANK):
             raise FormatError("has a tensor with malformed or negative sizes")
         count = math.prod(size)
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if count else 0
         if count > len(vector) or (count and last >= len(vector)):
-            raise FormatError(f"has a tensor of sizes {list(size)} that does not fit its storage of {len(vector)} elements")
+            raise FormatError(f"has a tensor of sizes {list(size)} that does not fit its storage of "
+                              f"{len(vector)} elements")
         return vector.as_strided(size, stride, offset) if count else vector.new_empty(size)
 
 
@@ -148,7 +159,8 @@ class Known:
         raise FormatError("has a pickle that calls a storage type")
 
 
-CONSTANTS: dict[str, Callable[[], Any]] = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
+CONSTANTS: dict[str, Callable[[], Any]] = {"NONE": lambda: None, "NEWTRUE": lambda: True,
+                                           "NEWFALSE": lambda: False,
                                            "EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}
 
 
@@ -161,9 +173,11 @@ def is_key(value: Any) -> bool:
 
 
 def bounded(root: Any) -> Any:
-    """`root`; FormatError when it nests too deeply for the code that walks or prints it, or is too large for that.
+    """`root`; FormatError when it nests too deeply for the code that walks or prints it, or is too large for
+    that.
 
-    What is reached several times counts as often, for so does whoever walks: sixty lists can print as 2^60 numbers.
+    What is reached several times counts as often, for so does whoever walks: sixty lists can print as 2^60
+    numbers.
     """
     todo, size = [iter((root,))], 0
     while todo:
@@ -177,7 +191,8 @@ def bounded(root: Any) -> Any:
         elif isinstance(value, (list, tuple)):
             todo.append(iter(value))
         if size > MAX_SIZE:
-            raise FormatError(f"has a pickle of more than {MAX_SIZE} values and letters, each counted as often as it is there")
+            raise FormatError(f"has a pickle of more than {MAX_SIZE} values and letters, each counted as "
+                              f"often as it is there")
         if len(todo) > MAX_NESTING:
             raise FormatError(f"has a pickle that nests deeper than {MAX_NESTING}")
     return root
@@ -186,7 +201,8 @@ def bounded(root: Any) -> Any:
 def add(target: Any, items: list[Any]) -> None:
     if isinstance(target, list):
         target.extend(items)
-    elif isinstance(target, dict) and all(key is None or isinstance(key, str) or is_key(key) for key, _ in items):
+    elif isinstance(target, dict) and all(key is None or isinstance(key, str) or is_key(key)
+                                          for key, _ in items):
         target.update(items)  # plain keys only: hashing nested tuples can take forever
     else:
         raise FormatError("has a pickle that fills something other than a list or a dict with plain keys")

@@ -1,4 +1,5 @@
-"""SRE-CLIP's data: class graph and unseen list, image folders -> cached features of the frozen tower -> batches.
+"""SRE-CLIP's data: class graph and unseen list, image folders -> cached features of the frozen tower ->
+batches.
 
 Legend: `b` batch, `e` CLIP embedding, `n` images, `c` classes.
 """
@@ -63,7 +64,9 @@ class Features:
         return len(self.paths)
 
     def take(self, indices: Tensor) -> Tensor:
-        """Rows [b, e], read from the files, for indices [b]; centred ones are as long as the features are on average."""
+        """Rows [b, e], read from the files, for indices [b]; centred ones are as long as the features are on
+        average.
+        """
         rows = np.empty((len(indices), self.parts[0].shape[1]), dtype=np.float32)
         wanted, start = indices.numpy(), 0
         for part in self.parts:
@@ -76,7 +79,9 @@ class Features:
         return F.normalize(F.normalize(features, dim=1) - self.mean, dim=1) * self.length
 
     def centred(self) -> Features:
-        """The same features less their mean, at their usual length: the method's rates mean what they meant."""
+        """The same features less their mean, at their usual length: the method's rates mean what they
+        meant.
+        """
         total, length = torch.zeros(self.parts[0].shape[1], dtype=torch.float64), 0.0
         for indices in torch.arange(len(self)).split(4096):
             rows = self.take(indices).double()
@@ -88,13 +93,14 @@ class Features:
 def graph_and_unseen(config: Config) -> tuple[Graph, list[int]]:
     """The class graph, and the indices of its unseen classes.
 
-    `--graph` names a shipped graph or a file. `--unseen` is a file of names or ids, or a whole class list of lines
-    `seen|unseen nXXXXXXXX name`, whose classes must then be the graph's first nodes; a shipped graph brings its list.
-    Raises FileNotFoundError or ValueError in one sentence, also when no class is unseen.
+    `--graph` names a shipped graph or a file. `--unseen` is a file of names or ids, or a whole class list of
+    lines `seen|unseen nXXXXXXXX name`, whose classes must then be the graph's first nodes; a shipped graph
+    brings its list. Raises FileNotFoundError or ValueError in one sentence, also when no class is unseen.
     """
     shipped = sorted(path.stem for path in SHIPPED.glob("*.json"))
     if not config.graph:
-        raise ValueError("no class graph; give --graph FILE (python -m ucdr_ref.sre.wordnet builds one) or one of "
+        raise ValueError("no class graph; give --graph FILE (python -m ucdr_ref.sre.wordnet builds one) or "
+                         "one of "
                          f"{', '.join(shipped)}")
     known = config.graph in shipped
     unseen_file = config.unseen or (SHIPPED / f"{config.graph}.txt" if known else None)
@@ -108,7 +114,8 @@ def graph_and_unseen(config: Config) -> tuple[Graph, list[int]]:
         listed = [line.name or name for line, name in zip_longest(lines, names[: len(lines)])]
         require_classes(graph, listed, str(config.graph))
         if wrong := [line.id for line, synset in zip(lines, graph.ids) if line.id not in (None, synset)]:
-            raise ValueError(f"{unseen_file}: {wrong[0]} is not the id that {config.graph} has in its place; build the "
+            raise ValueError(f"{unseen_file}: {wrong[0]} is not the id that {config.graph} has in its place; "
+                             f"build the "
                              "graph from this very list")
         indices = [k for k, line in enumerate(lines) if line.split == "unseen"]
     else:
@@ -143,8 +150,8 @@ def graph_digest(graph: Graph, unseen: Sequence[int]) -> str:
 
 
 def class_folders(graph: Graph, ids: Mapping[str, str]) -> dict[str, int]:
-    """{a folder's `folder_key`: class index}. A folder bears a class's name or WordNet id, or stands in `ids`,
-    {folder: WordNet id}; a name of two classes is none.
+    """{a folder's `folder_key`: class index}. A folder bears a class's name or WordNet id, or stands in
+    `ids`, {folder: WordNet id}; a name of two classes is none.
     """
     keys = [folder_key(name) for name in graph.names[: graph.classes]]
     twice, place = set(duplicates(keys)), {synset: k for k, synset in enumerate(graph.ids[: graph.classes])}
@@ -155,9 +162,9 @@ def class_folders(graph: Graph, ids: Mapping[str, str]) -> dict[str, int]:
 def read_folder_ids(path: str) -> dict[str, str]:
     """--folder-ids: {folder: WordNet id} of a file with lines `folder nXXXXXXXX`, or of WebVision's `info`.
 
-    In that folder `synsets.txt` has an id at the start of each line, and `queries_synsets_map.txt` lines `1 1`:
-    images of query 1, in folder q0001, belong to the first synset. Raises FileNotFoundError, or ValueError that
-    names the line.
+    In that folder `synsets.txt` has an id at the start of each line, and `queries_synsets_map.txt` lines `1
+    1`: images of query 1, in folder q0001, belong to the first synset. Raises FileNotFoundError, or
+    ValueError that names the line.
     """
     if not path:
         return {}
@@ -189,8 +196,8 @@ def scan_folder(flag: str, root: str, graph: Graph, ids: Mapping[str, str] | Non
     before: names that `trees.with_gone` may add.
 
     ids: as `class_folders` has them. only: class indices; other folders are left out and stand in `skipped`.
-    Raises FileNotFoundError for a missing folder, ValueError for one without images, images outside a class folder,
-    and, without `only`, folders that are no class of the graph, which it lists.
+    Raises FileNotFoundError for a missing folder, ValueError for one without images, images outside a class
+    folder, and, without `only`, folders that are no class of the graph, which it lists.
     """
     if not os.path.isdir(root):
         raise FileNotFoundError(f"{flag} {root}: no such folder; expected <folder>/<class>/<image>")
@@ -198,7 +205,8 @@ def scan_folder(flag: str, root: str, graph: Graph, ids: Mapping[str, str] | Non
         root = below
     names = with_gone([name for name, *_ in list_images(os.path.realpath(root))], before)
     if stray := [name for name in names if os.path.dirname(name) == ""]:
-        raise ValueError(f"{flag} {root}: {stray[0]} lies in no class folder; expected <folder>/<class>/<image>")
+        raise ValueError(f"{flag} {root}: {stray[0]} lies in no class folder; expected "
+                         f"<folder>/<class>/<image>")
     known = class_folders(graph, ids or {})
     folders = [name.split(os.sep)[0] for name in names]
     found = {name: known.get(folder_key(name)) for name in sorted(set(folders))}
@@ -219,27 +227,31 @@ def scan_folder(flag: str, root: str, graph: Graph, ids: Mapping[str, str] | Non
     return Folder(root, files, labels, skipped)
 
 
-def scan_sources(config: Config, graph: Graph, unseen: Sequence[int], before: Listing | None = None) -> list[Folder]:
+def scan_sources(config: Config, graph: Graph, unseen: Sequence[int],
+                 before: Listing | None = None) -> list[Folder]:
     """All `--source` folders, without class folders outside the seen classes.
 
     ValueError when there is no source, and with --strict-source when there are such class folders.
     """
     if not config.source or not config.target:
-        raise ValueError("SRE-CLIP needs labelled and unlabelled images: give --source DIR [DIR ...] and --target DIR")
+        raise ValueError("SRE-CLIP needs labelled and unlabelled images: give --source DIR [DIR ...] and "
+                         "--target DIR")
     seen = set(range(graph.classes)) - set(unseen)
     ids = read_folder_ids(config.folder_ids)
     folders = [scan_folder("--source", root, graph, ids, seen, (before or {}).get(f"source {i}", ()))
                for i, root in enumerate(config.source)]
     for folder in folders:
         if folder.skipped and config.strict_source:
-            raise ValueError(f"--source {folder.root} holds folders that are no seen class: {some(folder.skipped)}; "
+            raise ValueError(f"--source {folder.root} holds folders that are no seen class: "
+                             f"{some(folder.skipped)}; "
                              "take them out, or leave out --strict-source")
     return folders
 
 
 def summary(sources: Sequence[Folder], targets: Sequence[Folder], graph: Graph, unseen: Sequence[int]) -> str:
     """Counts of nodes, classes and images, and the seen classes that no source image is labelled with."""
-    lines = [f"graph    {graph.classes} classes ({len(unseen)} unseen), {len(graph.ids)} nodes, {len(graph.edges)} edges"]
+    lines = [f"graph    {graph.classes} classes ({len(unseen)} unseen), {len(graph.ids)} nodes, "
+             f"{len(graph.edges)} edges"]
     for part, folders in (("source", sources), ("target", targets)):
         lines += [f"{part}   {len(folder.files)} images, {len(set(folder.labels))} classes ({folder.root})"
                   for folder in folders]
@@ -256,8 +268,8 @@ def features(folders: Sequence[Folder], graph: Graph, clip: CLIP, config: Config
              device: torch.device) -> Features:
     """Features of the folders' images by the frozen tower, from `cache` or computed now and put there.
 
-    An entry is used only for the same files (names, sizes, times), weights and preprocessing. Raises ValueError for an
-    unreadable image, unless --bad-images skip.
+    An entry is used only for the same files (names, sizes, times), weights and preprocessing. Raises
+    ValueError for an unreadable image, unless --bad-images skip.
     """
     model = [file_digest(config.weights), config.heads, config.precision, sorted(config.stroke_domains)]
     if config.image_reading != "upright":  # D19; without it the key is that of earlier versions
@@ -284,7 +296,8 @@ def shuffled(n: int, seed: int) -> Tensor:
 
 
 def draw(n: int, b: int, iteration: int, *seed: object) -> Tensor:
-    """Indices [min(b, n)] of an iteration: whole batches of shuffled passes over n images, a function of seed and iteration.
+    """Indices [min(b, n)] of an iteration: whole batches of shuffled passes over n images, a function of seed
+    and iteration.
 
     What a pass leaves over (less than a batch) is another part of the images in every pass.
     """
@@ -302,7 +315,8 @@ def feed(source: Features, target: Features, config: Config, device: torch.devic
         for i in left:
             s, t = (draw(len(part), config.sre_batch, i, config.seed, name)
                     for name, part in (("source", source), ("target", target)))
-            yield (Batch(source.take(s).to(device), source.labels[s].to(device), target.take(t).to(device), i),
+            yield (Batch(source.take(s).to(device), source.labels[s].to(device), target.take(t).to(device),
+                         i),
                    [source.paths[k] for k in s.tolist()] + [target.paths[k] for k in t.tolist()])
 
     epochs = -(-config.sre_iterations // EPOCH)
@@ -311,7 +325,8 @@ def feed(source: Features, target: Features, config: Config, device: torch.devic
 
 def evaluates(iterations: int, epochs: int) -> bool:
     """Whether the released code evaluates on the test images after this many epochs of the loop (S6): where a
-    multiple of a tenth of the iterations is passed, but not at the end. A run of one epoch is evaluated there.
+    multiple of a tenth of the iterations is passed, but not at the end. A run of one epoch is evaluated
+    there.
 
     3,000 iterations: after 300, 600, ... 2,700.
     """
@@ -321,14 +336,16 @@ def evaluates(iterations: int, epochs: int) -> bool:
 
 
 def drawn(config: Config) -> Config:
-    """The demonstration's config. Draws its source, photographs of the seen classes, and target, sketches of all classes.
+    """The demonstration's config. Draws its source, photographs of the seen classes, and target, sketches of
+    all classes.
 
     Raises ValueError when other folders are given as well.
     """
     from ..demo.drawing import CLASSES, SPLIT, write_dataset
 
     if config.source or config.target:
-        raise ValueError("--dataset toy draws its own images; leave --source and --target out, or give --dataset folder")
+        raise ValueError("--dataset toy draws its own images; leave --source and --target out, or give "
+                         "--dataset folder")
     root = Path(config.data_root)
     seen = [name for name in CLASSES if name not in SPLIT["test"]]
     write_dataset(root / "source", seen, ["real"], config.toy_images)

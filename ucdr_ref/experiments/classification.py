@@ -1,4 +1,6 @@
-"""Domain-adaptive zero-shot classification as an experiment: SRE-CLIP beside CLIP as it is, on the same target images."""
+"""Domain-adaptive zero-shot classification as an experiment: SRE-CLIP beside CLIP as it is, on the same
+target images.
+"""
 from __future__ import annotations
 
 import json
@@ -44,7 +46,8 @@ TEST_BATCH = 512  # the released code's batch of test images, which attend to ea
 COLUMNS = {"zsl": "ZSL", "unseen": "unseen", "seen": "seen", "h": "H"}
 TEXT, PROTOTYPES = "zero-shot", "prototypes"  # baselines
 SCORES = "test_scores.jsonl"
-PUBLISHED = {"awa2": "published (I2AwA, instance): unseen 69.7, seen 88.0, H 77.7, an ablation line in the released code"}
+PUBLISHED = {"awa2": "published (I2AwA, instance): unseen 69.7, seen 88.0, H 77.7, an ablation line in the "
+                     "released code"}
 
 
 Scores = Iterator[tuple[Tensor, Tensor]]  # rows [b] of n images, and their scores [b, c]
@@ -67,17 +70,21 @@ class Data:
     @property
     def listing(self) -> Listing:
         """The images' names below each folder, the sources' first."""
-        parts = {**{f"source {i}": folder for i, folder in enumerate(self.sources)}, "target": self.targets[0]}
-        return {part: below(os.path.realpath(folder.root), folder.files.paths) for part, folder in parts.items()}
+        parts = {**{f"source {i}": folder for i, folder in enumerate(self.sources)},
+                 "target": self.targets[0]}
+        return {part: below(os.path.realpath(folder.root), folder.files.paths)
+                for part, folder in parts.items()}
 
 
 def prepare(config: Config, before: Listing | None = None) -> tuple[Config, Data]:
-    """Graph and folders; the drawn data is drawn first where it is absent. before: `trees.with_gone` takes it.
+    """Graph and folders; the drawn data is drawn first where it is absent. before: `trees.with_gone` takes
+    it.
 
     Raises ValueError or FileNotFoundError.
     """
     if world() > 1:
-        raise ValueError("--method sre-clip encodes each image once and then trains on features, for which one process is "
+        raise ValueError("--method sre-clip encodes each image once and then trains on features, for which "
+                         "one process is "
                          "enough: start it without torchrun")
     if config.dataset == "toy" and not config.source:
         config = class_folders.drawn(config)
@@ -98,7 +105,8 @@ def build(config: Config, data: Data, clip: CLIP, device: torch.device) -> Exper
     vectors = node_vectors(graph, clip, config.class_vectors)
     method: SRECLIP | ClosedFormAdapter
     if config.method == "closed-form":
-        method = ClosedFormAdapter(clip, ZeroShot(clip).encode, nothing_fitted(clip.embed_dim, vectors[:graph.classes]))
+        method = ClosedFormAdapter(clip, ZeroShot(clip).encode,
+                                   nothing_fitted(clip.embed_dim, vectors[:graph.classes]))
     else:
         adjacency = normalised_adjacency(graph.edges, len(graph.ids))
         method = SRECLIP(clip, names, vectors, adjacency, data.unseen, config).to(device)
@@ -107,7 +115,8 @@ def build(config: Config, data: Data, clip: CLIP, device: torch.device) -> Exper
         source, target = (features(folders, graph, clip, config, folder / "features", device)
                           for folders in (data.sources, data.targets))
         name, anchors = baseline(clip, graph, source)
-        extra: dict[str, Any] = {"graph": asdict(graph), "unseen_ids": data.unseen, "baseline": name, "anchors": anchors}
+        extra: dict[str, Any] = {"graph": asdict(graph), "unseen_ids": data.unseen, "baseline": name,
+                                 "anchors": anchors}
         if isinstance(method, ClosedFormAdapter):
             method.form, extra["strength"] = fit(source.take, source.labels, vectors[:graph.classes])
             return Training({}, None, config, config.sre_iterations, extra)
@@ -115,7 +124,8 @@ def build(config: Config, data: Data, clip: CLIP, device: torch.device) -> Exper
         if config.sre_report == "best-test":  # S6
             validate = partial(test_score, method, target, device, folder)
         feeds = {"sre": class_folders.feed(source, target, config, device)}
-        # No tower runs in this loop, so its arithmetic stays float32; test evaluations are noted, but none stops it.
+        # No tower runs in this loop, so its arithmetic stays float32; test evaluations are noted, but none
+        # stops it.
         return Training(feeds, validate, replace(config, precision="fp32"), config.sre_iterations, extra)
 
     summary = class_folders.summary(data.sources, data.targets, graph, data.unseen)
@@ -132,9 +142,12 @@ def nothing_fitted(e: int, class_vectors: Tensor) -> Ridge:
 
 
 def check(config: Config, state: dict[str, Any], path: Path) -> None:
-    """Raises Misfit, KeyError, TypeError or ValueError for a checkpoint of other sizes, or a graph that is none."""
+    """Raises Misfit, KeyError, TypeError or ValueError for a checkpoint of other sizes, or a graph that is
+    none.
+    """
     graph, unseen, anchors = parse_graph(state["graph"]), state["unseen_ids"], state["anchors"]
-    if not (isinstance(state["baseline"], str) and isinstance(unseen, list) and all(type(k) is int for k in unseen)):
+    if not (isinstance(state["baseline"], str) and isinstance(unseen, list)
+            and all(type(k) is int for k in unseen)):
         raise TypeError("the baseline or the unseen classes are something else")
     if len(state["class_names"]) != graph.classes:
         raise ValueError(f"{len(state['class_names'])} class names, {graph.classes} classes in the graph")
@@ -147,7 +160,9 @@ def check(config: Config, state: dict[str, Any], path: Path) -> None:
         check_sizes(path, weights, {"form.anchors": [graph.classes]})
         return
     extra = config.sre_batch - 1 if config.bank_ring == "released" else 0
-    check_sizes(path, weights, {"bank.store": [config.sre_bank + extra, config.sre_hidden], "class_vectors": [len(graph.ids)]})
+    check_sizes(path, weights,
+                {"bank.store": [config.sre_bank + extra, config.sre_hidden],
+                 "class_vectors": [len(graph.ids)]})
 
 
 def rebuild(config: Config, clip: CLIP, state: dict[str, Any], path: Path, device: torch.device) -> Method:
@@ -159,7 +174,8 @@ def rebuild(config: Config, clip: CLIP, state: dict[str, Any], path: Path, devic
     else:
         graph, vectors = parse_graph(state["graph"]), state["method"]["class_vectors"]
         adjacency = normalised_adjacency(graph.edges, len(graph.ids))
-        method = SRECLIP(clip, state["class_names"], vectors, adjacency, state["unseen_ids"], config).to(device)
+        method = SRECLIP(clip, state["class_names"], vectors, adjacency, state["unseen_ids"],
+                         config).to(device)
     load_own_state(method, state["method"], path)
     return method.eval()
 
@@ -192,8 +208,8 @@ def baseline_logits(anchors: Tensor, features: Tensor) -> Tensor:
 def test_batches(labels: Tensor, unseen: list[int], released: bool, size: int) -> list[Tensor]:
     """Which rows pass at once.
 
-    Released (S2): images of unseen and of seen classes apart, class by class, 512 at once; else `size` at once in the order
-    of the rows, which makes no difference to an image that attends to itself.
+    Released (S2): images of unseen and of seen classes apart, class by class, 512 at once; else `size` at
+    once in the order of the rows, which makes no difference to an image that attends to itself.
     """
     if not released:
         return list(torch.arange(len(labels)).split(size))
@@ -215,7 +231,9 @@ def method_scores(method: SRECLIP, target: Features, device: torch.device) -> Sc
 
 
 class Predicted(NamedTuple):
-    """What is left of the scores of n images, which may be more than fit into memory: per image the best class of each kind."""
+    """What is left of the scores of n images, which may be more than fit into memory: per image the best
+    class of each kind.
+    """
 
     everywhere: Tensor  # [n], the best class among all
     classes: Tensor  # [n, 2], the best seen and the best unseen class
@@ -243,7 +261,8 @@ def predict(scores: Scores, n: int, c: int, unseen: list[int]) -> Predicted:
     return Predicted(everywhere, classes, best, not bool(best[:, 1].isinf().all()))
 
 
-def accuracies(predicted: Predicted, labels: Tensor, unseen: list[int], c: int) -> dict[str, dict[str, float | None]]:
+def accuracies(predicted: Predicted, labels: Tensor, unseen: list[int],
+               c: int) -> dict[str, dict[str, float | None]]:
     """`zero_shot_accuracy` of predictions for labels [n]; None where there is nothing to count or predict."""
     is_unseen = torch.isin(torch.arange(c), torch.tensor(unseen))
     result = predicted_accuracy(predicted.everywhere, predicted.classes[:, 1], labels, is_unseen)
@@ -251,15 +270,20 @@ def accuracies(predicted: Predicted, labels: Tensor, unseen: list[int], c: int) 
     def known(name: str, value: float) -> float | None:
         return None if math.isnan(value) or (name == "zsl" and not predicted.zsl) else value
 
-    return {average: {name: known(name, value) for name, value in values.items()} for average, values in result.items()}
+    return {average: {name: known(name, value) for name, value in values.items()}
+            for average, values in result.items()}
 
 
 def test_score(method: SRECLIP, target: Features, device: torch.device, folder: Path) -> float:
-    """H (instance) on the test images, noted in the run folder: the released code's choice of what to report (S6)."""
+    """H (instance) on the test images, noted in the run folder: the released code's choice of what to report
+    (S6).
+    """
     unseen, c = method.unseen_ids.tolist(), len(method.class_names)
-    found = accuracies(predict(method_scores(method, target, device), len(target), c, unseen), target.labels, unseen, c)
+    found = accuracies(predict(method_scores(method, target, device), len(target), c, unseen), target.labels,
+                       unseen, c)
     path = folder / SCORES
-    # The log knows how many evaluations came before; later lines are of a run that was killed and has gone back.
+    # The log knows how many evaluations came before; later lines are of a run that was killed and has gone
+    # back.
     count = (folder / "log.jsonl").read_bytes().count(b'"validation_mAP"')
     lines = read_lines(path)[:count] if path.exists() else []
     write_text_atomic(path, "".join(json.dumps(line) + "\n" for line in [*lines, found]))
@@ -270,15 +294,18 @@ def best_scores(folder: Path) -> tuple[int, dict[str, dict[str, float | None]]]:
     """Number of test evaluations, and each metric's own maximum over them (S6)."""
     lines = read_lines(folder / SCORES)
     try:
-        known = [line[average][name] for line in lines for average in ("instance", "class") for name in COLUMNS]
+        known = [line[average][name] for line in lines for average in ("instance", "class")
+                 for name in COLUMNS]
         assert lines and all(value is None or type(value) in (int, float) for value in known)
     except (KeyError, TypeError, AssertionError):
-        raise ValueError(f"{show(folder / SCORES)} does not hold accuracies as a training notes them; train again") from None
+        raise ValueError(f"{show(folder / SCORES)} does not hold accuracies as a training notes them; train "
+                         f"again") from None
 
     def maximum(average: str, name: str) -> float | None:
         return max((line[average][name] for line in lines if line[average][name] is not None), default=None)
 
-    return len(lines), {average: {name: maximum(average, name) for name in COLUMNS} for average in ("instance", "class")}
+    return len(lines), {average: {name: maximum(average, name) for name in COLUMNS}
+                        for average in ("instance", "class")}
 
 
 def tested(config: Config, state: dict[str, Any], before: Listing | None = None) -> Data:
@@ -289,11 +316,13 @@ def tested(config: Config, state: dict[str, Any], before: Listing | None = None)
     return Data(graph, list(state["unseen_ids"]), [], [target_folder(config, graph, before or {})])
 
 
-def evaluate(config: Config, data: Data, method: Any, state: dict[str, Any], folder: Path, device: torch.device,
+def evaluate(config: Config, data: Data, method: Any, state: dict[str, Any], folder: Path,
+             device: torch.device,
              with_closed_form: bool = False) -> list[dict[str, Any]]:
     """Rows of baseline, closed form and method, each as it is and calibrated, with `details` for the files.
 
-    Accuracies in 0..1 under `instance` and `class`. Calibration takes kappa as the share of unseen predictions.
+    Accuracies in 0..1 under `instance` and `class`. Calibration takes kappa as the share of unseen
+    predictions.
     """
     graph, unseen = data.graph, data.unseen
     names = graph.names[: graph.classes]
@@ -327,16 +356,20 @@ def evaluate(config: Config, data: Data, method: Any, state: dict[str, Any], fol
 
 def table(rows: list[dict[str, Any]], config: Config) -> str:
     """The rows as text, in per cent."""
-    lines = [f"{'method':<25} {'average':<9}" + "".join(f"{title:>9}" for title in COLUMNS.values()) + "  images, classes"]
+    lines = [f"{'method':<25} {'average':<9}" + "".join(f"{title:>9}" for title in COLUMNS.values())
+             + "  images, classes"]
     for row in rows:
         for average in ("instance", "class"):
             found = [row[average][name] for name in COLUMNS]
             values = "".join("        -" if value is None else f"{100 * value:9.2f}" for value in found)
-            lines.append(f"{plain(row['method']):<25} {average:<9}{values}  {row['images']}, {row['classes']}")
+            lines.append(f"{plain(row['method']):<25} {average:<9}{values}  {row['images']}, "
+                         f"{row['classes']}")
         if row["method"] == PROTOTYPES:
-            lines.append("              (no text tower: nearest mean of source images, which knows no unseen class)")
+            lines.append("              (no text tower: nearest mean of source images, which knows no unseen "
+                         "class)")
         if "evaluations" in row:
-            lines.append(f"              (each metric's maximum over {row['evaluations']} evaluations on the test images, S6)")
+            lines.append(f"              (each metric's maximum over {row['evaluations']} evaluations on the "
+                         f"test images, S6)")
     if config.graph in PUBLISHED:
         lines.append(PUBLISHED[config.graph])
     return "\n".join(lines)

@@ -1,12 +1,12 @@
 """One contract for every experiment: built from a config, trained, found again in its run folder, evaluated.
 
-A task is a module: `retrieval` for UCDR, `classification` for domain-adaptive zero-shot classification. A third one is a module with
-the same functions and an entry in `TASKS`:
+A task is a module: `retrieval` for UCDR, `classification` for domain-adaptive zero-shot classification. A
+third one is a module with the same functions and an entry in `TASKS`:
 
-    prepare(config, before) -> config, data  scans the images of a training, draws the drawn ones; data.listing are all of them
-    build(config, data, clip, device)        -> Experiment
-    check(config, state, path)               raises ValueError and the like for a checkpoint that rebuild could not take
-    rebuild(config, clip, state, path, device)  -> the method of a checkpoint
+    prepare(config, before) -> config, data  scans the images of a training, draws the drawn ones;
+    data.listing are all of them build(config, data, clip, device)        -> Experiment
+    check(config, state, path)               raises ValueError and the like for a checkpoint that rebuild
+    could not take rebuild(config, clip, state, path, device)  -> the method of a checkpoint
     tested(config, state, before) -> data    what a run is evaluated on, with `digests()`
     evaluate(config, data, method, state, folder, device, with_closed_form) -> rows
     table(rows, config) -> text;  write_results(rows, folder, about);  page(rows, log_lines, about) -> HTML
@@ -58,10 +58,11 @@ def load_tower(config: Config, verify: bool, device: torch.device) -> CLIP:
 
 
 def train(config: Config, folder: Path, verify: bool = True, dry_run: bool = False) -> None:
-    """Trains in the run folder, from where it stands, and evaluates; a dry run prints what it would do and stops.
+    """Trains in the run folder, from where it stands, and evaluates; a dry run prints what it would do and
+    stops.
 
-    verify: whether weights named as OpenAI's must have the published digest. Raises FileNotFoundError or ValueError when data,
-    weights or folder do not fit, Stopped after SIGINT or SIGTERM.
+    verify: whether weights named as OpenAI's must have the published digest. Raises FileNotFoundError or
+    ValueError when data, weights or folder do not fit, Stopped after SIGINT or SIGTERM.
     """
     device = pick_device(config.device)
     before = remembered(folder) if config.bad_images == "skip" else {}
@@ -75,7 +76,8 @@ def train(config: Config, folder: Path, verify: bool = True, dry_run: bool = Fal
         return
     weights = file_digest(config.weights)
     with main_first():
-        held = open_run(folder, config, {"weights_sha256": weights, "files": experiment.files, "versions": versions(device)},
+        held = open_run(folder, config,
+                        {"weights_sha256": weights, "files": experiment.files, "versions": versions(device)},
                         data.listing)
     with held:
         extra = describe(config, experiment.class_names, experiment.domain_names, weights)
@@ -91,11 +93,12 @@ def train(config: Config, folder: Path, verify: bool = True, dry_run: bool = Fal
 
 def restore(folder: Path, overrides: dict[str, Any], device: torch.device, verify: bool = True,
             other_weights: bool = False) -> Restored:
-    """The config, the best method and the checkpoint's other contents of a run folder, ready to encode images.
+    """The config, the best method and the checkpoint's other contents of a run folder, ready to encode
+    images.
 
-    `overrides` may give other paths of weights and data, and machine fields. No text tower is needed: what text there was in
-    training is in the trained weights. Raises FileNotFoundError or ValueError when the folder holds no finished run, or
-    the weights' digest is not the run's, unless `other_weights`.
+    `overrides` may give other paths of weights and data, and machine fields. No text tower is needed: what
+    text there was in training is in the trained weights. Raises FileNotFoundError or ValueError when the
+    folder holds no finished run, or the weights' digest is not the run's, unless `other_weights`.
     """
     def check(config: Config, state: dict[str, Any], path: Path) -> None:
         task_of(config).check(config, state, path)
@@ -109,8 +112,9 @@ def evaluate(folder: Path, overrides: dict[str, Any], out: Path | None = None, o
              other_weights: bool = False, verify: bool = True, with_closed_form: bool = False) -> None:
     """Writes the results of a finished run into `out` (the run folder), then prints its table.
 
-    Raises ValueError when image lists or weights are not those of the run, unless `other_data` or `other_weights` says that they
-    need not be: then the table and results.json say so, and they go into a folder of their own.
+    Raises ValueError when image lists or weights are not those of the run, unless `other_data` or
+    `other_weights` says that they need not be: then the table and results.json say so, and they go into a
+    folder of their own.
     """
     wait()  # until the main process has written best.pt
     device = pick_device(overrides.get("device", "auto"))
@@ -124,8 +128,10 @@ def evaluate(folder: Path, overrides: dict[str, Any], out: Path | None = None, o
     if changed := [name for name, digest in data.digests().items() if digest and before.get(name) != digest]:
         if not other_data:
             gone = first_gone(folder, data.listing)
-            raise ValueError(f"the image lists are not those that {folder} was trained with ({', '.join(changed)}){gone}; give the "
-                             "run's own --data-root, --target or --class-split, or accept other data with --other-data")
+            raise ValueError(f"the image lists are not those that {folder} was trained with "
+                             f"({', '.join(changed)}){gone}; give the "
+                             "run's own --data-root, --target or --class-split, or accept other data with "
+                             "--other-data")
         other.append("data")
     out = out or folder.joinpath(*(f"other-{what}" for what in other))
     rows = task.evaluate(config, data, method, state, folder, device, with_closed_form)

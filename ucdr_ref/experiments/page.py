@@ -109,9 +109,11 @@ def log_lines(run: Path) -> list[str]:
     path = run / "log.jsonl"
     lines = read_lines(path) if path.exists() else []
     for number, values in enumerate(lines, 1):
-        if not all(type(value) is str if key == "phase" else type(value) in (int, float) for key, value in values.items()) \
+        if not all(type(value) is str if key == "phase" else type(value) in (int, float)
+                   for key, value in values.items()) \
                 or "phase" not in values:
-            raise ValueError(f"{show(path)}, line {number}: not a phase and numbers, as a training logs them; name another --run")
+            raise ValueError(f"{show(path)}, line {number}: not a phase and numbers, as a training logs "
+                             f"them; name another --run")
     return list(map(json.dumps, lines))
 
 

@@ -193,7 +193,8 @@ def select(config: Config, tests: list[Test], validation: Test, metric: str,
     check(chosen)
     classes = len(set(chosen.galleries[name].classes))
     if classes < 2:
-        notes.append(f"note     {classes} class cannot choose an epoch, since every ranking of it is right: the "
+        notes.append(f"note     {classes} class cannot choose an epoch, since every ranking of it is right: "
+                     f"the "
                      "last is kept")
         return chosen, None
     return chosen, (name, metric)
@@ -228,11 +229,13 @@ def folder_split(config: Config, tree: Tree) -> dict[str, list[str]]:
         assert all(isinstance(names, list) for names in splits.values())
         assert all(isinstance(name, str) for names in splits.values() for name in names)
     except (OSError, ValueError, TypeError, StopIteration, AssertionError, RecursionError):
-        raise ValueError(f"--class-split {config.class_split}: expected a JSON file with lists of class names "
+        raise ValueError(f"--class-split {config.class_split}: expected a JSON file with lists of class "
+                         f"names "
                          "under train (or seen), val (or val_unseen) and test (or unseen)") from None
     everything = [folder_key(name) for names in splits.values() for name in names]
     if twice := duplicates(everything):
-        raise ValueError(f"--class-split {config.class_split}: {some(sorted(twice), 5)} stand in more than one "
+        raise ValueError(f"--class-split {config.class_split}: {some(sorted(twice), 5)} stand in more than "
+                         f"one "
                          "part, or twice in one")
     spelt = {folder_key(name): name for name in present}
     missing = sorted(name for name in everything if folder_key(name) not in spelt)
@@ -253,7 +256,8 @@ def build(config: Config, before: Listing | None = None) -> Protocol:
     for flag, given, where in (("--domains", " ".join(config.domains), "folder"),
                                ("--file-lists", config.file_lists, "domainnet")):
         if given and config.dataset != where:
-            raise ValueError(f"{flag} {given} is for --dataset {where}, and this is {config.dataset}; leave the "
+            raise ValueError(f"{flag} {given} is for --dataset {where}, and this is {config.dataset}; leave "
+                             f"the "
                              "flag out")
     domains = row.domains if row is not None else {name: (name,) for name in config.domains}
     tree, listing = restored(scan(root, domains, notes), root, before or {})
@@ -279,5 +283,6 @@ def build(config: Config, before: Listing | None = None) -> Protocol:
     notes += compared(counts, row)
     gallery, seen = config.gallery or gallery, config.seen or seen
     metric = row.metric if row else "mAP@200"
-    protocol = assemble(config, thin(tree, config.per_class, config.split_seed), splits, gallery, seen, metric, notes)
+    protocol = assemble(config, thin(tree, config.per_class, config.split_seed), splits, gallery, seen,
+                        metric, notes)
     return replace(protocol, listing=listing)

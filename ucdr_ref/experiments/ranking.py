@@ -18,14 +18,17 @@ from .report import plain
 COLUMNS = ("mAP@200", "Prec@200", "mAP@all", "Prec@100")
 # As published (ViT-B/32), by dataset, protocol and gallery.
 PUBLISHED = {
-    ("domainnet", "UCDR", "unseen"): "mean of 5 query domains: CLIP mAP@200 0.4435 Prec@200 0.3840, ProS 0.6052 0.5626, "
+    ("domainnet", "UCDR", "unseen"): "mean of 5 query domains: CLIP mAP@200 0.4435 Prec@200 0.3840, ProS "
+                                     "0.6052 0.5626, "
                                      "UCDR-Adapter 0.6071 0.5655; query sketch: UCDR-Adapter mAP@200 0.6591",
-    ("domainnet", "UCDR", "mixed"): "mean of 5 query domains: ProS mAP@200 0.5546 Prec@200 0.5195, UCDR-Adapter 0.5660 0.5311",
+    ("domainnet", "UCDR", "mixed"): "mean of 5 query domains: ProS mAP@200 0.5546 Prec@200 0.5195, "
+                                    "UCDR-Adapter 0.5660 0.5311",
     ("domainnet", "UdCDR", "seen"): "mean of 5 query domains: ProS mAP@200 0.6332, UCDR-Adapter 0.6370",
     ("sketchy", "UcCDR", "unseen"): "ProS mAP@200 0.6991, UCDR-Adapter 0.7285",
     ("tuberlin", "UcCDR", "unseen"): "ProS mAP@all 0.6675, UCDR-Adapter 0.6581",
 }
-Rows = Callable[[Files], tuple[Tensor, Files]]  # files -> features [n, e] on the device of the readable ones, and these
+# files -> features [n, e] on the device of the readable ones, and these
+Rows = Callable[[Files], tuple[Tensor, Files]]
 
 
 class FeatureTable:
@@ -45,7 +48,8 @@ class FeatureTable:
         found = files.keep([i for i, path in enumerate(files.paths) if self.rows[path] is not None])
         if not len(found):
             raise ValueError(f"none of the {len(files)} images could be read; the first is {files.paths[0]}")
-        return torch.stack([self.rows[path] for path in found.paths]).to(self.extractor.device), found  # type: ignore[misc]
+        rows = [row for path in found.paths if (row := self.rows[path]) is not None]
+        return torch.stack(rows).to(self.extractor.device), found
 
 
 def formed(table: FeatureTable, form: ClosedForm) -> Rows:
@@ -59,7 +63,8 @@ def formed(table: FeatureTable, form: ClosedForm) -> Rows:
 
 
 def score(rows: Rows, test: Test, center: bool = False) -> dict[str, dict[str, Any]]:
-    """For each gallery of a test: the metrics of `metrics.retrieval`, with the files and the first ten results per query.
+    """For each gallery of a test: the metrics of `metrics.retrieval`, with the files and the first ten
+    results per query.
 
     center: queries and gallery each lose their own mean first (transductive).
     """
@@ -77,7 +82,8 @@ def score(rows: Rows, test: Test, center: bool = False) -> dict[str, dict[str, A
         shown = shown_queries(queries)
         nearest = search(query[shown], gallery, min(10, len(found)))[1].tolist()
         left_out = len(test.query) - len(queries) + len(files) - len(found)
-        results[name] = {"metrics": metrics, "names": names, "queries": queries, "gallery": found, "unreadable": left_out,
+        results[name] = {"metrics": metrics, "names": names, "queries": queries, "gallery": found,
+                         "unreadable": left_out,
                          "shown": list(zip(shown, nearest)), "query_features": query.cpu(),
                          "gallery_features": gallery.cpu()}
     return results
@@ -99,7 +105,9 @@ def shown_queries(queries: Files, count: int = 8) -> list[int]:
 
 
 def rank(methods: Mapping[str, Rows], tests: list[Test]) -> list[dict[str, Any]]:
-    """Two rows per test, gallery and method, the second one centred: numbers, and under `details` what the files need."""
+    """Two rows per test, gallery and method, the second one centred: numbers, and under `details` what the
+    files need.
+    """
     rows = []
     for test in tests:
         scored = {(name, center): score(features, test, center) for name, features in methods.items()
@@ -107,9 +115,11 @@ def rank(methods: Mapping[str, Rows], tests: list[Test]) -> list[dict[str, Any]]
         for gallery in test.galleries:
             for (name, center), found in scored.items():
                 details = found[gallery]
-                numbers = {key: value for key, value in details["metrics"].items() if isinstance(value, (int, float))}
+                numbers = {key: value for key, value in details["metrics"].items()
+                           if isinstance(value, (int, float))}
                 title = f"{name}, centred" if center else name
-                rows.append({"protocol": test.protocol, "query_domain": test.query_domain, "gallery_name": gallery,
+                rows.append({"protocol": test.protocol, "query_domain": test.query_domain,
+                             "gallery_name": gallery,
                              "method": title, "transductive": center, **numbers, "unreadable": details["unreadable"],
                              "details": details})
     return rows
@@ -117,17 +127,21 @@ def rank(methods: Mapping[str, Rows], tests: list[Test]) -> list[dict[str, Any]]
 
 def table(rows: list[dict[str, Any]], config: Config) -> str:
     """The rows as text, percentages, with the paper's numbers under the row they belong to."""
-    lines = [f"{'protocol':<9} {'query':<11} {'gallery':<8} {'method':<25} " + " ".join(f"{name:>9}" for name in COLUMNS)
+    lines = [f"{'protocol':<9} {'query':<11} {'gallery':<8} {'method':<25} "
+             + " ".join(f"{name:>9}" for name in COLUMNS)
              + "  queries x gallery"]
     for i, row in enumerate(rows):
         key = (row["protocol"], row["query_domain"], row["gallery_name"])
         lines.append(f"{key[0]:<9} {plain(key[1]):<11} {key[2]:<8} {row['method']:<25} "
-                     + " ".join(f"{100 * row[name]:9.2f}" for name in COLUMNS) + f"  {row['queries']} x {row['gallery']}"
+                     + " ".join(f"{100 * row[name]:9.2f}" for name in COLUMNS) + f"  {row['queries']} x "
+                                                                                 f"{row['gallery']}"
                      + ("; transductive" if row["transductive"] else "")
                      + (f"; k cut to {row['k_used']}" if row["k_used"] < row["k"] else "")
                      + (f"; {row['unreadable']} unreadable images left out" if row["unreadable"] else "")
-                     + (f"; {row['no_relevant']} queries without a relevant image" if row["no_relevant"] else ""))
-        last = i + 1 == len(rows) or key != tuple(rows[i + 1][part] for part in ("protocol", "query_domain", "gallery_name"))
+                     + (f"; {row['no_relevant']} queries without a relevant image" if row["no_relevant"]
+                        else ""))
+        last = i + 1 == len(rows) or key != tuple(rows[i + 1][part]
+                                                  for part in ("protocol", "query_domain", "gallery_name"))
         if last and (config.dataset, key[0], key[2]) in PUBLISHED:
             lines.append(f"          published: {PUBLISHED[config.dataset, key[0], key[2]]}")
     return "\n".join(lines)

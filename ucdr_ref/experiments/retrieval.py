@@ -1,4 +1,6 @@
-"""Universal cross-domain retrieval as an experiment: UCDR-Adapter (and CLIP as it is) from a protocol to a table."""
+"""Universal cross-domain retrieval as an experiment: UCDR-Adapter (and CLIP as it is) from a protocol to a
+table.
+"""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +44,9 @@ class Base(NamedTuple):
 
 
 def prepare(config: Config, before: Listing | None = None) -> tuple[Config, Protocol]:
-    """The protocol's file lists; the drawn data is drawn first where it is absent. before: `trees.restored` takes it."""
+    """The protocol's file lists; the drawn data is drawn first where it is absent. before: `trees.restored`
+    takes it.
+    """
     if config.dataset == "toy":
         from ..demo.drawing import write_dataset
         with main_first():
@@ -54,7 +58,8 @@ def build(config: Config, protocol: Protocol, clip: CLIP, device: torch.device) 
     """A method that starts from its initial values, drawn from torch's global generator."""
     method: UCDRAdapter | ZeroShot | ClosedFormAdapter = zero_shot(config, clip)
     if config.method == "closed-form":
-        method = ClosedFormAdapter(clip, ZeroShot(clip).encode, nothing_removed(clip.embed_dim, len(protocol.domain_names)))
+        method = ClosedFormAdapter(clip, ZeroShot(clip).encode,
+                                   nothing_removed(clip.embed_dim, len(protocol.domain_names)))
     elif config.method == "ucdr-adapter":
         anchors = class_anchors(config, protocol, Extractor(ZeroShot(clip), config, device))
         method = adapter(config, clip, protocol.class_names, protocol.domain_names, anchors).to(device)
@@ -81,7 +86,8 @@ def build(config: Config, protocol: Protocol, clip: CLIP, device: torch.device) 
             form = fit_form(config, protocol, FeatureTable(Extractor(trained, config, device)))
             save_atomic({**state, "form": form.state_dict()}, folder / "best.pt")
 
-    return Experiment(method, protocol.class_names, protocol.domain_names, summary(protocol, method), protocol.digests(),
+    return Experiment(method, protocol.class_names, protocol.domain_names, summary(protocol, method),
+                      protocol.digests(),
                       start, finish)
 
 
@@ -100,13 +106,16 @@ def measured_form(protocol: Protocol, table: FeatureTable) -> Measured:
 
 
 def fit_form(config: Config, protocol: Protocol, table: FeatureTable) -> ClosedForm:
-    """The closed form of the features of the training images; lambda as --whitening says, or chosen on validation classes."""
+    """The closed form of the features of the training images; lambda as --whitening says, or chosen on
+    validation classes.
+    """
     measured = measured_form(protocol, table)
     strength, validation, selected = config.whitening, protocol.validation, protocol.selected
     if not strength:
         strength = 3.0  # on a plateau that spans 1 to 10
         if config.selection == "validation" and validation is not None and selected is not None:
-            strength = choose_strength(measured, lambda form: validation_score(formed(table, form), validation, selected))
+            strength = choose_strength(measured,
+                                       lambda form: validation_score(formed(table, form), validation, selected))
     return measured.form(strength)
 
 
@@ -132,7 +141,8 @@ def rebuild(config: Config, clip: CLIP, state: dict[str, Any], path: Path, devic
         return method.to(device).eval()
     anchors = torch.zeros(len(state["class_names"]), clip.embed_dim, device=device)
     trained = adapter(config, clip, state["class_names"], state["domain_names"], anchors).to(device).eval()
-    load_own_state(trained, {name: value for name, value in state["method"].items() if name != "template.ctx"}, path)
+    load_own_state(trained,
+                   {name: value for name, value in state["method"].items() if name != "template.ctx"}, path)
     if "form" not in state:
         return trained
     load_own_state(form, state["form"], path)
@@ -156,7 +166,8 @@ def summary(protocol: Protocol, method: Any) -> str:
     for test in ([protocol.validation] if protocol.validation else []) + protocol.tests:
         galleries = ", ".join(f"{name} {len(files)}" for name, files in test.galleries.items())
         lines.append(f"{test.protocol:<10} {len(test.query)} queries ({test.query_domain}, "
-                     f"{len(set(test.query.classes))} classes); gallery {galleries} ({protocol.gallery_domain})")
+                     f"{len(set(test.query.classes))} classes); gallery {galleries} "
+                     f"({protocol.gallery_domain})")
     if isinstance(method, UCDRAdapter):
         for phase in method.PHASES:
             count = sum(parameter.numel() for parameter in method.trainable(phase).values())
@@ -165,10 +176,11 @@ def summary(protocol: Protocol, method: Any) -> str:
 
 
 def class_anchors(config: Config, protocol: Protocol, zero_shot: Extractor) -> Tensor | None:
-    """Class features [c, e] that replace the text template (D13): the file's rows, or prototypes; None for text.
+    """Class features [c, e] that replace the text template (D13): the file's rows, or prototypes; None for
+    text.
 
-    A prototype is the mean of the frozen tower's normalised features of a class's gallery-domain training images.
-    Raises ValueError for a file of another shape or with a zero row, or a class without such images.
+    A prototype is the mean of the frozen tower's normalised features of a class's gallery-domain training
+    images. Raises ValueError for a file of another shape or with a zero row, or a class without such images.
     """
     names, kind, e = protocol.class_names, config.class_features, zero_shot.method.clip.embed_dim
     if kind in ("template", "plain"):
@@ -177,7 +189,8 @@ def class_anchors(config: Config, protocol: Protocol, zero_shot: Extractor) -> T
         train = protocol.train
         files = train.keep([i for i, name in enumerate(train.domains) if name == protocol.gallery_domain])
         if missing := sorted(set(names) - set(files.classes)):
-            raise ValueError(f"--class-features prototypes: no training image in {protocol.gallery_domain} for "
+            raise ValueError(f"--class-features prototypes: no training image in {protocol.gallery_domain} "
+                             f"for "
                              f"{', '.join(missing[:5])}")
         features, kept = zero_shot.features(files)
         labels = torch.tensor([names.index(name) for name in files.keep(kept).classes])
@@ -185,11 +198,13 @@ def class_anchors(config: Config, protocol: Protocol, zero_shot: Extractor) -> T
     try:  # mapped, so that a header which claims more than the file holds is found out before memory is taken
         rows = torch.from_numpy(np.load(regular_file(config.class_features), "c", allow_pickle=False))
     except (OSError, ValueError, TypeError, EOFError, OverflowError) as error:
-        raise ValueError(f"--class-features {kind}: expected template, plain, prototypes or a .npy file of numbers "
+        raise ValueError(f"--class-features {kind}: expected template, plain, prototypes or a .npy file of "
+                         f"numbers "
                          f"({str(error).splitlines()[0]})") from None
     sound = rows.is_floating_point() and rows.shape == (len(names), e)
     if not sound or not torch.isfinite(rows).all() or not rows.any(dim=1).all():
-        raise ValueError(f"--class-features {kind}: holds {rows.dtype} {list(rows.shape)}, expected {[len(names), e]} finite "
+        raise ValueError(f"--class-features {kind}: holds {rows.dtype} {list(rows.shape)}, expected "
+                         f"{[len(names), e]} finite "
                          "floating-point numbers, rows in class order, none of them zero")
     return rows.float().to(zero_shot.device)
 
@@ -226,9 +241,11 @@ def feed(phase: str, protocol: Protocol, config: Config, image_size: int, device
 
 
 def cut(batch: Batch, phase: str, config: Config) -> list[tuple[Batch, float]]:
-    """What passes at once of a batch, each part with its share of the images: the losses' weighted sum is the batch's.
+    """What passes at once of a batch, each part with its share of the images: the losses' weighted sum is the
+    batch's.
 
-    Only phase 2 is a mean over images alone; in phase 1 queues and momentum move once a batch, so it stays whole.
+    Only phase 2 is a mean over images alone; in phase 1 queues and momentum move once a batch, so it stays
+    whole.
     """
     b = len(batch.images)
     size = config.micro_batch or (CPU_PART if batch.images.device.type == "cpu" else b)
@@ -242,9 +259,12 @@ def tested(config: Config, state: dict[str, Any], before: Listing | None = None)
     return prepare(config, before)[1]
 
 
-def evaluate(config: Config, protocol: Protocol, method: Any, state: dict[str, Any], folder: Path, device: torch.device,
+def evaluate(config: Config, protocol: Protocol, method: Any, state: dict[str, Any], folder: Path,
+             device: torch.device,
              with_closed_form: bool = False) -> list[dict[str, Any]]:
-    """`ranking.rank`'s rows of zero-shot CLIP, the closed form where asked for, the method, and the method's closed form."""
+    """`ranking.rank`'s rows of zero-shot CLIP, the closed form where asked for, the method, and the method's
+    closed form.
+    """
     clip_table = FeatureTable(Extractor(zero_shot(config, method.clip), config, device))
     methods: dict[str, Rows] = {"zero-shot": clip_table.of}
     own_form = isinstance(method, ClosedFormAdapter)

@@ -1,4 +1,6 @@
-"""Run folders: what a run was made of, written before it starts, and checked when it is resumed or evaluated."""
+"""Run folders: what a run was made of, written before it starts, and checked when it is resumed or
+evaluated.
+"""
 from __future__ import annotations
 
 import gzip
@@ -55,7 +57,8 @@ def newest_run() -> Path:
     finished = [folder for folder in folders
                 if (folder / "results.json").exists() and (folder / "best.pt").exists()]
     if not finished:
-        raise FileNotFoundError(f"no --run was given, and none of {', '.join(map(str, folders))} holds a finished "
+        raise FileNotFoundError(f"no --run was given, and none of {', '.join(map(str, folders))} holds a "
+                                f"finished "
                                 "run here; train first: python train.py")
     newest = max(finished, key=lambda folder: (folder / "best.pt").stat().st_mtime)
     if is_main():
@@ -63,12 +66,14 @@ def newest_run() -> Path:
     return newest
 
 
-def open_run(folder: Path, config: Config, about: dict[str, Any], listing: Listing) -> AbstractContextManager[object]:
-    """Makes the run folder, or checks that it belongs to this very config, and writes config.json, run.json and the listing.
+def open_run(folder: Path, config: Config, about: dict[str, Any],
+             listing: Listing) -> AbstractContextManager[object]:
+    """Makes the run folder, or checks that it belongs to this very config, and writes config.json, run.json
+    and the listing.
 
-    Returns a context in which no other process can open the run. Data and weights may have moved, and --bad-images may change.
-    Raises ValueError that lists the fields in which an existing run differs, names a folder that holds something else, or
-    one in which another process trains.
+    Returns a context in which no other process can open the run. Data and weights may have moved, and
+    --bad-images may change. Raises ValueError that lists the fields in which an existing run differs, names a
+    folder that holds something else, or one in which another process trains.
     """
     check_entries(folder)
     path = folder / "config.json"
@@ -76,16 +81,19 @@ def open_run(folder: Path, config: Config, about: dict[str, Any], listing: Listi
         found = read_config(path)
         different = differences(config, found, also=(*PATHS, "bad_images"))
         if different:
-            raise ValueError(f"{folder} holds a run of another config ({'; '.join(different)}); name another --run, or delete "
+            raise ValueError(f"{folder} holds a run of another config ({'; '.join(different)}); name another "
+                             f"--run, or delete "
                              "that folder to start anew")
         before = read_json(folder / "run.json") if (folder / "run.json").exists() else about
         for key in ("weights_sha256", "files"):
             if before.get(key) != about.get(key):
                 what = "weights" if key == "weights_sha256" else "image files or class graph"
                 gone = first_gone(folder, listing) if key == "files" else ""
-                raise ValueError(f"{folder} was started with other {what} than there are now{gone}; name another --run, or "
+                raise ValueError(f"{folder} was started with other {what} than there are now{gone}; name "
+                                 f"another --run, or "
                                  "delete that folder to start anew")
-    elif folder.exists() and (not folder.is_dir() or any(folder.glob("[!.]*"))):  # a killed write leaves a hidden name
+    # a killed write leaves a hidden name
+    elif folder.exists() and (not folder.is_dir() or any(folder.glob("[!.]*"))):
         raise ValueError(f"{folder} exists and is no run folder (it has no config.json); name another --run")
     folder.mkdir(parents=True, exist_ok=True)
     held = lock(folder)
@@ -98,7 +106,9 @@ def open_run(folder: Path, config: Config, about: dict[str, Any], listing: Listi
 
 
 def remembered(folder: Path) -> Listing:
-    """The images that the run was started with, {} where an earlier version wrote the folder; ValueError in one sentence."""
+    """The images that the run was started with, {} where an earlier version wrote the folder; ValueError in
+    one sentence.
+    """
     path = folder / LISTING
     if not path.exists():
         return {}
@@ -110,14 +120,16 @@ def remembered(folder: Path) -> Listing:
                 and all(isinstance(name, str) for names in found.values() for name in names)):
             raise ValueError("no lists of names, or too large")
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-        raise ValueError(f"{show(path)} is not the list of images that a run writes ({tidy(error)}); remove it") from None
+        raise ValueError(f"{show(path)} is not the list of images that a run writes ({tidy(error)}); remove "
+                         f"it") from None
     return found
 
 
 def first_gone(folder: Path, listing: Listing) -> str:
     """Part of a sentence: an image that the run was started with and that is gone, and what can be done."""
     before = remembered(folder)
-    gone = sorted(name for part, names in listing.items() for name in set(before.get(part, ())).difference(names))
+    gone = sorted(name for part, names in listing.items()
+                  for name in set(before.get(part, ())).difference(names))
     return f" ({len(gone)} are gone, the first is {show(Path(gone[0]))}: bring them back, or count images that were only " \
            "removed as unreadable with --bad-images skip)" if gone else ""
 
@@ -132,14 +144,16 @@ def recorded_files(folder: Path) -> dict[str, Any]:
 
 
 def check_entries(folder: Path) -> None:
-    """ValueError for a link or a special file in a run folder: someone else's may hold any, and a run writes there.
+    """ValueError for a link or a special file in a run folder: someone else's may hold any, and a run writes
+    there.
 
     The folder itself may be a link.
     """
     for entry in os.scandir(folder) if folder.is_dir() else ():
         if not (entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False)):
             kind = "a link" if entry.is_symlink() else "a special file"
-            raise ValueError(f"{show(Path(entry.path))} is {kind}, and a run folder holds files and folders of its own alone; "
+            raise ValueError(f"{show(Path(entry.path))} is {kind}, and a run folder holds files and folders "
+                             f"of its own alone; "
                              "replace it by a copy, remove it, or name another --run")
 
 
@@ -152,7 +166,8 @@ def lock(folder: Path) -> AbstractContextManager[object]:
         file = open(folder / ".lock", "a+b", opener=in_place)
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"another process is training in {folder}; wait until it ends, or name another --run") from None
+        raise ValueError(f"another process is training in {folder}; wait until it ends, or name another "
+                         f"--run") from None
     except OSError:  # a read-only folder, which writing reports, or a file system without locks
         return nullcontext()
     return file
@@ -164,7 +179,8 @@ def read_config(path: Path) -> Config:
     try:
         return from_dict(values)
     except ValueError as error:
-        raise ValueError(f"{show(path)}: not a config of this version ({tidy(error)}); name another --run, or delete that "
+        raise ValueError(f"{show(path)}: not a config of this version ({tidy(error)}); name another --run, "
+                         f"or delete that "
                          "folder") from None
 
 
@@ -175,24 +191,29 @@ def read_json(path: Path) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise ValueError(f"it holds a {type(values).__name__}")
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{show(path)}: not readable as JSON ({tidy(error)}); name another --run, or delete that "
+        raise ValueError(f"{show(path)}: not readable as JSON ({tidy(error)}); name another --run, or delete "
+                         f"that "
                          "folder") from None
     return values
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one a line, but for a last line that was not finished; ValueError in one sentence."""
+    """The JSON objects of a file, one a line, but for a last line that was not finished; ValueError in one
+    sentence.
+    """
     try:
         text = regular_file(path).read_text(encoding="utf-8")
         lines = [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]
         if not all(isinstance(line, dict) for line in lines):
             raise ValueError("a line is something else")
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{show(path)} does not hold one JSON object a line ({tidy(error)}); name another --run") from None
+        raise ValueError(f"{show(path)} does not hold one JSON object a line ({tidy(error)}); name another "
+                         f"--run") from None
     return lines
 
 
-def describe(config: Config, class_names: list[str], domain_names: list[str], weights_sha256: str) -> dict[str, Any]:
+def describe(config: Config, class_names: list[str], domain_names: list[str],
+             weights_sha256: str) -> dict[str, Any]:
     """What goes with a method's weights into every checkpoint."""
     return {"config": asdict(config), "class_names": class_names, "domain_names": domain_names,
             "weights_sha256": weights_sha256, "version": __version__}
@@ -200,9 +221,11 @@ def describe(config: Config, class_names: list[str], domain_names: list[str], we
 
 def restore_state(folder: Path, overrides: dict[str, Any], other_weights: bool,
                   check: Callable[[Config, dict[str, Any], Path], None]) -> tuple[Config, dict[str, Any]]:
-    """The config and the content of a run folder's best.pt; `check` and `check_state` see to its types and sizes.
+    """The config and the content of a run folder's best.pt; `check` and `check_state` see to its types and
+    sizes.
 
-    Raises FileNotFoundError or ValueError when the folder holds no finished run, or the weights are not those of the run.
+    Raises FileNotFoundError or ValueError when the folder holds no finished run, or the weights are not those
+    of the run.
     """
     check_entries(folder)
     path = folder / "best.pt"
@@ -217,14 +240,17 @@ def restore_state(folder: Path, overrides: dict[str, Any], other_weights: bool,
     except Misfit:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path} is no checkpoint of a run of this version ({type(error).__name__}: {tidy(error)}); train "
+        raise ValueError(f"{path} is no checkpoint of a run of this version ({type(error).__name__}: "
+                         f"{tidy(error)}); train "
                          "again") from error
     try:
         digest = file_digest(config.weights)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{error}; {folder} needs the CLIP weights it was trained with: give them as --weights") from error
+        raise ValueError(f"{error}; {folder} needs the CLIP weights it was trained with: give them as "
+                         f"--weights") from error
     if digest != state["weights_sha256"] and not other_weights:
-        raise ValueError(f"{config.weights} is not the file that {folder} was trained with (its sha256 differs); give that "
+        raise ValueError(f"{config.weights} is not the file that {folder} was trained with (its sha256 "
+                         f"differs); give that "
                          "file as --weights, or accept another one with --other-weights")
     return config, state
 
@@ -244,7 +270,9 @@ def check_state(state: dict[str, Any]) -> None:
 
 
 def check_sizes(path: Path, weights: dict[str, Tensor], sizes: dict[str, list[int]]) -> None:
-    """Raises Misfit for a weight whose first dimensions are not the given ones: before a method of that size is made."""
+    """Raises Misfit for a weight whose first dimensions are not the given ones: before a method of that size
+    is made.
+    """
     for name, here in sizes.items():
         there = list(weights[name].shape)[:len(here)]
         if there != here:

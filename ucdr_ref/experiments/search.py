@@ -82,8 +82,10 @@ def run_model(folder: Path, overrides: dict[str, Any], verify: bool = True,
     device = pick_device(overrides.get("device", "auto"))
     config, method, _ = restore(folder, overrides, device, verify, other_weights)
     if config.sre_center:
-        raise ValueError(f"{folder} was trained with --sre-center 1, where features depend on the folder that "
-                         "an image came with: it cannot search; name another --run, or --weights alone for CLIP")
+        raise ValueError(f"{folder} was trained with --sre-center 1, where features depend on the folder "
+                         f"that "
+                         "an image came with: it cannot search; name another --run, or --weights alone for "
+                         "CLIP")
     digests = file_digest(folder / "best.pt"), file_digest(config.weights)
     return Model(f"run {folder}", config, method, device, digests)
 
@@ -138,7 +140,8 @@ def encode_texts(model: Model, texts: Sequence[str]) -> Tensor:
     """
     method, clip = model.method, model.method.clip
     if not isinstance(method, (ZeroShot, UCDRAdapter)) or model.config.evaluation_features != "normalized":
-        raise ValueError(f"the features of {model.title} do not lie, at unit length, in CLIP's space of images "
+        raise ValueError(f"the features of {model.title} do not lie, at unit length, in CLIP's space of "
+                         f"images "
                          "and texts, so --text cannot search them; name --weights alone for CLIP, or --query "
                          "images")
     clip.require_text()

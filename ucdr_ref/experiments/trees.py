@@ -66,7 +66,8 @@ def below(root: str, paths: Iterable[str]) -> list[str]:
 
 
 def with_gone(names: list[str], before: Sequence[str]) -> list[str]:
-    """Sorted names with those of `before` that are gone from among them, as if they were there and not readable.
+    """Sorted names with those of `before` that are gone from among them, as if they were there and not
+    readable.
 
     Only where nothing else has changed: no name is new, and every folder still holds an image.
     """
@@ -83,7 +84,8 @@ def restored(tree: Tree, root: str, before: Listing) -> tuple[Tree, Listing]:
     for name in set(listed).difference(names):
         path = os.path.join(root, name)
         gone.setdefault(os.path.dirname(path), []).append(path)
-    tree = {domain: {label: sorted([*paths, *gone.get(os.path.dirname(paths[0]), ())]) for label, paths in classes.items()}
+    tree = {domain: {label: sorted([*paths, *gone.get(os.path.dirname(paths[0]), ())])
+                     for label, paths in classes.items()}
             for domain, classes in tree.items()}
     return tree, {"data": listed}
 
@@ -136,7 +138,8 @@ def by_key(domain: str, classes: Mapping[str, list[str]], aliases: Mapping[str, 
     for name in classes:
         key = aliases.get(folder_key(name), folder_key(name))
         if key in found:
-            raise ValueError(f"domain {domain}: the folders {found[key]!r} and {name!r} are one class, as case "
+            raise ValueError(f"domain {domain}: the folders {found[key]!r} and {name!r} are one class, as "
+                             f"case "
                              "and punctuation do not tell classes apart; join or rename them")
         found[key] = name
     return found
@@ -189,8 +192,8 @@ def match(tree: Tree, expected: Sequence[str], title: str, notes: list[str],
 def only_listed(tree: Tree, root: str, lists: str) -> Tree:
     """The tree without images that `<lists>/<domain>_{train,test}.txt` do not name (the cleaned DomainNet).
 
-    A line is `<domain>/<class>/<image> <number>`. Raises FileNotFoundError for a missing list, ValueError for a
-    line of another form and for listed images that are not there.
+    A line is `<domain>/<class>/<image> <number>`. Raises FileNotFoundError for a missing list, ValueError for
+    a line of another form and for listed images that are not there.
     """
     kept: Tree = {}
     for domain, classes in tree.items():

@@ -1,4 +1,5 @@
 """Image files to batches, features and searchable indexes, whatever the method.
 
-Read `batches` (reading, transforms, balanced order), `features` (extraction by any `encode`), `cache` (a folder encoded once).
+Read `batches` (reading, transforms, balanced order), `features` (extraction by any `encode`), `cache` (a
+folder encoded once).
 """

@@ -91,7 +91,8 @@ def open_image(path: str, as_is: bool = False) -> Image.Image:
             AttributeError, MemoryError, RuntimeError, AssertionError, Image.DecompressionBombError) as error:
         # Pillow's decoders raise all of these on damaged files.
         name = os.fsencode(path)
-        raise ValueError(f"{name!r}: not a readable image ({tidy(error)}); remove it or run with --bad-images "
+        raise ValueError(f"{name!r}: not a readable image ({tidy(error)}); remove it or run with "
+                         f"--bad-images "
                          "skip") from None
 
 
@@ -283,9 +284,10 @@ def balanced_batches(domain_ids: Sequence[int], batch: int, seed: int, epoch: in
 def released_batches(domain_ids: Sequence[int], sampled: int, batch: int, turn: int) -> list[list[int]]:
     """The released order of the run's pass number `turn`, phase 1's passes counted first (D15).
 
-    Each domain is shuffled once, with seed 0 whatever the run's. A stream takes sampled // s images of each of
-    the s domains in turn, going on in a domain where the pass before stopped and from its end to its start, and
-    is cut at `batch`. `sampled` is phase 2's batch in both phases. Raises ValueError as `balanced_batches` does.
+    Each domain is shuffled once, with seed 0 whatever the run's. A stream takes sampled // s images of each
+    of the s domains in turn, going on in a domain where the pass before stopped and from its end to its
+    start, and is cut at `batch`. `sampled` is phase 2's batch in both phases. Raises ValueError as
+    `balanced_batches` does.
     """
     members, share, rounds = domain_shares(domain_ids, sampled)
     orders = []
@@ -305,7 +307,8 @@ def domain_shares(domain_ids: Sequence[int], batch: int) -> tuple[dict[int, list
         members.setdefault(domain, []).append(i)
     share = batch // len(members)
     if share == 0:
-        raise ValueError(f"a batch of {batch} cannot hold the {len(members)} source domains; raise --source-batch and "
+        raise ValueError(f"a batch of {batch} cannot hold the {len(members)} source domains; raise "
+                         f"--source-batch and "
                          f"--target-batch to {len(members)} or more")
     smallest = min(len(indices) for indices in members.values())
     share = min(share, smallest)

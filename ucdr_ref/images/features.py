@@ -37,11 +37,12 @@ class Extractor:
                invert: str = "domain") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(indices [b], features [b, e], inverted [b]) of the readable images of each batch of indices.
 
-        invert: which images have their colours inverted, as `ImageDataset` takes it. Unreadable ones raise ValueError
-        unless `skip_bad`. The consumer runs outside inference mode and autocast.
+        invert: which images have their colours inverted, as `ImageDataset` takes it. Unreadable ones raise
+        ValueError unless `skip_bad`. The consumer runs outside inference mode and autocast.
         """
         options, as_is = self.options, self.options.image_reading == "as-is"
-        dataset = ImageDataset(files, cropped(self.method.clip.image_size), options.stroke_domains, invert=invert, as_is=as_is)
+        dataset = ImageDataset(files, cropped(self.method.clip.image_size), options.stroke_domains,
+                               invert=invert, as_is=as_is)
         for indices, images, inverted in load(dataset, batches, options.workers, skip_bad, self.device):
             if len(indices):
                 with torch.inference_mode(), autocast(options.precision, self.device):
@@ -66,17 +67,21 @@ class Extractor:
         return torch.cat(features), kept
 
     def of_paths(self, invert: str = "domain", flags: bool = False) -> EncodePaths:
-        """encode_paths(paths) -> (indices [b], features [b, e]) batch by batch; unreadable images are left out.
+        """encode_paths(paths) -> (indices [b], features [b, e]) batch by batch; unreadable images are left
+        out.
 
-        invert: as in `stream`; an image's domain is a folder on its path that is named like a stroke domain (D14).
+        invert: as in `stream`; an image's domain is a folder on its path that is named like a stroke domain
+        (D14).
         flags: one more column tells which images were inverted, [b, e + 1].
         """
         def domain(path: str) -> str:
-            return next((part for part in Path(path).parts[:-1] if part in self.options.stroke_domains), "")  # D14
+            return next((part for part in Path(path).parts[:-1] if part in self.options.stroke_domains),
+                        "")  # D14
 
         def encode_paths(paths: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
             files = Files(paths, [""] * len(paths), [domain(path) for path in paths])
-            for indices, rows, inverted in self.stream(files, chunks(len(paths), self.options.eval_batch), True, invert):
+            for indices, rows, inverted in self.stream(files, chunks(len(paths), self.options.eval_batch),
+                                                       True, invert):
                 yield indices, torch.cat([rows.cpu(), inverted[:, None].float()], dim=1) if flags else rows
 
         return encode_paths

@@ -1,4 +1,6 @@
-"""What every entry point does around its work: one line for a mistake, for Ctrl-C and for a reader that went away."""
+"""What every entry point does around its work: one line for a mistake, for Ctrl-C and for a reader that went
+away.
+"""
 from __future__ import annotations
 
 import os
@@ -12,11 +14,13 @@ from .processes import Stopped, processes
 def command(run: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
     """Runs an entry point, in all processes of torchrun; its exit status.
 
-    0 when it is done, 2 after one line about a mistake, 130 after SIGINT or SIGTERM, of which one line tells too.
+    0 when it is done, 2 after one line about a mistake, 130 after SIGINT or SIGTERM, of which one line tells
+    too.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a file name that this terminal cannot show is no error
+            # a file name that this terminal cannot show is no error
+            stream.reconfigure(errors="backslashreplace")
     try:
         with processes():
             run(argv)

@@ -23,10 +23,11 @@ class WriteError(OSError, ValueError):
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The dict of a file that `save_atomic` wrote: tensors on the CPU, numbers, text, lists, tuples and dicts.
+    """The dict of a file that `save_atomic` wrote: tensors on the CPU, numbers, text, lists, tuples and
+    dicts.
 
-    Nothing in the file is executed; besides the tensors' content it may hold some 300,000 values, which nest no deeper than
-    64. Raises FileNotFoundError, or
+    Nothing in the file is executed; besides the tensors' content it may hold some 300,000 values, which nest
+    no deeper than 64. Raises FileNotFoundError, or
     ValueError with one sentence when it is broken or another file.
     """
     file = regular_file(path)
@@ -43,9 +44,11 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def save_atomic(obj: Any, path: str | os.PathLike[str]) -> None:
-    """torch.save such that `path` is, at every moment and after a power cut, either the old file or the whole new one.
+    """torch.save such that `path` is, at every moment and after a power cut, either the old file or the whole
+    new one.
 
-    Raises WriteError (an OSError and a ValueError) when the folder is read-only, the disk full, ...; the old file survives.
+    Raises WriteError (an OSError and a ValueError) when the folder is read-only, the disk full, ...; the old
+    file survives.
     """
     def fill(file: BinaryIO) -> None:
         sink = Sink(file)
@@ -62,7 +65,9 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
 
 
 class Sink(io.RawIOBase):
-    """Passes writes on until one fails and keeps that error: PyTorch's zip writer would hide it behind one of its own."""
+    """Passes writes on until one fails and keeps that error: PyTorch's zip writer would hide it behind one
+    of its own.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -81,7 +86,9 @@ class Sink(io.RawIOBase):
 
 
 def write_atomic(path: str | os.PathLike[str], fill: Callable[[BinaryIO], object]) -> None:
-    """A temporary file in the same folder, filled, flushed to the disk, then renamed to `path`; by the main process alone."""
+    """A temporary file in the same folder, filled, flushed to the disk, then renamed to `path`; by the main
+    process alone.
+    """
     if not is_main():
         return
     target = Path(path)
@@ -91,7 +98,8 @@ def write_atomic(path: str | os.PathLike[str], fill: Callable[[BinaryIO], object
             with suppress(FileNotFoundError):  # another process was faster
                 if old.name.startswith(f".{target.name}.") and time.time() - old.lstat().st_mtime > STALE_SECONDS:
                     old.unlink()
-        temporary.unlink(missing_ok=True)  # of a killed process of this number, or a link that someone left here
+        # of a killed process of this number, or a link that someone left here
+        temporary.unlink(missing_ok=True)
         try:
             with open(temporary, "xb") as file:  # a new file: no link is followed
                 fill(file)
@@ -112,13 +120,16 @@ def write_atomic(path: str | os.PathLike[str], fill: Callable[[BinaryIO], object
 
 
 def in_place(path: str, flags: int) -> int:
-    """Opener, for `open`, of a file that is changed where it stands: it follows no link and waits for no FIFO.
+    """Opener, for `open`, of a file that is changed where it stands: it follows no link and waits for no
+    FIFO.
 
-    Raises ValueError for a special file, and for one that has a second name, under which it is not the run's alone.
+    Raises ValueError for a special file, and for one that has a second name, under which it is not the run's
+    alone.
     """
     descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         os.close(descriptor)
-        raise ValueError(f"{show(Path(path))} is not a regular file with this one name; put a copy of it in its place")
+        raise ValueError(f"{show(Path(path))} is not a regular file with this one name; put a copy of it in "
+                         f"its place")
     return descriptor

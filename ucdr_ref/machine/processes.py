@@ -1,7 +1,8 @@
-"""Device, precision, seeds, and several processes, started by `torchrun`, that compute what one process would.
+"""Device, precision, seeds, and several processes, started by `torchrun`, that compute what one process
+would.
 
-Each process takes its share of every batch; in a single process every function on that does nothing. Rows of processes are
-joined in the order of their ranks.
+Each process takes its share of every batch; in a single process every function on that does nothing. Rows of
+processes are joined in the order of their ranks.
 """
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-GRACE_SECONDS = 20  # from SIGTERM until a process ends that waits for another in vain; torchrun kills it after 30
+# from SIGTERM until a process ends that waits for another in vain; torchrun kills it after 30
+GRACE_SECONDS = 20
 Items = TypeVar("Items", bound=Sequence[Any])
 
 
@@ -63,7 +65,8 @@ def processes() -> Iterator[None]:
 def end_when_stuck() -> None:
     """Ends this process some time after SIGTERM, which torchrun sends when another one died.
 
-    A process that waits for a dead one's tensors on a GPU runs no Python handler: a thread sees the signal all the same.
+    A process that waits for a dead one's tensors on a GPU runs no Python handler: a thread sees the signal
+    all the same.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -82,11 +85,14 @@ def end_when_stuck() -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Around every exchange: when another process is gone, says so, at once because torchrun ends this one too, and exits."""
+    """Around every exchange: when another process is gone, says so, at once because torchrun ends this one
+    too, and exits.
+    """
     try:
         yield
     except RuntimeError as error:
-        print(f"error: process {rank()} lost another one ({str(error).splitlines()[0]}); what was saved last is intact: run the "
+        print(f"error: process {rank()} lost another one ({str(error).splitlines()[0]}); what was saved last "
+              f"is intact: run the "
               "same command to go on", file=sys.stderr, flush=True)
         sys.exit(2)
 
@@ -120,7 +126,9 @@ def place(count: int) -> tuple[int, int]:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """[count, ...] of all processes joined, [total, ...], in every process and on its device; counts may differ."""
+    """[count, ...] of all processes joined, [total, ...], in every process and on its device; counts may
+    differ.
+    """
     if world() == 1:
         return rows
     counts = gather([len(rows)])
@@ -134,7 +142,8 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def average(tensors: Sequence[Tensor], weight: int) -> None:
-    """Puts the mean over the processes, each counted `weight` times, in place of the tensors, by one exchange.
+    """Puts the mean over the processes, each counted `weight` times, in place of the tensors, by one
+    exchange.
 
     Means over shares of a batch, weighted by the shares' sizes, become means over the batch.
     """
@@ -170,12 +179,15 @@ def main_first() -> Iterator[None]:
 
 
 def pick_device(name: str) -> torch.device:
-    """cpu, cuda, ... or auto, and this process's own GPU where torchrun gave it one; ValueError when it cannot be had."""
+    """cpu, cuda, ... or auto, and this process's own GPU where torchrun gave it one; ValueError when it
+    cannot be had.
+    """
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         device = own_device(device)
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # what names no device, such as the peak memory or NCCL, means this one
+            # what names no device, such as the peak memory or NCCL, means this one
+            torch.cuda.set_device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu") from None
@@ -183,7 +195,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The arithmetic of `--precision`: bf16 inside the block; tf32, a switch of the whole process, from here on."""
+    """The arithmetic of `--precision`: bf16 inside the block; tf32, a switch of the whole process, from here
+    on.
+    """
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

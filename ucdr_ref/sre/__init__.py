@@ -1,6 +1,8 @@
-"""SRE-CLIP adapter (Yu et al., arXiv 2510.21808): domain-adaptive zero-shot classification with a class graph as the classifier.
+"""SRE-CLIP adapter (Yu et al., arXiv 2510.21808): domain-adaptive zero-shot classification with a class graph
+as the classifier.
 
-Read `losses`, then `adapter` beside the paper; `graph`, `wordnet` and `class_vectors` make what it is built from.
+Read `losses`, then `adapter` beside the paper; `graph`, `wordnet` and `class_vectors` make what it is built
+from.
 """
 from .adapter import SRECLIP, Batch
 from .graph import Graph, load_graph, normalised_adjacency

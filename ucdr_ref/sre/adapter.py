@@ -1,7 +1,8 @@
 """SRE-CLIP adapter (Yu et al., arXiv 2510.21808): image adapter and graph head over frozen CLIP features.
 
-It learns from labelled source images of seen classes and unlabelled target images of seen and unseen classes. Legend:
-`b` batch, `e` CLIP embedding, `h` adapter width, `c` classes, `N` graph nodes (classes first), `w` class-vector width.
+It learns from labelled source images of seen classes and unlabelled target images of seen and unseen classes.
+Legend: `b` batch, `e` CLIP embedding, `h` adapter width, `c` classes, `N` graph nodes (classes first), `w`
+class-vector width.
 """
 from __future__ import annotations
 
@@ -68,9 +69,9 @@ class GCN(nn.Module):
 class TargetBank(nn.Module):
     """The last `size` target features: appended while there is room, then overwritten in a ring.
 
-    ring "exact": right for any batch. "released" (S7): whole batches of at most `batch`, so the bank may outgrow
-    `size`, and the pointer goes back to 0 as soon as another batch like this one would pass `size`, so the rows behind
-    it go stale.
+    ring "exact": right for any batch. "released" (S7): whole batches of at most `batch`, so the bank may
+    outgrow `size`, and the pointer goes back to 0 as soon as another batch like this one would pass `size`,
+    so the rows behind it go stale.
     """
 
     store: Tensor  # [capacity, h]
@@ -123,7 +124,8 @@ class TargetBank(nn.Module):
 class SRECLIP(nn.Module):
     """Frozen CLIP features -> adapter; class graph -> graph head; cosine / temperature between the two.
 
-    class_names [c]; class_vectors X [N, w], rows L2-normalised; adjacency [N, N] of `graph.normalised_adjacency`;
+    class_names [c]; class_vectors X [N, w], rows L2-normalised; adjacency [N, N] of
+    `graph.normalised_adjacency`;
     unseen_ids: indices of the classes without labelled images.
     Raises ValueError when there is no unseen class, or when names, vectors and graph do not belong together.
     """
@@ -140,7 +142,8 @@ class SRECLIP(nn.Module):
         unseen = torch.as_tensor(unseen_ids, dtype=torch.long)
         check_unseen(unseen, class_names)
         if len(class_vectors) != len(adjacency) or len(class_names) > len(class_vectors):
-            raise ValueError(f"{len(class_names)} classes, {len(class_vectors)} class vectors, {len(adjacency)} graph "
+            raise ValueError(f"{len(class_names)} classes, {len(class_vectors)} class vectors, "
+                             f"{len(adjacency)} graph "
                              "nodes: there must be one vector per node, and the classes come first")
         self.clip, self.config, self.class_names = clip.requires_grad_(False), config, list(class_names)
         h = config.sre_hidden
@@ -153,7 +156,8 @@ class SRECLIP(nn.Module):
 
     def trainable(self, phase: str) -> dict[str, nn.Parameter]:
         """The parameters that the one phase trains, by name."""
-        return {name: value for name, value in self.named_parameters() if name.startswith(("adapter.", "gcn."))}
+        return {name: value for name, value in self.named_parameters()
+                if name.startswith(("adapter.", "gcn."))}
 
     def start(self, phase: str) -> None:
         """Nothing to prepare; dropout is on in training."""
@@ -166,7 +170,9 @@ class SRECLIP(nn.Module):
         return torch.optim.SGD(groups, lr=self.config.sre_lr, momentum=0.9, weight_decay=1e-4, nesterov=True)
 
     def learning_rate(self, phase: str, epoch: int, step: int) -> float:
-        """The adapter's rate: constant in the warm-up, then eta (1 + 0.001 (i - warm-up))^-0.75 at iteration i."""
+        """The adapter's rate: constant in the warm-up, then eta (1 + 0.001 (i - warm-up))^-0.75 at iteration
+        i.
+        """
         i = epoch * EPOCH + step
         return self.config.sre_lr * (1 + DECAY_GAMMA * max(0, i - self.config.sre_warmup)) ** -DECAY_POWER
 
@@ -211,7 +217,9 @@ class SRECLIP(nn.Module):
         return losses.relation_structure(self.class_vectors[:c], e[:c], permutation)
 
     def target_step(self, features: Tensor) -> dict[str, Tensor]:
-        """L_t = 3 L-ent + 5 L-div + 5 L-bias for features [b, e]; the last two from a full bank on. Fills the bank."""
+        """L_t = 3 L-ent + 5 L-div + 5 L-bias for features [b, e]; the last two from a full bank on. Fills
+        the bank.
+        """
         config, e = self.config, self.class_embeddings()
         x = self.scaled(features)
         entropy = losses.entropy(x @ e.detach().T)
@@ -246,10 +254,12 @@ def unseen_indices(class_names: Sequence[str], unseen_names: Sequence[str]) -> l
 
     Raises ValueError that lists the names that are no class, or says that none or all are unseen.
     """
-    wanted, classes = {canonical(name): name for name in unseen_names}, [canonical(name) for name in class_names]
+    wanted, classes = {canonical(name): name
+                       for name in unseen_names}, [canonical(name) for name in class_names]
     unknown = [name for key, name in wanted.items() if key not in classes]
     if unknown:
-        raise ValueError(f"unseen classes that are not among the {len(class_names)} classes: {', '.join(unknown)}")
+        raise ValueError(f"unseen classes that are not among the {len(class_names)} classes: "
+                         f"{', '.join(unknown)}")
     indices = [k for k, name in enumerate(classes) if name in wanted]
     check_unseen(torch.tensor(indices, dtype=torch.long), class_names)
     return indices
@@ -261,6 +271,7 @@ def check_unseen(unseen: Tensor, class_names: Sequence[str]) -> None:
     if len(unseen) == 0:
         raise ValueError("no class is unseen; name at least one that has no labelled image")
     if int(unseen.min()) < 0 or int(unseen.max()) >= c or len(unseen.unique()) != len(unseen):
-        raise ValueError(f"unseen class indices {unseen.tolist()} are not different numbers from 0 to {c - 1}")
+        raise ValueError(f"unseen class indices {unseen.tolist()} are not different numbers from 0 to "
+                         f"{c - 1}")
     if len(unseen) == c:
         raise ValueError(f"all {c} classes are unseen; at least one needs labelled images")

@@ -1,4 +1,6 @@
-"""Vectors of a class graph's nodes: CLIP's text features, or a file of word vectors. Rows are L2-normalised."""
+"""Vectors of a class graph's nodes: CLIP's text features, or a file of word vectors. Rows are
+L2-normalised.
+"""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -15,12 +17,13 @@ from .graph import Graph, canonical
 
 
 def node_vectors(graph: Graph, clip: CLIP, source: str = "clip") -> Tensor:
-    """X [N, w] on the CPU: CLIP's text features of "a photo of a {name}" for every node, or `source`, a file (S4).
+    """X [N, w] on the CPU: CLIP's text features of "a photo of a {name}" for every node, or `source`, a file
+    (S4).
 
-    source "clip-classes": text features of the classes alone, and for an ancestor the mean over the classes below it,
-    where a text tower knows the classes' names but no such words as `vertebrate`.
-    Raises ValueError for a node without a vector, two classes with identical vectors and parents, and a malformed
-    file.
+    source "clip-classes": text features of the classes alone, and for an ancestor the mean over the classes
+    below it, where a text tower knows the classes' names but no such words as `vertebrate`.
+    Raises ValueError for a node without a vector, two classes with identical vectors and parents, and a
+    malformed file.
     """
     if source == "clip":
         vectors = class_text_features(clip, graph.names).cpu()
@@ -39,22 +42,25 @@ def means_of_classes(vectors: Tensor, graph: Graph) -> Tensor:
     while size != (size := sum(map(len, below))):
         for child, parent in graph.edges:
             below[parent] |= below[child]
-    means = torch.stack([vectors[sorted(members)].mean(dim=0) for members in below[graph.classes:]] or [vectors[0]])
+    means = torch.stack([vectors[sorted(members)].mean(dim=0) for members in below[graph.classes:]]
+                        or [vectors[0]])
     return torch.cat([vectors, F.normalize(means, dim=1)])[: len(graph.ids)]
 
 
 def read_vectors(path: str | Path, graph: Graph) -> Tensor:
     """X [N, w] from GloVe-style text, `word v1 v2 ...` a line.
 
-    A line under a node's synset id is that node's vector. Otherwise it is the mean over the synset's lemmas that have
-    one (the node's name when none has): the vector of the lemma joined by `_` or `-`, or else the mean over its words.
-    Raises FileNotFoundError, or ValueError for a malformed line and for nodes without a vector, which it names.
+    A line under a node's synset id is that node's vector. Otherwise it is the mean over the synset's lemmas
+    that have one (the node's name when none has): the vector of the lemma joined by `_` or `-`, or else the
+    mean over its words. Raises FileNotFoundError, or ValueError for a malformed line and for nodes without a
+    vector, which it names.
     """
     table = read_table(path, {form for k in range(len(graph.ids)) for form in node_forms(graph, k)})
     rows = [node_vector(table, graph, k) for k in range(len(graph.ids))]
     missing = [name for name, row in zip(graph.names, rows) if row is None]
     if missing:
-        raise ValueError(f"{path} has no vector for {len(missing)} of {len(rows)} graph nodes: {', '.join(missing)}")
+        raise ValueError(f"{path} has no vector for {len(missing)} of {len(rows)} graph nodes: "
+                         f"{', '.join(missing)}")
     return F.normalize(torch.stack([row for row in rows if row is not None]), dim=1)
 
 
@@ -84,9 +90,12 @@ def phrase_vector(table: dict[str, Tensor], text: str) -> Tensor | None:
 
 
 def read_table(path: str | Path, wanted: set[str]) -> dict[str, Tensor]:
-    """The wanted lines of a vector file; a lower-case spelling goes before others, a word2vec header is skipped."""
+    """The wanted lines of a vector file; a lower-case spelling goes before others, a word2vec header is
+    skipped.
+    """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"class vectors {path} do not exist; give clip, clip-classes or a file of `word v1 v2 ...` lines")
+        raise FileNotFoundError(f"class vectors {path} do not exist; give clip, clip-classes or a file of "
+                                f"`word v1 v2 ...` lines")
     table: dict[str, Tensor] = {}
     width = 0
     with open(regular_file(path), encoding="utf-8", errors="replace") as lines:
@@ -104,7 +113,8 @@ def read_table(path: str | Path, wanted: set[str]) -> dict[str, Tensor]:
             except ValueError:
                 vector = torch.empty(0)
             if len(vector) != width or not bool(vector.isfinite().all()):
-                raise ValueError(f"{path}, line {number}: {line[:60]!r} is not a word and {width} finite numbers")
+                raise ValueError(f"{path}, line {number}: {line[:60]!r} is not a word and {width} finite "
+                                 f"numbers")
             table[key] = vector
     return table
 
@@ -113,8 +123,9 @@ def check_vectors(vectors: Tensor, names: Sequence[str], classes: int,
                   edges: Sequence[tuple[int, int]] = ()) -> None:
     """vectors [N, w] of the nodes `names`, L2-normalised, `classes` of them first; edges (child, parent).
 
-    Raises ValueError that names the nodes without a vector (zero or not finite), or two classes that share one and
-    their parents too: no image could ever be told to be of the second. (ImageNet's two cranes have other parents.)
+    Raises ValueError that names the nodes without a vector (zero or not finite), or two classes that share
+    one and their parents too: no image could ever be told to be of the second. (ImageNet's two cranes have
+    other parents.)
     """
     parents: dict[int, set[int]] = {}
     for child, parent in edges:
@@ -129,5 +140,6 @@ def check_vectors(vectors: Tensor, names: Sequence[str], classes: int,
         for i, j in near.nonzero().tolist():
             same = parents.get(start + i) == parents.get(j)
             if same and torch.allclose(x[start + i], x[j], rtol=0, atol=1e-6):
-                raise ValueError(f"classes {names[start + i]!r} and {names[j]!r} have identical vectors, so their "
+                raise ValueError(f"classes {names[start + i]!r} and {names[j]!r} have identical vectors, so "
+                                 f"their "
                                  "images cannot be told apart; give one of them another name or vector")

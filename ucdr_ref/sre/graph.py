@@ -37,17 +37,20 @@ def duplicates(items: Sequence[str]) -> list[str]:
 
 
 def load_graph(path: str | Path, class_names: Sequence[str] | None = None) -> Graph:
-    """Reads `save_graph`'s file; with `class_names` [c], the graph's first nodes must be these, in this order.
+    """Reads `save_graph`'s file; with `class_names` [c], the graph's first nodes must be these, in this
+    order.
 
     Raises FileNotFoundError, or ValueError for malformed JSON, an edge to no node, and other classes.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"graph {path} does not exist; build it with python -m ucdr_ref.sre.wordnet --wordnet DIR "
+        raise FileNotFoundError(f"graph {path} does not exist; build it with python -m ucdr_ref.sre.wordnet "
+                                f"--wordnet DIR "
                                 "--classes FILE --out graph.json")
     try:
         graph = parse_graph(json.loads(regular_file(path).read_text(encoding="utf-8")))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a class graph as ucdr_ref.sre.wordnet writes it ({type(error).__name__}: {error}); "
+        raise ValueError(f"{path} is not a class graph as ucdr_ref.sre.wordnet writes it "
+                         f"({type(error).__name__}: {error}); "
                          "build it again") from None
     if class_names is not None:
         require_classes(graph, class_names, str(path))
@@ -63,7 +66,8 @@ def parse_graph(fields: dict[str, Any]) -> Graph:
         raise ValueError(f"{len(ids)} ids, {len(names)} names, {len(lemmas)} lemma lists")
     if not all(isinstance(number, int) for number in [classes, *(node for edge in edges for node in edge)]):
         raise TypeError("class count and edges must be whole numbers")
-    if not all(isinstance(text, str) for text in [*ids, *names, *(word for words in lemmas for word in words)]):
+    if not all(isinstance(text, str)
+               for text in [*ids, *names, *(word for words in lemmas for word in words)]):
         raise TypeError("ids, names and lemmas must be text")
     if wrong := [edge for edge in edges if not all(0 <= node < len(ids) for node in edge)]:
         raise ValueError(f"edge {list(wrong[0])} leaves the graph's {len(ids)} nodes")
@@ -73,17 +77,23 @@ def parse_graph(fields: dict[str, Any]) -> Graph:
 
 
 def require_classes(graph: Graph, class_names: Sequence[str], origin: str = "the graph") -> None:
-    """ValueError unless the first nodes are `class_names`, in order (case, spaces, `_` and `+` do not matter)."""
+    """ValueError unless the first nodes are `class_names`, in order (case, spaces, `_` and `+` do not
+    matter).
+    """
     if graph.classes != len(class_names):
-        raise ValueError(f"{origin} holds {graph.classes} classes, expected {len(class_names)}; build one for these")
+        raise ValueError(f"{origin} holds {graph.classes} classes, expected {len(class_names)}; build one "
+                         f"for these")
     for k, (node, name) in enumerate(zip(graph.names, class_names)):
         if canonical(node) != canonical(name):
-            raise ValueError(f"{origin}: node {k} is {node!r} where class {name!r} is expected; the first nodes must "
+            raise ValueError(f"{origin}: node {k} is {node!r} where class {name!r} is expected; the first "
+                             f"nodes must "
                              "be the classes, in their order")
 
 
 def normalised_adjacency(edges: Sequence[tuple[int, int]], nodes: int) -> Tensor:
-    """D^-1 (A + A^T + I) [N, N], rows sum to one, sparse (COO: its product has a gradient on every device)."""
+    """D^-1 (A + A^T + I) [N, N], rows sum to one, sparse (COO: its product has a gradient on every
+    device).
+    """
     children, parents = (torch.tensor([edge[k] for edge in edges], dtype=torch.long) for k in (0, 1))
     own = torch.arange(nodes)
     rows, columns = torch.cat([children, parents, own]), torch.cat([parents, children, own])

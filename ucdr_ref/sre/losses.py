@@ -1,4 +1,6 @@
-"""The losses of SRE-CLIP (arXiv 2510.21808), one pure function per equation. Imports nothing from the package."""
+"""The losses of SRE-CLIP (arXiv 2510.21808), one pure function per equation. Imports nothing from the
+package.
+"""
 from __future__ import annotations
 
 import math
@@ -8,14 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def relation_structure(class_vectors: Tensor, embeddings: Tensor, permutation: Tensor, limit: int = 2**23) -> Tensor:
-    """L-structure: where class vectors say that anchor a is nearer to class u than to v, so should the embeddings.
+def relation_structure(class_vectors: Tensor, embeddings: Tensor, permutation: Tensor,
+                       limit: int = 2**23) -> Tensor:
+    """L-structure: where class vectors say that anchor a is nearer to class u than to v, so should the
+    embeddings.
 
-    Mean over { D0(a, u) < D0(a, v) } of relu(D(a, u) - D(a, v)), 0 when there is none. D0, D: Euclidean distances
-    between class vectors [c, w] and between embeddings E [c, h]; a: every class; (u, v): classes at positions (i, j) of
-    `permutation` [c] with i + j <= k - 1, where k = c. More than `limit` triples (about c^3 / 4, so beyond 322
-    classes) would not fit: k is then lowered, which leaves all anchors and pairs of a random k classes, with the same
-    mean in expectation when no two distances tie (S8).
+    Mean over { D0(a, u) < D0(a, v) } of relu(D(a, u) - D(a, v)), 0 when there is none. D0, D: Euclidean
+    distances between class vectors [c, w] and between embeddings E [c, h]; a: every class; (u, v): classes at
+    positions (i, j) of `permutation` [c] with i + j <= k - 1, where k = c. More than `limit` triples (about
+    c^3 / 4, so beyond 322 classes) would not fit: k is then lowered, which leaves all anchors and pairs of a
+    random k classes, with the same mean in expectation when no two distances tie (S8).
     """
     c = len(permutation)
     k = c if c ** 3 <= 4 * limit else max(2, int((4 * limit / c) ** 0.5))  # S8
@@ -23,15 +27,18 @@ def relation_structure(class_vectors: Tensor, embeddings: Tensor, permutation: T
     exact = "donot_use_mm_for_euclid_dist"  # a matrix product would blur small distances and ties
     d0, d = (torch.cdist(x, x[paired], compute_mode=exact) for x in (class_vectors, embeddings))
     i, j = torch.triu_indices(k, k, offset=1, device=paired.device)
-    i, j = i[i + j < k], j[i + j < k]  # S1: pairs of different columns, where the released index takes D's diagonal
-    # (i, j) and (j, i) exclude each other, so each pair is visited once: the sign picks the order that D0 selects.
+    i, j = i[i + j < k], j[i
+                           + j < k]  # S1: pairs of different columns, where the released index takes D's diagonal
+    # (i, j) and (j, i) exclude each other, so each pair is visited once: the sign picks the order that D0
+    # selects.
     order = torch.sign(d0[:, j] - d0[:, i])
     violation = F.relu(order * (d[:, i] - d[:, j]))
     return violation.sum() / order.abs().sum().clamp(min=1)
 
 
 def alignment_retention(similarity: Tensor, embeddings: Tensor) -> Tensor:
-    """L-retain: mean over images and classes of (P_ba - <E_yhat, E_a>)^2, yhat = argmax_a P_ba; gradient through both.
+    """L-retain: mean over images and classes of (P_ba - <E_yhat, E_a>)^2, yhat = argmax_a P_ba; gradient
+    through both.
 
     similarity P [b, c]: cosines of images and classes, or these over the temperature (S3).
     embeddings E [c, h], L2-normalised.
@@ -47,13 +54,16 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def bank_diversity(bank_logits: Tensor) -> Tensor:
-    """L-div: sum_c m ln m, m the mean over the bank's rows of softmax(bank_logits [rows, c]); least for a uniform m."""
+    """L-div: sum_c m ln m, m the mean over the bank's rows of softmax(bank_logits [rows, c]); least for a
+    uniform m.
+    """
     log_m = F.log_softmax(bank_logits, dim=1).logsumexp(dim=0) - math.log(len(bank_logits))
     return (log_m.exp() * log_m).sum()
 
 
 def seen_bias(logits: Tensor, unseen: Tensor, kappa: float) -> Tensor:
-    """L-bias: u + kappa^2 / u, least at u = kappa; u is the batch mean of the total probability of the unseen classes.
+    """L-bias: u + kappa^2 / u, least at u = kappa; u is the batch mean of the total probability of the unseen
+    classes.
 
     logits [b, c], unseen: their class indices.
     """

@@ -29,14 +29,19 @@ class ClassLine(NamedTuple):
 
 
 class WordNet:
-    """WordNet 3.0's nouns. A synset's id is its byte offset in `data.noun`, so a synset is read where its id points."""
+    """WordNet 3.0's nouns. A synset's id is its byte offset in `data.noun`, so a synset is read where its id
+    points.
+    """
 
     def __init__(self, folder: str | Path) -> None:
-        """Raises FileNotFoundError when a file is missing, ValueError when a line of `index.noun` is not WordNet's."""
+        """Raises FileNotFoundError when a file is missing, ValueError when a line of `index.noun` is not
+        WordNet's.
+        """
         paths = [Path(folder) / name for name in ("data.noun", "index.noun")]
         for path in paths:
             if not path.is_file():
-                raise FileNotFoundError(f"{path} does not exist; install Debian's wordnet-base (/usr/share/wordnet) or "
+                raise FileNotFoundError(f"{path} does not exist; install Debian's wordnet-base "
+                                        f"(/usr/share/wordnet) or "
                                         "unpack WordNet 3.0's database files, and give that folder")
         self.path, self.data = paths[0], paths[0].read_bytes()
         self.senses: dict[str, list[int]] = {}
@@ -56,7 +61,9 @@ class WordNet:
         return "\n".join(header) or "WordNet 3.0 Copyright 2006 by Princeton University. All rights reserved."
 
     def synset(self, offset: int) -> tuple[list[str], list[int]]:
-        """Lemmas and direct hypernyms (`@`; an instance's `@i` is left out) of the synset at a byte offset."""
+        """Lemmas and direct hypernyms (`@`; an instance's `@i` is left out) of the synset at a byte
+        offset.
+        """
         try:
             fields = self.line(offset).decode("utf-8").split(" | ")[0].split()
             if int(fields[0]) != offset or fields[2] != "n":
@@ -86,16 +93,19 @@ class WordNet:
         return f"{lemma}.n.{senses.index(offset) + 1 if offset in senses else 0:02d}"
 
     def first_sense(self, name: str) -> str | None:
-        """Id of the first noun sense of a name (spaces, `_` or `+` between words), None when there is none."""
+        """Id of the first noun sense of a name (spaces, `_` or `+` between words), None when there is
+        none.
+        """
         senses = self.senses.get(canonical(name).replace(" ", "_"))
         return f"n{senses[0]:08d}" if senses else None
 
 
 def read_classes(path: str | Path) -> list[ClassLine]:
-    """Lines `seen|unseen nXXXXXXXX name`, `nXXXXXXXX name`, `nXXXXXXXX` or `name`; empty lines and `#` comments are
-    skipped.
+    """Lines `seen|unseen nXXXXXXXX name`, `nXXXXXXXX name`, `nXXXXXXXX` or `name`; empty lines and `#`
+    comments are skipped.
 
-    Raises FileNotFoundError, or ValueError for a file without a class, and a class (by id where there is one) listed
+    Raises FileNotFoundError, or ValueError for a file without a class, and a class (by id where there is one)
+    listed
     twice: classes with different ids may have one name.
     """
     if not Path(path).is_file():
@@ -109,7 +119,8 @@ def read_classes(path: str | Path) -> list[ClassLine]:
         words = text.split()
         if not words or words[0].startswith("#"):
             continue
-        split = words.pop(0) if words[0] in ("seen", "unseen") and SYNSET_ID.fullmatch(" ".join(words[1:2])) else None
+        split = words.pop(0) if words[0] in ("seen",
+                                             "unseen") and SYNSET_ID.fullmatch(" ".join(words[1:2])) else None
         synset = words.pop(0) if SYNSET_ID.fullmatch(words[0]) else None
         lines.append(ClassLine(split, synset, " ".join(words)))
     if not lines:
@@ -120,17 +131,19 @@ def read_classes(path: str | Path) -> list[ClassLine]:
 
 
 def build_graph(wordnet: WordNet, classes: Sequence[ClassLine]) -> Graph:
-    """Hypernym closure: the classes in their order, then their ancestors breadth-first; edges in the children's order.
+    """Hypernym closure: the classes in their order, then their ancestors breadth-first; edges in the
+    children's order.
 
-    A class without an id takes the first noun sense of its name, one without a name the first word of its synset.
-    Hypernyms of a synset follow its synset names' order.
+    A class without an id takes the first noun sense of its name, one without a name the first word of its
+    synset. Hypernyms of a synset follow its synset names' order.
     Raises ValueError that lists every class missing in WordNet, or two classes that are one synset.
     """
     ids = [line.id or wordnet.first_sense(line.name) for line in classes]
     missing = [line.name if line.id is None else f"{line.name} ({line.id})"
                for line, synset in zip(classes, ids) if synset is None or not wordnet.has(synset)]
     if missing:
-        raise ValueError(f"missing among WordNet 3.0's nouns: {', '.join(missing)}; give each its id, `nXXXXXXXX name`")
+        raise ValueError(f"missing among WordNet 3.0's nouns: {', '.join(missing)}; give each its id, "
+                         f"`nXXXXXXXX name`")
     order = [int(synset[1:]) for synset in ids if synset is not None]
     if twice := duplicates([f"n{offset:08d}" for offset in order]):
         same = [line.name for line, synset in zip(classes, ids) if synset == twice[0]]
@@ -148,7 +161,8 @@ def build_graph(wordnet: WordNet, classes: Sequence[ClassLine]) -> Graph:
                 order.append(parent)
             edges.append((child, number[parent]))
     given = [re.sub(r"[_+]+", " ", line.name) for line in classes]
-    names = [name or words[0] for name, words in zip(given, lemmas)] + [words[0] for words in lemmas[len(given):]]
+    names = [name or words[0]
+             for name, words in zip(given, lemmas)] + [words[0] for words in lemmas[len(given):]]
     return Graph([f"n{offset:08d}" for offset in order], names, lemmas, edges, len(classes), wordnet.notice())
 
 
@@ -163,9 +177,11 @@ def save_graph(graph: Graph, path: str | Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ucdr_ref.sre.wordnet", description="hypernym closure of a class list")
+    parser = argparse.ArgumentParser(prog="python -m ucdr_ref.sre.wordnet",
+                                     description="hypernym closure of a class list")
     parser.add_argument("--wordnet", required=True, metavar="DIR", help="folder of data.noun and index.noun")
-    parser.add_argument("--classes", required=True, metavar="FILE", help="per line: [seen|unseen] [nXXXXXXXX] name")
+    parser.add_argument("--classes", required=True, metavar="FILE", help="per line: [seen|unseen] "
+                                                                         "[nXXXXXXXX] name")
     parser.add_argument("--out", required=True, metavar="FILE", help="the graph, as JSON")
     args = parser.parse_args(argv)
     try:

@@ -1,4 +1,6 @@
-"""What a run keeps of its training, in memory and in its folder, checked before it is used when the run is started again."""
+"""What a run keeps of its training, in memory and in its folder, checked before it is used when the run is
+started again.
+"""
 from __future__ import annotations
 
 import errno
@@ -103,7 +105,8 @@ class Journal:
         """last.pt, after the log, whose length it knows, is on the disk."""
         if isinstance(self.log, io.FileIO):
             os.fsync(self.log.fileno())
-        state = {"progress": asdict(self.progress), "method": own_state(method), "optimizer": optimizer.state_dict()}
+        state = {"progress": asdict(self.progress), "method": own_state(method),
+                 "optimizer": optimizer.state_dict()}
         save_atomic({**state, **self.run.extra}, self.run.folder / "last.pt")
         processes.wait()
 
@@ -117,7 +120,8 @@ class Journal:
 
     def stopped(self, phase: str) -> Stopped:
         reason = signal.Signals(self.stopping[0]).name if self.stopping else "another process"
-        return Stopped(f"stopped by {reason} in phase {phase}, epoch {self.progress.epoch + 1}, step {self.progress.step}; "
+        return Stopped(f"stopped by {reason} in phase {phase}, epoch {self.progress.epoch + 1}, step "
+                       f"{self.progress.step}; "
                        "everything is saved: run the same command to go on")
 
 
@@ -135,7 +139,8 @@ def load_own_state(method: Stateful, state: dict[str, Tensor], path: Path) -> No
              or [name for name in expected if expected[name].shape != state[name].shape])
     if wrong:
         name = wrong[0]
-        raise Misfit(path, name, *(list(part[name].shape) if name in part else None for part in (state, expected)))
+        raise Misfit(path, name,
+                     *(list(part[name].shape) if name in part else None for part in (state, expected)))
     method.load_state_dict(state, strict=False)
 
 
@@ -143,7 +148,8 @@ class Misfit(ValueError):
     """A checkpoint of other weights, classes or domains."""
 
     def __init__(self, path: Path, name: str, there: list[int] | None, here: list[int] | None) -> None:
-        super().__init__(f"{path} was trained with other weights, classes or domains: {name} is {shape(there)} there, "
+        super().__init__(f"{path} was trained with other weights, classes or domains: {name} is "
+                         f"{shape(there)} there, "
                          f"{shape(here)} here; give the run's own --weights and --data-root")
 
 
@@ -152,14 +158,19 @@ def shape(size: list[int] | None) -> str:
 
 
 def read_last(path: Path, phases: int) -> tuple[dict[str, Tensor], Progress, dict[str, Any]]:
-    """Weights, progress and the optimizer's state of a `last.pt`; ValueError in one sentence when it is no such file."""
+    """Weights, progress and the optimizer's state of a `last.pt`; ValueError in one sentence when it is no
+    such file.
+    """
     state = load_state(path)
     found = state.get("progress")
     known = {field.name: type(field.default) for field in fields(Progress)}
-    if not (isinstance(found, dict) and found.keys() == known.keys() and all(type(found[name]) is known[name] for name in known)
-            and all(0 <= value < 2**53 for name, value in found.items() if name != "best") and found["phase"] < phases
+    if not (isinstance(found, dict) and found.keys() == known.keys()
+            and all(type(found[name]) is known[name] for name in known)
+            and all(0 <= value < 2**53 for name, value in found.items()
+                    if name != "best") and found["phase"] < phases
             and math.isfinite(found["best"])):
-        raise ValueError(f"{show(path)}: its progress is {str(found)[:200]!r}, not where a run of {phases} phases can stand; "
+        raise ValueError(f"{show(path)}: its progress is {str(found)[:200]!r}, not where a run of {phases} "
+                         f"phases can stand; "
                          f"{ADVICE}")
     if not (isinstance(state.get("method"), dict) and isinstance(state.get("optimizer"), dict)):
         raise ValueError(f"{show(path)} lacks the weights or the optimizer's state; {ADVICE}")
@@ -167,7 +178,8 @@ def read_last(path: Path, phases: int) -> tuple[dict[str, Tensor], Progress, dic
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> None:
-    """Takes over the moments that `state` holds for each parameter; rates and other settings stay the config's.
+    """Takes over the moments that `state` holds for each parameter; rates and other settings stay the
+    config's.
 
     Raises ValueError unless every parameter's moments are what this optimizer keeps for one of its shape.
     """
@@ -188,9 +200,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
 
     sound = isinstance(moments, dict) and all(
         type(index) is int and 0 <= index < len(parameters) and isinstance(entry, dict) and entry.keys() == expected.keys()
-        and all(fits(entry[name], expected[name], parameters[index]) for name in expected) for index, entry in moments.items())
+        and all(fits(entry[name], expected[name], parameters[index])
+                for name in expected) for index, entry in moments.items())
     if not sound:
-        raise ValueError(f"{show(path)}: the optimizer's state does not fit the {len(parameters)} parameters that are trained; "
+        raise ValueError(f"{show(path)}: the optimizer's state does not fit the {len(parameters)} parameters "
+                         f"that are trained; "
                          f"{ADVICE}")
     optimizer.load_state_dict({"state": moments, "param_groups": own["param_groups"]})
 
@@ -199,15 +213,16 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
 def open_log(path: Path, size: int) -> Iterator[BinaryIO]:
     """The log, cut to the `size` that the last checkpoint knows of: later steps are done, and written, again.
 
-    Not buffered: a line is in the file once `record` returns. Raises ValueError when the file is shorter, WriteError when it
-    cannot be written.
+    Not buffered: a line is in the file once `record` returns. Raises ValueError when the file is shorter,
+    WriteError when it cannot be written.
     """
     if not is_main():
         yield io.BytesIO()
         return
     found = regular_file(path).stat().st_size if path.exists() else 0
     if found < size:
-        raise ValueError(f"{show(path)} holds {found} bytes, but last.pt beside it knows of {size}: bring the log back, or "
+        raise ValueError(f"{show(path)} holds {found} bytes, but last.pt beside it knows of {size}: bring "
+                         f"the log back, or "
                          "delete that folder to start anew")
     try:
         log = open(path, "ab", buffering=0, opener=in_place)
@@ -219,18 +234,22 @@ def open_log(path: Path, size: int) -> Iterator[BinaryIO]:
 
 
 def unwritten(path: Path, error: OSError) -> WriteError:
-    return WriteError(f"could not write {show(path)} ({error.strerror or error}); the last checkpoint is intact: free space, "
+    return WriteError(f"could not write {show(path)} ({error.strerror or error}); the last checkpoint is "
+                      f"intact: free space, "
                       "then run the same command to go on")
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM in a list for as long as the block runs, so that a step can be finished first."""
+    """Collects SIGINT and SIGTERM in a list for as long as the block runs, so that a step can be finished
+    first.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, lambda n, _: received.append(n))
+              for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
@@ -239,7 +258,9 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 class ProgressLine:
-    """`target 2/10 | 120/480 | loss 1.234 align 0.98 | 812 img/s | 9.1 GiB | eta 3m12s` on stderr, at most twice a second."""
+    """`target 2/10 | 120/480 | loss 1.234 align 0.98 | 812 img/s | 9.1 GiB | eta 3m12s` on stderr, at most
+    twice a second.
+    """
 
     def __init__(self, phase: str, epochs: int, device: torch.device) -> None:
         self.phase, self.epochs, self.device = phase, epochs, device
@@ -259,7 +280,8 @@ class ProgressLine:
         left = int((steps * (self.epochs - progress.epoch) - progress.step) * seconds / self.steps)
         self.write(f"{self.phase} {progress.epoch + 1}/{self.epochs} | {progress.step}/{steps} | "
                    + " ".join(f"{name} {value:.3f}" for name, value in values.items())
-                   + f" | {self.images / seconds:.0f} img/s | {memory_gib(self.device):.1f} GiB | eta {left // 60}m{left % 60:02d}s")
+                   + f" | {self.images / seconds:.0f} img/s | {memory_gib(self.device):.1f} GiB | eta "
+                     f"{left // 60}m{left % 60:02d}s")
 
     def write(self, text: str) -> None:
         self.out.write(f"\r{text:<110}" if self.live else text + "\n")

@@ -1,7 +1,7 @@
 """The training loop of both papers.
 
-All randomness of a step follows from (seed, phase, epoch, step), so a run that is started again by the same command equals one
-that was never interrupted.
+All randomness of a step follows from (seed, phase, epoch, step), so a run that is started again by the same
+command equals one that was never interrupted.
 """
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from .journal import Journal, ProgressLine, Run, Stateful, opened
 
 @dataclass
 class Feed:
-    """What a phase iterates over. `load` yields (batch, its files) for the batches of an epoch's order that are left.
+    """What a phase iterates over. `load` yields (batch, its files) for the batches of an epoch's order that
+    are left.
 
-    `cut` gives what passes at once of a batch, to save memory, each with its share of the images. `validates` says after how
-    many epochs a score is taken.
+    `cut` gives what passes at once of a batch, to save memory, each with its share of the images. `validates`
+    says after how many epochs a score is taken.
     """
 
     epochs: int
@@ -50,10 +51,11 @@ class Method(Stateful, typing.Protocol):
 
 
 def train(method: Method, feeds: Mapping[str, Feed], validate: Callable[[], float] | None, run: Run) -> None:
-    """All phases of a method, from where last.pt stands; leaves last.pt, best.pt and log.jsonl in the run folder.
+    """All phases of a method, from where last.pt stands; leaves last.pt, best.pt and log.jsonl in the run
+    folder.
 
-    `validate` gives the score by which the last phase keeps its best epoch and stops early; None keeps the last.
-    Raises Stopped after SIGINT or SIGTERM, ValueError at a non-finite loss.
+    `validate` gives the score by which the last phase keeps its best epoch and stops early; None keeps the
+    last. Raises Stopped after SIGINT or SIGTERM, ValueError at a non-finite loss.
     """
     with opened(run, method, len(method.PHASES)) as journal:
         for index, phase in enumerate(method.PHASES):
@@ -66,7 +68,8 @@ def train(method: Method, feeds: Mapping[str, Feed], validate: Callable[[], floa
         journal.keep_best(method)
 
 
-def fit(method: Method, phase: str, feed: Feed, validate: Callable[[], float] | None, journal: Journal) -> None:
+def fit(method: Method, phase: str, feed: Feed, validate: Callable[[], float] | None,
+        journal: Journal) -> None:
     """One phase: steps, checkpoints, validation after each epoch, early stop."""
     run, progress = journal.run, journal.progress
     method.start(phase)
@@ -112,7 +115,8 @@ def fit(method: Method, phase: str, feed: Feed, validate: Callable[[], float] | 
                 progress.best = found
                 journal.keep_best(method)
             journal.record({"phase": phase, "epoch": progress.epoch, "validation_mAP": found})
-            line.end(f"{phase} {progress.epoch}/{feed.epochs} | selection score {found:.4f} (best {progress.best:.4f})")
+            line.end(f"{phase} {progress.epoch}/{feed.epochs} | selection score {found:.4f} (best "
+                     f"{progress.best:.4f})")
         journal.save(method, optimizer)
         if journal.stop_wanted():  # a signal came in the validation
             raise journal.stopped(phase)
@@ -128,7 +132,9 @@ def thawed(method: Method, phase: str) -> dict[str, nn.Parameter]:
 
 
 def stop_if_not_finite(values: dict[str, float], gradient: float, where: dict[str, Any], run: Run) -> None:
-    """Raises ValueError before a non-finite loss or gradient reaches the weights; the batch goes into nonfinite.json."""
+    """Raises ValueError before a non-finite loss or gradient reaches the weights; the batch goes into
+    nonfinite.json.
+    """
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if not bad and math.isfinite(gradient):
         return
@@ -137,6 +143,8 @@ def stop_if_not_finite(values: dict[str, float], gradient: float, where: dict[st
     path = run.folder / "nonfinite.json"
     shown = {name: repr(value) for name, value in values.items()}  # JSON has no word for NaN
     write_text_atomic(path, json.dumps({"terms": bad, "values": shown, **where}, indent=2) + "\n")
-    raise ValueError(f"{', '.join(bad)} not finite in phase {where['phase']}, epoch {where['epoch'] + 1}, step "
-                     f"{where['step'] + 1}; the batch's files are in {path}; lower the learning rate or look at them (the "
+    raise ValueError(f"{', '.join(bad)} not finite in phase {where['phase']}, epoch {where['epoch'] + 1}, "
+                     f"step "
+                     f"{where['step'] + 1}; the batch's files are in {path}; lower the learning rate or look "
+                     f"at them (the "
                      "last checkpoint is intact)")

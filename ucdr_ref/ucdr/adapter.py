@@ -1,4 +1,6 @@
-"""UCDR-Adapter (Jiang et al., WACV 2025): source adapter learning, target prompt generation, retrieval by image alone."""
+"""UCDR-Adapter (Jiang et al., WACV 2025): source adapter learning, target prompt generation, retrieval by
+image alone.
+"""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -22,7 +24,9 @@ class Batch(NamedTuple):
 
 
 class ClassQueues(nn.Module):
-    """One first-in-first-out queue of momentum features per class (M), as a single ring tensor: no loop over the batch."""
+    """One first-in-first-out queue of momentum features per class (M), as a single ring tensor: no loop over
+    the batch.
+    """
 
     rows: Tensor  # [c + 1, size, e]; the last row takes what a push need not keep
     pushed: Tensor  # [c], features ever pushed
@@ -42,7 +46,8 @@ class ClassQueues(nn.Module):
         size = self.rows.shape[1]
         same = class_ids[:, None] == class_ids
         earlier, later = same.tril(-1).sum(1), same.triu(1).sum(1)
-        target = torch.where(later < size, class_ids, len(self.pushed))  # a later image of this very batch would push it out
+        # a later image of this very batch would push it out
+        target = torch.where(later < size, class_ids, len(self.pushed))
         self.rows[target, (self.pushed[class_ids] + earlier) % size] = features.to(self.rows.dtype)
         self.pushed.index_add_(0, class_ids, torch.ones_like(class_ids))
 
@@ -53,24 +58,31 @@ class ClassQueues(nn.Module):
         return self.rows[class_ids, (oldest + index) % size]
 
     def pairs(self, class_ids: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
-        """Features I_p, I_n [b, r, e] for indices [b, r]: into the own queue, oldest first, and into all others by class."""
+        """Features I_p, I_n [b, r, e] for indices [b, r]: into the own queue, oldest first, and into all
+        others by class.
+        """
         ends = self.counts.cumsum(0)
         own_start = (ends - self.counts)[class_ids][:, None]
-        flat = negative + torch.where(negative >= own_start, self.counts[class_ids][:, None], 0)  # skip the own queue
+        # skip the own queue
+        flat = negative + torch.where(negative >= own_start, self.counts[class_ids][:, None], 0)
         other = torch.searchsorted(ends, flat, right=True).clamp(max=len(ends) - 1)
         return (self.take(class_ids[:, None], positive),
                 self.take(other, flat - (ends - self.counts)[other]))
 
-    def draw(self, class_ids: Tensor, r: int, place: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(self, class_ids: Tensor, r: int,
+             place: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """r uniform positives and negatives per image: I_p, I_n [b, r, e], and which images have both [b].
 
-        place: where these images stand in a batch of several processes: the first one's number, and the count of all.
+        place: where these images stand in a batch of several processes: the first one's number, and the count
+        of all.
         """
         own = self.counts[class_ids][:, None]
         others = self.counts.sum() - own
-        # Drawn on the CPU, for the whole batch: a run takes the same pairs on every device and on any number of processes.
+        # Drawn on the CPU, for the whole batch: a run takes the same pairs on every device and on any number
+        # of processes.
         start, total = place or (0, len(class_ids))
-        u = torch.rand(2, total, r, dtype=torch.float64)[:, start:start + len(class_ids)].to(own.device, non_blocking=True)
+        u = torch.rand(2, total, r,
+                       dtype=torch.float64)[:, start:start + len(class_ids)].to(own.device, non_blocking=True)
         positive, negative = (u[0] * own).long(), (u[1] * others).long()
         valid = ((own > 0) & (others > 0)).squeeze(1)
         return *self.pairs(class_ids, positive, negative), valid
@@ -80,9 +92,10 @@ class UCDRAdapter(nn.Module):
     """CLIP with source prompts, text template and target prompt generator.
 
     clip: both towers, frozen. class_names [c], domain_names [s]: what the training images are labelled with.
-    class_features [c, e]: fixed anchors in place of the text template (D13). join and place: for a batch that several
-    processes share, the rows [b, ...] of all of them, and where this one's `count` rows stand: (first, count of all).
-    Raises ValueError when a class name is too long, or when text is needed and the weights have no text tower.
+    class_features [c, e]: fixed anchors in place of the text template (D13). join and place: for a batch that
+    several processes share, the rows [b, ...] of all of them, and where this one's `count` rows stand:
+    (first, count of all). Raises ValueError when a class name is too long, or when text is needed and the
+    weights have no text tower.
     """
 
     PHASES: tuple[str, ...] = ("source", "target")
@@ -123,11 +136,15 @@ class UCDRAdapter(nn.Module):
         self.queues = ClassQueues(c, config.queue_size, clip.embed_dim)
 
     def text_features(self) -> Tensor:
-        """Class anchors t_c [c, e], L2-normalised: the text template's, or the fixed ones that replace it (D13)."""
+        """Class anchors t_c [c, e], L2-normalised: the text template's, or the fixed ones that replace it
+        (D13).
+        """
         return self.anchors if self.template is None else self.template(self.clip)
 
     def source_features(self, patches: Tensor, class_ids: Tensor, domain_ids: Tensor) -> Tensor:
-        """Source encoding (E) with the true domain and class: embedded patches [b, n, d], ids [b] -> f [b, e], L2-normalised."""
+        """Source encoding (E) with the true domain and class: embedded patches [b, n, d], ids [b] -> f [b,
+        e], L2-normalised.
+        """
         return self.prompted(patches, self.domain_prompts[domain_ids], self.class_prompts[class_ids])
 
     def prompted(self, patches: Tensor, domain_prompts: Tensor, class_prompts: Tensor) -> Tensor:
@@ -135,27 +152,36 @@ class UCDRAdapter(nn.Module):
         return F.normalize(self.encode_tokens(patches, domain_prompts, class_prompts).float(), dim=-1)
 
     def encode_tokens(self, patches: Tensor, domain_prompts: Tensor, class_prompts: Tensor) -> Tensor:
-        """[class token + pos_0 ; domain prompts ; class prompts ; patches] -> blocks -> token k -> ln_post -> proj: [b, e]."""
-        tokens = [self.clip.visual.class_token(len(patches), self.class_token), domain_prompts, class_prompts, patches]
+        """[class token + pos_0 ; domain prompts ; class prompts ; patches] -> blocks -> token k -> ln_post
+        -> proj: [b, e].
+        """
+        tokens = [self.clip.visual.class_token(len(patches), self.class_token), domain_prompts, class_prompts,
+                  patches]
         x = torch.cat([token.to(patches.dtype) for token in tokens], dim=1)
-        return self.clip.visual.pool(self.clip.visual.blocks(x, at=self.config.feature_token), self.proj)  # D2
+        return self.clip.visual.pool(self.clip.visual.blocks(x, at=self.config.feature_token),
+                                     self.proj)  # D2
 
     @torch.no_grad()
     def query_feature(self, patches: Tensor) -> Tensor:
-        """I_g [b, d]: the frozen tower's feature after ln_post, before projection. Nothing in it is trained: no autograd."""
+        """I_g [b, d]: the frozen tower's feature after ln_post, before projection. Nothing in it is trained:
+        no autograd.
+        """
         visual = self.clip.visual
         if self.config.query_feature == "class":  # D6
             patches = torch.cat([visual.class_token(len(patches)).to(patches.dtype), patches], dim=1)
         return visual.ln_post(visual.blocks(patches, at=0))
 
-    def target_features(self, images: Tensor, class_ids: Tensor | None = None, domain_ids: Tensor | None = None) -> Tensor:
+    def target_features(self, images: Tensor, class_ids: Tensor | None = None,
+                        domain_ids: Tensor | None = None) -> Tensor:
         """Target encoding (G): images [b, 3, H, W] -> [b, e], not normalised.
 
-        With ids [b] (phase 2) the rows of the image's own class and domain are masked; at test time there are none.
+        With ids [b] (phase 2) the rows of the image's own class and domain are masked; at test time there are
+        none.
         """
         patches = self.clip.visual.embed(images)
         if self.config.target_epochs == 0:  # phase 1 alone has no generator: the banks' means stand in
-            prompts = [bank.mean((0, 1)).expand(len(images), 1, -1) for bank in (self.domain_prompts, self.class_prompts)]
+            prompts = [bank.mean((0, 1)).expand(len(images), 1, -1)
+                       for bank in (self.domain_prompts, self.class_prompts)]
             return self.encode_tokens(patches, *prompts)
         if self.config.mask == "none":  # D1
             class_ids = domain_ids = None
@@ -167,14 +193,17 @@ class UCDRAdapter(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Test-time features [b, e] of images [b, 3, H, W]: no labels, no text."""
         features = self.target_features(images).float()
-        return F.normalize(features, dim=-1) if self.config.evaluation_features == "normalized" else features  # D3
+        return F.normalize(features,
+                           dim=-1) if self.config.evaluation_features == "normalized" else features  # D3
 
     def trainable(self, phase: str) -> dict[str, nn.Parameter]:
         """The parameters that `phase` trains, by name; everything else stays frozen."""
-        wanted = [prefix for prefix in self.TRAINED[phase] if self.template is not None or prefix != "template.ctx"]  # D13
+        wanted = [prefix for prefix in self.TRAINED[phase] if self.template is not None
+                  or prefix != "template.ctx"]  # D13
         names = [name for name, _ in self.named_parameters()]
         for prefix in wanted:
-            assert any(name.startswith(prefix) for name in names), f"phase {phase}: {prefix!r} matches no parameter of {names}"
+            assert any(name.startswith(prefix)
+                       for name in names), f"phase {phase}: {prefix!r} matches no parameter of {names}"
         return {name: value for name, value in self.named_parameters() if name.startswith(tuple(wanted))}
 
     def optimizer(self, phase: str) -> torch.optim.Optimizer:
@@ -197,7 +226,9 @@ class UCDRAdapter(nn.Module):
         return self.source_step(batch) if phase == "source" else self.target_step(batch)
 
     def source_step(self, batch: Batch) -> dict[str, Tensor]:
-        """Phase 1, source adapter learning: L-align + L-triplet, and the momentum features enter the queues."""
+        """Phase 1, source adapter learning: L-align + L-triplet, and the momentum features enter the
+        queues.
+        """
         config, patches = self.config, self.clip.visual.embed(batch.images)
         f = self.source_features(patches, batch.class_ids, batch.domain_ids)
         align = losses.image_text_contrast(f, self.text_features(), batch.class_ids, config.tau)
@@ -217,7 +248,9 @@ class UCDRAdapter(nn.Module):
 
     @torch.no_grad()
     def momentum_features(self, patches: Tensor, batch: Batch) -> Tensor:
-        """Momentum encoder (M): theta_M <- alpha theta_M + (1 - alpha) theta, then f_M [b, e] with the averaged prompts."""
+        """Momentum encoder (M): theta_M <- alpha theta_M + (1 - alpha) theta, then f_M [b, e] with the
+        averaged prompts.
+        """
         for average, online in ((self.momentum_domain_prompts, self.domain_prompts),
                                 (self.momentum_class_prompts, self.class_prompts)):
             average.lerp_(online, 1 - self.config.momentum)

@@ -1,10 +1,11 @@
 """UCDR-Adapter computed as its equations read, with nothing saved: what `bench` measures the package against.
 
-An independent transcription (WACV 2025): it shares the package's parameters, never its arithmetic. All 77 tokens of every class
-go through the text tower in every step of both phases, every block computes every token, attention is spelled out, a full
-copy of the image branch is averaged and run in both phases, each image gets its own masked prompt bank, queues are lists,
-and metrics rank one query at a time. What is published as frozen is frozen (`requires_grad` is False); only the momentum
-encoder, which has no gradient by definition, runs under `no_grad`. Ledger: the paper's column.
+An independent transcription (WACV 2025): it shares the package's parameters, never its arithmetic. All 77
+tokens of every class go through the text tower in every step of both phases, every block computes every
+token, attention is spelled out, a full copy of the image branch is averaged and run in both phases, each
+image gets its own masked prompt bank, queues are lists, and metrics rank one query at a time. What is
+published as frozen is frozen (`requires_grad` is False); only the momentum encoder, which has no gradient by
+definition, runs under `no_grad`. Ledger: the paper's column.
 """
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ def transformer(blocks: Sequence[Block], x: Tensor, mask: Tensor | float = 0.0) 
 
 
 class ImageBranch(nn.Module):
-    """Everything that turns an image into a feature: tower, source prompts U and V, target prompt generator."""
+    """Everything that turns an image into a feature: tower, source prompts U and V, target prompt
+    generator.
+    """
 
     def __init__(self, clip: CLIP, c: int, s: int, config: Options) -> None:
         super().__init__()
@@ -82,10 +85,12 @@ class ImageBranch(nn.Module):
         prompt = prompt + self.generator.norm(self.generator.W_o(prompt))
         return (prompt / 33)[:, None]
 
-    def target_features(self, images: Tensor, class_ids: Tensor | None = None, domain_ids: Tensor | None = None) -> Tensor:
+    def target_features(self, images: Tensor, class_ids: Tensor | None = None,
+                        domain_ids: Tensor | None = None) -> Tensor:
         """(G) [b, e], L2-normalised."""
         query = self.tower(self.visual.class_embedding, [], self.patches(images))
-        prompts = [self.prompt(query, self.domain_prompts, domain_ids), self.prompt(query, self.class_prompts, class_ids)]
+        prompts = [self.prompt(query, self.domain_prompts, domain_ids),
+                   self.prompt(query, self.class_prompts, class_ids)]
         features = self.tower(self.class_token, prompts, self.patches(images)) @ self.proj
         return features / features.norm(dim=1, keepdim=True)
 
@@ -93,13 +98,15 @@ class ImageBranch(nn.Module):
 class PlainAdapter(nn.Module):
     """Both phases with the text template, the momentum encoder and one list of features per class."""
 
-    def __init__(self, clip: CLIP, class_names: Sequence[str], domain_names: Sequence[str], config: Options) -> None:
+    def __init__(self, clip: CLIP, class_names: Sequence[str], domain_names: Sequence[str],
+                 config: Options) -> None:
         super().__init__()
         self.clip, self.config, m = clip.requires_grad_(False), config, config.context_vectors
         self.image = ImageBranch(clip, len(class_names), len(domain_names), config)
         self.momentum = copy.deepcopy(self.image).requires_grad_(False)
         self.ctx = nn.Parameter(torch.empty(m, clip.text_width).normal_(std=0.02))
-        self.ids = tokenize([f"a photo of {readable(name)} from {' '.join('X' * m)} domain." for name in class_names],
+        self.ids = tokenize([f"a photo of {readable(name)} from {' '.join('X' * m)} domain."
+                             for name in class_names],
                             clip.context_length)
         self.starts = [len(encode(readable(name))) - 2 + 5 for name in class_names]  # len(bpe(name)) + 5
         self.queues: list[deque[Tensor]] = [deque(maxlen=config.queue_size) for _ in class_names]
@@ -108,7 +115,8 @@ class PlainAdapter(nn.Module):
         """The parameters that `phase` trains, under the names they have in `UCDRAdapter`."""
         image = self.image
         if phase == "source":
-            return {"template.ctx": self.ctx, "domain_prompts": image.domain_prompts, "class_prompts": image.class_prompts}
+            return {"template.ctx": self.ctx, "domain_prompts": image.domain_prompts,
+                    "class_prompts": image.class_prompts}
         generator = {f"generator.{name}": value for name, value in image.generator.named_parameters()}
         return {**generator, "class_token": image.class_token, "proj": image.proj}
 
@@ -163,8 +171,11 @@ class PlainAdapter(nn.Module):
         return self.image.target_features(images)
 
 
-def retrieval(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor, k: int = 200) -> dict[str, float]:
-    """mAP@k, Prec@k, mAP@all and Prec@100 as published: query by query, one sort each, precisions in a loop over ranks."""
+def retrieval(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor,
+              k: int = 200) -> dict[str, float]:
+    """mAP@k, Prec@k, mAP@all and Prec@100 as published: query by query, one sort each, precisions in a loop
+    over ranks.
+    """
     ap, precision, ap_all, precision_100 = [], [], [], []
     gallery = gallery.double()
     for features, label in zip(query.double(), query_labels.tolist()):

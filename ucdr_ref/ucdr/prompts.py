@@ -14,11 +14,12 @@ from ..clip.zero_shot import readable
 
 
 class TextTemplate(nn.Module):
-    """Learnable Textual Semantic Template (T): `a photo of {name} from X ... X domain.` with m learnable vectors for the X's.
+    """Learnable Textual Semantic Template (T): `a photo of {name} from X ... X domain.` with m learnable
+    vectors for the X's.
 
-    `ctx` [m, t] is shared by all classes, N(0, 0.02^2) at the start; all other token embeddings are frozen. Attention is
-    causal, so the tokens before the context do not depend on it: their keys and values are computed once, here, and only
-    the m + 3 tokens from the context to end-of-text take part in a step.
+    `ctx` [m, t] is shared by all classes, N(0, 0.02^2) at the start; all other token embeddings are frozen.
+    Attention is causal, so the tokens before the context do not depend on it: their keys and values are
+    computed once, here, and only the m + 3 tokens from the context to end-of-text take part in a step.
 
     Raises ValueError for a class name that does not fit into the text tower's context, naming it.
     """
@@ -33,13 +34,17 @@ class TextTemplate(nn.Module):
         super().__init__()
         clip.require_text()
         device = clip.logit_scale.device
-        start = torch.empty(m, clip.text_width).normal_(std=0.02)  # on the CPU, as all initial values: the same everywhere
+        # on the CPU, as all initial values: the same everywhere
+        start = torch.empty(m, clip.text_width).normal_(std=0.02)
         self.ctx = nn.Parameter(start.to(device))
-        prompts = [encode(f"a photo of {readable(name)} from {' '.join('X' * m)} domain.") for name in class_names]
+        prompts = [encode(f"a photo of {readable(name)} from {' '.join('X' * m)} domain.")
+                   for name in class_names]
         for name, ids in zip(class_names, prompts):
             if len(ids) > clip.context_length:
-                raise ValueError(f"class name {name!r} makes a prompt of {len(ids)} tokens with {m} context vectors; the text "
-                                 f"tower takes {clip.context_length}: shorten the name or lower --context-vectors")
+                raise ValueError(f"class name {name!r} makes a prompt of {len(ids)} tokens with {m} context "
+                                 f"vectors; the text "
+                                 f"tower takes {clip.context_length}: shorten the name or lower "
+                                 f"--context-vectors")
         suffix = m + 3
         starts = torch.tensor([len(ids) - suffix for ids in prompts], device=device)  # len(bpe(name)) + 5
         heads = [ids[:-suffix] for ids in prompts]
@@ -47,8 +52,10 @@ class TextTemplate(nn.Module):
         for row, ids in zip(padded, heads):
             row[: len(ids)] = torch.tensor(ids, device=device)
 
-        before = (torch.arange(padded.shape[1], device=device) < starts[:, None])[:, None, None].expand(-1, 1, suffix, -1)
-        causal = torch.ones(suffix, suffix, dtype=torch.bool, device=device).tril().expand(len(heads), 1, -1, -1)
+        before = (torch.arange(padded.shape[1],
+                               device=device) < starts[:, None])[:, None, None].expand(-1, 1, suffix, -1)
+        causal = torch.ones(suffix, suffix, dtype=torch.bool,
+                            device=device).tril().expand(len(heads), 1, -1, -1)
         with torch.no_grad():
             tail = clip.token_embedding(torch.tensor(prompts[0][-3:], device=device))
             positions = clip.positional_embedding[starts[:, None] + torch.arange(suffix, device=device)]
@@ -59,7 +66,9 @@ class TextTemplate(nn.Module):
 
     @staticmethod
     def constant_prefix(clip: CLIP, ids: Tensor) -> Tensor:
-        """ids [c, P], padded at the end -> every layer's keys and values [layers, 2, c, heads, P, t / heads]."""
+        """ids [c, P], padded at the end -> every layer's keys and values [layers, 2, c, heads, P, t /
+        heads].
+        """
         x = clip.token_embedding(ids) + clip.positional_embedding[: ids.shape[1]]
         layers = []
         for block in clip.transformer.blocks():
@@ -101,8 +110,9 @@ class TargetPromptGenerator(nn.Module):
     def forward(self, query: Tensor, bank: Tensor, own: Tensor | None = None) -> Tensor:
         """query I_g [b, d], bank [rows, p, d] -> one prompt token [b, 1, d].
 
-        own [b]: the bank row that image b must do without (phase 2). It is set to zero before W_p (D1), so its p keys become
-        the bias of W_p. Putting that bias in place of the keys gives the same result without a masked bank per image.
+        own [b]: the bank row that image b must do without (phase 2). It is set to zero before W_p (D1), so
+        its p keys become the bias of W_p. Putting that bias in place of the keys gives the same result
+        without a masked bank per image.
         """
         keys = self.W_p(bank.flatten(0, 1))
         q = self.W_i(query)
@@ -110,9 +120,11 @@ class TargetPromptGenerator(nn.Module):
         if own is None:
             prompt = (scores / self.temperature).softmax(dim=-1) @ keys
         else:
-            masked = torch.arange(len(bank), device=bank.device).repeat_interleave(bank.shape[1]) == own[:, None]  # D1
+            masked = torch.arange(len(bank),
+                                  device=bank.device).repeat_interleave(bank.shape[1]) == own[:, None]  # D1
             scores = torch.where(masked, (q @ self.W_p.bias)[:, None].to(scores.dtype), scores)
             weights = (scores / self.temperature).softmax(dim=-1)
-            prompt = weights.masked_fill(masked, 0) @ keys + (weights * masked).sum(-1, keepdim=True) * self.W_p.bias
+            prompt = weights.masked_fill(masked,
+                                         0) @ keys + (weights * masked).sum(-1, keepdim=True) * self.W_p.bias
         prompt = prompt + self.norm(self.W_o(prompt))
         return (prompt / self.DIVISOR).unsqueeze(1)
