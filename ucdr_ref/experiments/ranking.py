@@ -121,7 +121,7 @@ def table(rows: list[dict[str, Any]], config: Config) -> str:
              + "  queries x gallery"]
     for i, row in enumerate(rows):
         key = (row["protocol"], row["query_domain"], row["gallery_name"])
-        lines.append(f"{key[0]:<9} {plain(key[1]):<11} {key[2]:<8} {row['method']:<25} "
+        lines.append(f"{key[0]:<9} {plain(key[1]):<11} {key[2]:<8} {plain(row['method']):<25} "
                      + " ".join(f"{100 * row[name]:9.2f}" for name in COLUMNS) + f"  {row['queries']} x {row['gallery']}"
                      + ("; transductive" if row["transductive"] else "")
                      + (f"; k cut to {row['k_used']}" if row["k_used"] < row["k"] else "")

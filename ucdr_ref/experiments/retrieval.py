@@ -178,7 +178,8 @@ def class_anchors(config: Config, protocol: Protocol, zero_shot: Extractor) -> T
         labels = torch.tensor([names.index(name) for name in files.keep(kept).classes])
         return prototypes([(features, labels)], len(names)).to(zero_shot.device)
     try:  # mapped, so that a header which claims more than the file holds is found out before memory is taken
-        rows = torch.from_numpy(np.load(regular_file(config.class_features), "c", allow_pickle=False))
+        with np.errstate(over="ignore"):  # in the product of the sizes that it claims
+            rows = torch.from_numpy(np.load(regular_file(config.class_features), "c", allow_pickle=False))
     except (OSError, ValueError, TypeError, EOFError, OverflowError) as error:
         raise ValueError(f"--class-features {kind}: expected template, plain, prototypes or a .npy file of numbers "
                          f"({str(error).splitlines()[0]})") from None
