@@ -80,23 +80,24 @@ def put(value: Any, path: tuple, change: Callable[[Any], Any]) -> Any:
     return tuple(out) if isinstance(value, tuple) else out
 
 
-def other_value(old: Any, r: random.Random) -> Any:
+def other_value(old: Any, r: random.Random, endless: bool) -> Any:
     if isinstance(old, Tensor) and r.random() < 0.8:
         return r.choice((lambda t: t.flatten()[:0], lambda t: t.flatten(), lambda t: t[None], lambda t: t.double(),
                          lambda t: t.long(), lambda t: torch.full_like(t.double(), float("nan")), lambda t: -t - 1,
                          lambda t: t * 10**6, lambda t: torch.zeros(3), lambda t: torch.zeros(())))(old)
     if type(old) in (int, float) and r.random() < 0.4:
         return r.choice((old + 1, -old, old * 1000, old * 10**9, str(old), float(old)))
-    return ... if r.random() < 0.2 else copy.deepcopy(r.choice(ENDLESS if r.random() < 0.05 else VALUES))
+    return ... if r.random() < 0.2 else copy.deepcopy(r.choice(ENDLESS if endless and r.random() < 0.05 else VALUES))
 
 
-def other_state(state: dict, r: random.Random) -> tuple[str, dict]:
+def other_state(state: dict, r: random.Random, endless: bool = True) -> tuple[str, dict]:
+    """What was done, and the state with another value. endless: may be one of ENDLESS, which text cannot hold."""
     path = r.choice(list(places(state)))
-    new = other_value(None, r)
+    new = other_value(None, r, False)
 
     def change(old: Any) -> Any:
         nonlocal new
-        new = other_value(old, r)
+        new = other_value(old, r, endless)
         return new
 
     out = put(state, path, change)
@@ -192,7 +193,7 @@ class Scene:
 
     def damaged_text(self, kind: str, r: random.Random) -> tuple[str, bytes]:
         if r.random() < 0.6 and kind != "classes":
-            what, values = other_state(json.loads(self.texts[kind]), r)
+            what, values = other_state(json.loads(self.texts[kind]), r, endless=False)
             return what, json.dumps({str(key): value for key, value in values.items()}, default=str).encode()
         if r.random() < 0.1:
             return "nested", b"[" * 100_000
