@@ -125,6 +125,7 @@ class Scene:
         self.states: dict[str, dict] = {}
         for name in self.configs:
             (folder / name).mkdir()
+            (folder / name / "config.json").write_text(to_json(self.configs[name]))
             self.train(name, folder / name)
             for file in ("best", "last"):
                 self.states[f"{name}/{file}"] = load_state(folder / name / f"{file}.pt")
