@@ -120,7 +120,7 @@ def anchors(kind: str, path: Path) -> None:
         os.mkfifo(path)
     elif kind == "bracket":  # which the header's parser answers with an exception of its own
         np.save(path, rows)
-        path.write_bytes(path.read_bytes().replace(b"{", b"(", 1))
+        path.write_bytes(path.read_bytes().replace(b"}", b" ", 1))
     elif kind == "pickled":
         np.save(path, np.array([[{}] * 32] * 4), allow_pickle=True)
     else:

@@ -124,8 +124,8 @@ def evaluate(folder: Path, overrides: dict[str, Any], out: Path | None = None, o
     if changed := [name for name, digest in data.digests().items() if digest and before.get(name) != digest]:
         if not other_data:
             gone = first_gone(folder, data.listing)
-            raise ValueError(f"the image lists are not those that {folder} was trained with ({', '.join(changed)}){gone}; give the "
-                             "run's own --data-root, --target or --class-split, or accept other data with --other-data")
+            raise ValueError(f"the image lists are not those that {folder} was trained with ({', '.join(changed)}){gone}; "
+                             "give the run's own --data-root, --target or --class-split, or accept other data with --other-data")
         other.append("data")
     out = out or folder.joinpath(*(f"other-{what}" for what in other))
     rows = task.evaluate(config, data, method, state, folder, device, with_closed_form)
