@@ -3,8 +3,9 @@
     python -m tests.fuzz --images 5000 --files 2000 --seed 0
 
 Images: bit flips, cuts, splices, wrong endings, pixel bombs, empty files, odd names, links and FIFOs among them. Files: run
-checkpoints (best.pt, last.pt), weights in every format, run configs, feature caches, class graphs and class splits, as bytes
-and as values. What a reader may raise is a ValueError or an OSError of one line; no case may compute for over LIMIT seconds.
+checkpoints (best.pt, last.pt), weights in every format, run configs, logs and records, feature caches, class graphs, class
+splits and class features, as bytes and as values; run folders with links and FIFOs in them; names in tables. What a reader
+may raise is a ValueError or an OSError of one line; no case may compute for over LIMIT seconds.
 """
 from __future__ import annotations
 

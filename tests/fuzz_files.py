@@ -1,7 +1,8 @@
-"""Mutated checkpoints, weights, configs, caches, graphs and splits: other bytes, and other values in sound files."""
+"""Mutated checkpoints, weights, configs, caches, run folders and names: other bytes, other values, other kinds of file."""
 from __future__ import annotations
 
 import copy
+import gzip
 import io
 import json
 import os
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,25 +22,41 @@ from torch import Tensor
 
 from tests.fuzzing import Harness, Trap, mutated, png, tidied
 from tests.helpers import tiny_state_dict
-from tests.weight_files import WRITERS, hostile_archives, hostile_safetensors
+from tests.weight_files import SMALL, WRITERS, equal, rewrite
 from ucdr_ref.clip.load import load_clip
 from ucdr_ref.clip.tensorfile import file_digest
 from ucdr_ref.config import Config, to_json
-from ucdr_ref.experiments import protocols
+from ucdr_ref.experiments import class_folders, classification, protocols, ranking, report, retrieval, trees
 from ucdr_ref.experiments import run_folder as runs
 from ucdr_ref.experiments.experiment import restore
+from ucdr_ref.experiments.page import log_lines
+from ucdr_ref.images.batches import Files, open_image
 from ucdr_ref.images.cache import build_index
 from ucdr_ref.machine.files import load_state
 from ucdr_ref.sre.adapter import SRECLIP
 from ucdr_ref.sre.adapter import Batch as SREBatch
+from ucdr_ref.sre.class_vectors import read_table
 from ucdr_ref.sre.graph import Graph, load_graph, normalised_adjacency
 from ucdr_ref.sre.wordnet import read_classes, save_graph
+from ucdr_ref.training.journal import open_log
 from ucdr_ref.training.loop import Feed, Run, train
 from ucdr_ref.ucdr.adapter import Batch, UCDRAdapter
 
 NAMES = [f"shape {k}" for k in range(4)]
-VALUES = (None, True, -1, 0, 1 << 40, 1 << 70, -0.5, float("nan"), float("inf"), "", "x\ny\x1b[31m", "a" * 5000, [], {}, (),
-          [None], {"a": 1}, [[[]]])
+
+
+def repeated(make: Callable[[Any], Any], count: int) -> Any:
+    value: Any = []
+    for _ in range(count):
+        value = make(value)
+    return value
+
+
+# Little to write, endless to walk, to print or to hash.
+ENDLESS = (repeated(lambda x: [x, x], 60), repeated(lambda x: (x, x), 60), repeated(lambda x: {"a": x, "b": x}, 60),
+           repeated(lambda x: [x], 100), {k * (2**61 - 1): 0 for k in range(1, 1000)}, [["a" * 10_000] * 2000])
+VALUES = (None, True, -1, 0, 1 << 40, 1 << 70, -0.5, float("nan"), float("inf"), "", "x\ny\x1b[31m", "a" * 5000,
+          [], {}, (), [None], {"a": 1}, [[[]]])
 
 
 def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
@@ -62,29 +80,30 @@ def put(value: Any, path: tuple, change: Callable[[Any], Any]) -> Any:
     return tuple(out) if isinstance(value, tuple) else out
 
 
-def other_value(old: Any, r: random.Random) -> Any:
+def other_value(old: Any, r: random.Random, endless: bool) -> Any:
     if isinstance(old, Tensor) and r.random() < 0.8:
         return r.choice((lambda t: t.flatten()[:0], lambda t: t.flatten(), lambda t: t[None], lambda t: t.double(),
                          lambda t: t.long(), lambda t: torch.full_like(t.double(), float("nan")), lambda t: -t - 1,
                          lambda t: t * 10**6, lambda t: torch.zeros(3), lambda t: torch.zeros(())))(old)
     if type(old) in (int, float) and r.random() < 0.4:
         return r.choice((old + 1, -old, old * 1000, old * 10**9, str(old), float(old)))
-    return ... if r.random() < 0.2 else copy.deepcopy(r.choice(VALUES))
+    return ... if r.random() < 0.2 else copy.deepcopy(r.choice(ENDLESS if endless and r.random() < 0.05 else VALUES))
 
 
-def other_state(state: dict, r: random.Random) -> tuple[str, dict]:
+def other_state(state: dict, r: random.Random, endless: bool = True) -> tuple[str, dict]:
+    """What was done, and the state with another value. endless: may be one of ENDLESS, which text cannot hold."""
     path = r.choice(list(places(state)))
-    new = other_value(None, r)
+    new = other_value(None, r, False)
 
     def change(old: Any) -> Any:
         nonlocal new
-        new = other_value(old, r)
+        new = other_value(old, r, endless)
         return new
 
     out = put(state, path, change)
     if r.random() < 0.1:
         out[r.choice((None, 3, "x", "\n"))] = new if new is not ... else 0
-    return f"{path} = {repr(new)[:80]}", out
+    return f"{path} = {type(new).__name__ if isinstance(new, (dict, list, tuple)) else repr(new)[:80]}", out
 
 
 class Scene:
@@ -106,18 +125,25 @@ class Scene:
         self.states: dict[str, dict] = {}
         for name in self.configs:
             (folder / name).mkdir()
+            (folder / name / "config.json").write_text(to_json(self.configs[name]))
             self.train(name, folder / name)
             for file in ("best", "last"):
                 self.states[f"{name}/{file}"] = load_state(folder / name / f"{file}.pt")
-        small_clip = tiny_state_dict(vocab_size=40, context_length=8, vision_layers=1, text_layers=1, image_size=16)
+        self.small_clip = tiny_state_dict(**SMALL)
         self.weights: dict[str, bytes] = {}
         for form, writer in WRITERS.items():
-            writer(small_clip, folder / "weights")
+            writer(self.small_clip, folder / "weights")
             self.weights[form] = (folder / "weights").read_bytes()
         save_graph(self.graph, folder / "graph.json")
         self.texts = {"graph": (folder / "graph.json").read_bytes(), "config": to_json(self.configs["ucdr"]).encode(),
                       "split": json.dumps({"train": NAMES[:2], "val": NAMES[2:3], "test": NAMES[3:]}).encode(),
                       "classes": b"seen n00000001 shape 0\nunseen n00000002 shape 1\n# x\n"}
+        scores = {average: dict.fromkeys(classification.COLUMNS, 0.5) for average in ("instance", "class")}
+        self.records = {"run.json": b'{"files": {"train": "0"}}', "log.jsonl": (folder / "ucdr" / "log.jsonl").read_bytes(),
+                        classification.SCORES: 2 * (json.dumps(scores) + "\n").encode(),
+                        runs.LISTING: gzip.compress(b'{"data": ["photo/shape 0/x.png"]}', mtime=0)}
+        np.save(folder / "anchors.npy", np.ones((4, self.clip.embed_dim), np.float32))
+        self.anchors = (folder / "anchors.npy").read_bytes()
         (folder / "gallery").mkdir()
         for i in range(3):
             (folder / "gallery" / f"{i}.png").write_bytes(png(2, 2, data=bytes(14)))
@@ -168,7 +194,7 @@ class Scene:
 
     def damaged_text(self, kind: str, r: random.Random) -> tuple[str, bytes]:
         if r.random() < 0.6 and kind != "classes":
-            what, values = other_state(json.loads(self.texts[kind]), r)
+            what, values = other_state(json.loads(self.texts[kind]), r, endless=False)
             return what, json.dumps({str(key): value for key, value in values.items()}, default=str).encode()
         if r.random() < 0.1:
             return "nested", b"[" * 100_000
@@ -177,25 +203,11 @@ class Scene:
 
 def fuzz_files(harness: Harness, folder: Path, count: int, seed: int) -> None:
     r, scene = random.Random(f"files/{seed}"), Scene(folder)
-    cases = [case_best, case_last, case_weights, case_text, case_cache, case_best, case_last, case_text]
+    cases = [case_best, case_last, case_weights, case_text, case_cache, case_best, case_last, case_text, case_record, case_folder,
+             case_anchors, case_names]
     for i in range(count):
         cases[i % len(cases)](harness, scene, i, r)
-    for path in hostile_archives(folder, scene.weights["torchscript"]):
-        harness.run("hostile archives", path.name, lambda path=path: load_clip(path), path.name)
-        harness.run("hostile archives", path.name, lambda path=path: load_state(path), path.name)
-    for name, (data, _) in hostile_safetensors().items():
-        path = scene.write(f"{name}.safetensors", data)
-        harness.run("hostile safetensors", name, lambda path=path: load_clip(path), path.name)
-    fifo = folder / "fifo"
-    os.mkfifo(fifo)
-    readers: dict[str, Callable[[], object]] = {
-        "load_clip": lambda: load_clip(fifo), "load_state": lambda: load_state(fifo),
-        "read_config": lambda: runs.read_config(fifo), "load_graph": lambda: load_graph(fifo),
-        "file_digest": lambda: file_digest(fifo),
-        "read_classes": lambda: read_classes(fifo),
-        "folder_split": lambda: protocols.folder_split(Config(class_split=str(fifo)), {})}
-    for name, reader in readers.items():
-        harness.run("FIFOs", name, reader, "fifo")
+    special_files(harness, scene)
     assert not (folder / "executed").exists(), "code of a file was executed"
 
 
@@ -220,8 +232,32 @@ def case_weights(harness: Harness, scene: Scene, i: int, r: random.Random) -> No
     form = r.choice(sorted(scene.weights))
     what, data = mutated(scene.weights[form], r)
     path = scene.write(f"weights{i}", data)
-    harness.run("weights", f"{i} {form} {what}", lambda: load_clip(path), path.name)
+
+    def read() -> None:
+        model = load_clip(path)
+        assert all(value.isfinite().all() for value in model.parameters())
+        assert what not in ("cut", "empty"), "a part of a file is none"
+        # A zip archive carries checksums: one changed bit is noticed or harmless.
+        assert what != "flip" or form not in ("zip", "torchscript") or equal(model, scene.small_clip)
+
+    harness.run("weights", f"{i} {form} {what}", read, path.name)
+    if form in ("zip", "torchscript"):  # a program that the checksum does not catch
+        path.write_bytes(scene.weights[form])
+        rewrite(path, lambda name, old: other_program(old, r) if name.endswith("/data.pkl") else old)
+        what = "program"
+        harness.run("pickles", f"{i} {form}", read, path.name)
     path.unlink()
+
+
+def other_program(data: bytes, r: random.Random) -> bytes:
+    """A few bytes of a pickle changed, removed, inserted or repeated, or an instruction put in."""
+    out = bytearray(data)
+    for _ in range(r.randint(1, 4)):
+        where, length = r.randrange(len(out)), r.randint(1, 30)
+        instruction = r.choice([b"\xff\xff\xff\x7f", b"R", b"b", b"s", b"h\0", b"\x81"])
+        out[where:where + r.choice([0, 1, length])] = r.choice(
+            [b"", r.randbytes(1), bytes(out[where:where + length]), instruction])
+    return bytes(out)
 
 
 def case_text(harness: Harness, scene: Scene, i: int, r: random.Random) -> None:
@@ -256,3 +292,130 @@ def case_cache(harness: Harness, scene: Scene, i: int, r: random.Random) -> None
         data = stream.getvalue()
     path.write_bytes(data)
     harness.run("caches", f"{i} {path.name} {what}", build)
+
+
+def case_record(harness: Harness, scene: Scene, i: int, r: random.Random) -> None:
+    """What a run folder notes beside its weights."""
+    name = r.choice(sorted(scene.records))
+    data = scene.records[name]
+    if name == runs.LISTING and r.random() < 0.5:
+        what, changed = mutated(gzip.decompress(data), r)
+        data = gzip.compress(changed, mtime=0)
+    else:
+        what, data = mutated(data, r)
+    path = scene.write(f"case/{name}", data)
+    readers: dict[str, Callable[[Path], object]] = {
+        "run.json": runs.recorded_files, "log.jsonl": log_lines, classification.SCORES: classification.best_scores,
+        runs.LISTING: runs.remembered}
+    harness.run(f"records {name}", f"{i} {what}", lambda: readers[name](path.parent), name)
+    path.unlink()
+
+
+def case_folder(harness: Harness, scene: Scene, i: int, r: random.Random) -> None:
+    """A run folder with one entry of another kind: nothing outside it is written, cut or waited for."""
+    run, victim = scene.folder / "received", scene.folder / "victim"
+    shutil.copytree(scene.folder / "ucdr", run)
+    victim.write_text("precious")
+    name = r.choice((".lock", "config.json", "run.json", "log.jsonl", "last.pt", "best.pt", "results.json", "report.html",
+                     classification.SCORES, runs.LISTING, "features", f".best.pt.{os.getpid()}.tmp", ".last.pt.1.tmp"))
+    kind = r.choice(("link", "dangling", "loop", "hard link", "fifo", "folder", "kernel"))
+    path = run / name
+    path.unlink(missing_ok=True)
+    targets = {"link": victim, "dangling": scene.folder / "nowhere", "loop": path, "kernel": "/proc/kmsg"}
+    if kind in targets:
+        path.symlink_to(targets[kind])
+    elif kind == "hard link":
+        os.link(victim, path)
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+
+    def resume() -> None:
+        with runs.open_run(run, scene.configs["ucdr"], {"weights_sha256": scene.sha, "files": {}}, {"data": []}):
+            scene.train("ucdr", run)
+            restore(run, {}, scene.device)
+
+    harness.run("run folders", f"{i} {name} {kind}", lambda: tidied(resume), str(run))
+    assert victim.read_text() == "precious" and not (scene.folder / "nowhere").exists(), f"{name} {kind}"
+    shutil.rmtree(run)
+
+
+def case_anchors(harness: Harness, scene: Scene, i: int, r: random.Random) -> None:
+    """Class features whose header or content is another one."""
+    what, data = mutated(scene.anchors, r)
+    if r.random() < 0.5:
+        what, stream = "header", io.BytesIO()
+        shape = tuple(r.choice((0, 4, 32, 10**9, 1 << 40, 1 << 62)) for _ in range(r.randint(0, 3)))
+        described = {"descr": r.choice(("<f4", ">f8", "<c8", "<i8", "|O", "<U4", "|b1")), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(stream, described)
+        data = stream.getvalue() + bytes(r.choice((0, 512, 4096)))
+    path = scene.write(f"anchors{i}.npy", data)
+    harness.run("class features", f"{i} {what}", lambda: anchors(scene, path), path.name)
+    path.unlink()
+
+
+def anchors(scene: Scene, path: Path) -> None:
+    config = replace(scene.configs["ucdr"], class_features=str(path))
+    encoder = SimpleNamespace(method=SimpleNamespace(clip=scene.clip), device=scene.device)
+    found = retrieval.class_anchors(config, SimpleNamespace(class_names=NAMES), encoder)  # type: ignore[arg-type]
+    assert found is not None and found.shape == (4, scene.clip.embed_dim) and found.isfinite().all() and found.any(dim=1).all()
+
+
+def case_names(harness: Harness, scene: Scene, i: int, r: random.Random) -> None:
+    """Names with whatever a file system allows: a table keeps its lines, and steers no terminal."""
+    def name() -> str:
+        return "".join(r.choice("ab \x1b[31m\n\r\t\x07\x9b\u202e\udcff=+@-;") for _ in range(r.randint(1, 12)))
+
+    accuracies = {average: dict.fromkeys(classification.COLUMNS, r.random()) for average in ("instance", "class")}
+    numbers = {**dict.fromkeys(("queries", "gallery", "k", "k_used"), 1), **dict.fromkeys(ranking.COLUMNS, 0.5)}
+    row = {"protocol": "UCDR", "query_domain": name(), "gallery_name": "unseen", "method": name(), "transductive": False,
+           "unreadable": 0, "no_relevant": 0, **numbers}
+    files = Files(["x"], [name()], [name()])
+    test = protocols.Test("UCDR", name(), files, {"unseen": files})
+    protocol = protocols.Protocol("data", [name()], [name()], files, None, [test], name())
+    folder = class_folders.Folder(name(), files)
+    classified = {"method": name(), "images": 1, "classes": 1, **accuracies}
+    texts: dict[str, tuple[Callable[[], str], int]] = {  # and the lines they have
+        "retrieval table": (lambda: ranking.table([row], scene.configs["ucdr"]), 2),
+        "classification table": (lambda: classification.table([classified], scene.configs["sre"]), 3),
+        "summary": (lambda: retrieval.summary(protocol, None), 2),
+        "folders": (lambda: class_folders.summary([folder], [folder], scene.graph, [1]), 4),
+        "cell": (lambda: report.cell(name()), 1)}
+    what = r.choice(sorted(texts))
+
+    def check() -> None:
+        make, lines = texts[what]
+        text = make()
+        assert text.count("\n") == lines - 1 and text.replace("\n", "").isprintable(), text
+
+    harness.run("names", f"{i} {what}", check)
+
+
+def special_files(harness: Harness, scene: Scene) -> None:
+    """Everywhere a path is read: a FIFO, a file of the kernel's that never ends, a link to it, a folder, a link to itself."""
+    folder = scene.folder / "special"
+    folder.mkdir()
+    os.mkfifo(folder / "fifo")
+    (folder / "folder").mkdir()
+    for name, target in (("kernel", "/proc/kmsg"), ("loop", "loop"), ("dangling", "nowhere"), ("zero", "/dev/zero")):
+        (folder / name).symlink_to(target)
+    readers: dict[str, Callable[[Path], object]] = {
+        "load_clip": load_clip, "load_state": load_state, "read_config": runs.read_config, "read_json": runs.read_json,
+        "read_lines": runs.read_lines, "file_digest": file_digest, "load_graph": load_graph, "read_classes": read_classes,
+        "open_image": lambda path: open_image(str(path)), "class_anchors": lambda path: anchors(scene, path),
+        "read_table": lambda path: read_table(path, {"a"}), "open_log": lambda path: opened(path),
+        "folder_split": lambda path: protocols.folder_split(Config(class_split=str(path)), {})}
+    for path in sorted(folder.iterdir()):
+        for name, reader in readers.items():
+            if (name, path.name) != ("open_log", "dangling"):  # see `case_folder`
+                harness.run("special files", f"{name} {path.name}", lambda reader=reader, path=path: reader(path), path.name)
+    for part in ("files.json.gz", "photo_train.txt"):
+        os.mkfifo(folder / part)
+    harness.run("special files", "remembered", lambda: runs.remembered(folder), runs.LISTING)
+    harness.run("special files", "only_listed", lambda: trees.only_listed({"photo": {}}, "data", str(folder)), "photo_train.txt")
+
+
+def opened(path: Path) -> None:
+    with open_log(path, 0):
+        pass

@@ -5,7 +5,6 @@ import argparse
 import gzip
 import os
 import pickle
-import random
 import struct
 import subprocess
 import sys
@@ -117,64 +116,6 @@ def test_nothing_is_executed(files, tmp_path):
         pickle.loads(program)
     torch.save({"args": argparse.Namespace(lr=1), "state_dict": {}}, tmp_path / "namespace")
     assert "asks for argparse.Namespace" in refusal(tmp_path / "namespace")
-
-
-@pytest.mark.parametrize("form", WRITERS)
-def test_truncated_at_random(form, files, tmp_path):
-    rng = random.Random(form)
-    path = tmp_path / "cut"
-    for length in [0, 1, 4, 8, 9, 20, len(files[form]) - 1] + [rng.randrange(len(files[form])) for _ in range(200)]:
-        path.write_bytes(files[form][:length])
-        refusal(path)
-
-
-@pytest.mark.parametrize("form", WRITERS)
-def test_flipped_bits(form, files, weights, tmp_path):
-    """Zip archives carry checksums: a flip is noticed or harmless. Elsewhere a flip in the numbers may pass."""
-    rng = random.Random(form)
-    path = tmp_path / "flipped"
-    head = 3000 if form == "zip" else 6000
-    refused = 0
-    for attempt in range(150):
-        data = bytearray(files[form])
-        where = [rng.randrange(len(data)), rng.randrange(head), len(data) - 1 - rng.randrange(head)][attempt % 3]
-        data[where] ^= 1 << rng.randrange(8)
-        path.write_bytes(data)
-        try:
-            model = load_clip(path)
-        except ValueError as error:
-            refused += 1
-            assert str(path) in str(error) and "\n" not in str(error)
-        else:
-            assert all(value.isfinite().all() for value in model.parameters())
-            assert equal(model, weights) or form not in ("zip", "torchscript")
-    assert refused > 20
-
-
-def mutated(data: bytes, rng: random.Random) -> bytes:
-    """A few bytes changed, removed, inserted or repeated."""
-    out = bytearray(data)
-    for _ in range(rng.randint(1, 4)):
-        where, length = rng.randrange(len(out)), rng.randint(1, 30)
-        instruction = rng.choice([b"\xff\xff\xff\x7f", b"R", b"b", b"s", b"h\0", b"\x81"])
-        out[where:where + rng.choice([0, 1, length])] = rng.choice(
-            [b"", rng.randbytes(1), bytes(out[where:where + length]), instruction])
-    return bytes(out)
-
-
-@pytest.mark.filterwarnings("ignore:invalid escape sequence")  # Python's own, about a mutated text
-@pytest.mark.parametrize("form", ["zip", "torchscript"])
-def test_mutated_pickles(form, files, tmp_path):
-    """Programs that the checksum does not catch: a sentence, or a CLIP that is whole."""
-    rng = random.Random(form)
-    path = tmp_path / "a"
-    for _ in range(200):
-        path.write_bytes(files[form])
-        rewrite(path, lambda name, data: mutated(data, rng) if name.endswith("/data.pkl") else data)
-        try:
-            assert all(value.isfinite().all() for value in load_clip(path).parameters())
-        except ValueError as error:
-            assert str(path) in str(error) and "\n" not in str(error)
 
 
 def test_hostile_archives(files, tmp_path):

@@ -61,9 +61,9 @@ def test_what_a_method_saves_is_far_from_the_bounds(tmp_path):
 def test_values_are_counted_as_often_as_they_are_reached(monkeypatch):
     row = [1, 2, 3]
     monkeypatch.setattr(unpickle, "MAX_SIZE", 17)
-    for small in ([row] * 4, {"a": [row, (row,)]}, ["a" * 15]):  # 1 + 4 * 4; 1 + 2 + 1 + 4 + 1 + 4; 1 + 1 + 15
+    for small in ([row] * 4, {"a": [row, (row,)]}, ["a" * 240]):  # 1 + 4 * 4; 2 + 1 + 4 + 1 + 4; 2 + 15
         assert bounded(small) is small
-    for large in ([row] * 4 + [1], {"abcdefgh": [row, row]}, ["a" * 16]):
+    for large in ([row] * 4 + [1], {"a": [row] * 4}, ["a" * 256]):
         with pytest.raises(FormatError, match="more than 17 values"):
             bounded(large)
 

@@ -28,8 +28,8 @@ def uninterrupted(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_a_run_leaves_what_was_promised(uninterrupted: Path):
     names = {path.name for path in uninterrupted.iterdir() if path.name != ".lock"}
-    assert names == {"config.json", "run.json", "files.json.gz", "log.jsonl", "last.pt", "best.pt", "results.json", "per_class.csv", "per_query.csv",
-                     "queries.png", "report.html"}
+    assert names == {"config.json", "run.json", "files.json.gz", "log.jsonl", "last.pt", "best.pt", "results.json",
+                     "per_class.csv", "per_query.csv", "queries.png", "report.html"}
     about = json.loads((uninterrupted / "run.json").read_text())
     assert {"command", "versions", "weights_sha256", "files"} <= set(about)
     lines = [json.loads(line) for line in (uninterrupted / "log.jsonl").read_text().splitlines()]

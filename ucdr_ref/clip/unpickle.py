@@ -19,8 +19,7 @@ STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "Half
             "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
 MAX_STEPS = 1_000_000  # instructions; ViT-L/14 needs about 15,000
 MAX_NAME, MAX_RANK = 300, 8
-# of what a pickle builds: values and characters, dicts in dicts; see `bounded`
-MAX_SIZE, MAX_NESTING = 10_000_000, 64
+MAX_SIZE, MAX_NESTING = 2_000_000, 64  # of what a pickle builds: values, dicts in dicts; see `bounded`
 MAX_KEY = 2**53  # of a number as a key: larger ones can be chosen such that thousands have one hash
 
 LoadStorage = Callable[[str, torch.dtype, int], Tensor]
@@ -185,14 +184,14 @@ def bounded(root: Any) -> Any:
         if value is todo:
             todo.pop()
             continue
-        size += 1 + (len(value) if isinstance(value, str) else 0)
+        size += 1 + (len(value) // 16 if isinstance(value, str) else 0)
         if isinstance(value, dict):
             todo.append(iter((*value.keys(), *value.values())))
         elif isinstance(value, (list, tuple)):
             todo.append(iter(value))
         if size > MAX_SIZE:
-            raise FormatError(f"has a pickle of more than {MAX_SIZE} values and letters, each counted as "
-                              f"often as it is there")
+            raise FormatError(f"has a pickle of more than {MAX_SIZE} values, each counted as often as it is "
+                              f"there")
         if len(todo) > MAX_NESTING:
             raise FormatError(f"has a pickle that nests deeper than {MAX_NESTING}")
     return root

@@ -48,8 +48,8 @@ class FeatureTable:
         found = files.keep([i for i, path in enumerate(files.paths) if self.rows[path] is not None])
         if not len(found):
             raise ValueError(f"none of the {len(files)} images could be read; the first is {files.paths[0]}")
-        rows = [row for path in found.paths if (row := self.rows[path]) is not None]
-        return torch.stack(rows).to(self.extractor.device), found
+        features = [row for path in found.paths if (row := self.rows[path]) is not None]
+        return torch.stack(features).to(self.extractor.device), found
 
 
 def formed(table: FeatureTable, form: ClosedForm) -> Rows:
@@ -132,7 +132,7 @@ def table(rows: list[dict[str, Any]], config: Config) -> str:
              + "  queries x gallery"]
     for i, row in enumerate(rows):
         key = (row["protocol"], row["query_domain"], row["gallery_name"])
-        lines.append(f"{key[0]:<9} {plain(key[1]):<11} {key[2]:<8} {row['method']:<25} "
+        lines.append(f"{key[0]:<9} {plain(key[1]):<11} {key[2]:<8} {plain(row['method']):<25} "
                      + " ".join(f"{100 * row[name]:9.2f}" for name in COLUMNS) + f"  {row['queries']} x "
                                                                                  f"{row['gallery']}"
                      + ("; transductive" if row["transductive"] else "")
