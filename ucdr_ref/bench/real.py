@@ -207,7 +207,8 @@ def main(argv: list[str] | None = None) -> None:
     found = json.loads(path.read_text()) if path.exists() else {}
 
     def write(**parts: Any) -> None:
-        found.update(machine=machine, versions=versions(), date=time.strftime("%Y-%m-%d"), subset=args.subset,
+        found.update(command=f"python -m ucdr_ref.bench.real --data DIR --weights FILE --out OUT --subset {args.subset}",
+                     machine=machine, versions=versions(), date=time.strftime("%Y-%m-%d"), subset=args.subset,
                      settings=" ".join(SETTINGS[args.subset]), **parts)
         path.write_text(json.dumps(found, indent=1) + "\n")
 
