@@ -223,3 +223,19 @@ def test_zero_shot_is_ranked_on_the_features_asked_for(world, tmp_path):
         row = json.loads((tmp_path / run / "results.json").read_text())["rows"][0]
         assert (row["method"], row["gallery_name"]) == ("zero-shot", "unseen")
         assert row["mAP@200"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_published_numbers_stand_beside_what_they_describe_alone(tmp_path, monkeypatch):
+    weights = tmp_path / "any.pt"
+    weights.write_bytes(b"other weights")
+    plain = {"weights": str(weights), "dataset": "domainnet"}
+    assert ranking.published(resolve(plain), "UCDR", "unseen") == ""
+    monkeypatch.setattr(ranking, "file_digest", lambda _: ranking.OPENAI_SHA256["ViT-B-32.pt"])
+    assert "UCDR-Adapter" in ranking.published(resolve(plain), "UCDR", "unseen")
+    assert ranking.published(resolve({**plain, "per_class": 5}), "UCDR", "unseen") == ""
+    assert ranking.published(resolve(plain), "UdCDR", "seen") == ""  # the published gallery is the released one (D7)
+    assert ranking.published(resolve({**plain, "ud_gallery": "trained"}), "UdCDR", "seen")
+    assert ranking.published(resolve({**plain, "dataset": "folder"}), "UCDR", "unseen") == ""
+    for split, shown in (("eccv", True), ("random", False)):
+        config = resolve({"weights": str(weights), "dataset": "sketchy", "sketchy_split": split})
+        assert bool(ranking.published(config, "UcCDR", "unseen")) == shown
