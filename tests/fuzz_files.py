@@ -374,7 +374,7 @@ def case_names(harness: Harness, scene: Scene, i: int, r: random.Random) -> None
     files = Files(["x"], [name()], [name()])
     test = protocols.Test("UCDR", name(), files, {"unseen": files})
     protocol = protocols.Protocol("data", [name()], [name()], files, None, [test], name())
-    folder = class_folders.Folder(name(), files)
+    folder = class_folders.Folder(name(), files, [0] * len(files))
     classified = {"method": name(), "images": 1, "classes": 1, **accuracies}
     texts: dict[str, tuple[Callable[[], str], int]] = {  # and the lines they have
         "retrieval table": (lambda: ranking.table([row], scene.configs["ucdr"]), 2),

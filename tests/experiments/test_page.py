@@ -19,7 +19,6 @@ from PIL import Image
 import train
 from tests.helpers import flags
 from ucdr_ref.config import Config
-from ucdr_ref.experiments.classification import predict
 from ucdr_ref.experiments.page import (
     MOST_CLASSES,
     classification_page,
@@ -32,6 +31,7 @@ from ucdr_ref.experiments.page import (
     spread,
     thin,
 )
+from ucdr_ref.experiments.predictions import predict
 from ucdr_ref.images.batches import Files
 from ucdr_ref.metrics import retrieval
 

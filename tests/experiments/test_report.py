@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageFont, ImageOps
 
 from ucdr_ref.experiments import report
-from ucdr_ref.experiments.classification import predict
+from ucdr_ref.experiments.predictions import predict
 from ucdr_ref.experiments.report import (
     BADGE,
     FRAME,

@@ -17,7 +17,7 @@ from ucdr_ref.clip.zero_shot import preprocess
 from ucdr_ref.config import Config, resolve
 from ucdr_ref.demo.drawing import CLASSES, SPLIT
 from ucdr_ref.experiments import class_folders as sre_data
-from ucdr_ref.experiments import classification
+from ucdr_ref.experiments import predictions
 from ucdr_ref.experiments.class_folders import Features
 from ucdr_ref.images.batches import open_image
 from ucdr_ref.metrics import zero_shot_accuracy
@@ -243,13 +243,13 @@ def small_sre(c: int, unseen: list[int], **options: object) -> SRECLIP:
 def test_released_test_batches_hold_512_of_one_kind_in_class_order() -> None:
     generator = torch.Generator().manual_seed(1)
     labels, unseen = torch.randint(5, (2600,), generator=generator), [1, 3]
-    batches = classification.test_batches(labels, unseen, True, 256)
+    batches = predictions.test_batches(labels, unseen, True, 256)
     loaders: list[list[int]] = []
     for wanted in (True, False):  # two loaders, class after class, each cut at 512
         order = [i for k in range(5) if (k in unseen) == wanted for i in range(2600) if labels[i] == k]
         loaders += [order[start:start + 512] for start in range(0, len(order), 512)]
     assert [batch.tolist() for batch in batches] == loaders  # S2
-    assert [len(batch) for batch in classification.test_batches(labels, unseen, False, 256)] == [256] * 10 + [40]
+    assert [len(batch) for batch in predictions.test_batches(labels, unseen, False, 256)] == [256] * 10 + [40]
 
     method = small_sre(5, unseen, test_attention="batch").eval()
     x = torch.randn(2600, 8, generator=generator)
@@ -257,7 +257,7 @@ def test_released_test_batches_hold_512_of_one_kind_in_class_order() -> None:
     expected = torch.empty(2600, 5)
     for batch in loaders:
         expected[batch] = method.logits(x[batch])
-    for rows, scores in classification.method_scores(method, target, torch.device("cpu")):
+    for rows, scores in predictions.method_scores(method, target, torch.device("cpu")):
         assert_close(scores, expected[rows])
 
 
@@ -268,18 +268,18 @@ def test_accuracies_chunk_by_chunk_are_those_of_all_logits(unseen: list[int], mo
     x = torch.randn(90, 8, generator=generator)
     target, method = Features([x.numpy()], [""] * 90, labels), small_sre(7, unseen)
     anchors = torch.nn.functional.normalize(torch.randn(7, 8, generator=generator), dim=1)
-    monkeypatch.setattr(classification, "CHUNK", 11)
+    monkeypatch.setattr(predictions, "CHUNK", 11)
     whole = {"baseline": torch.nn.functional.normalize(x, dim=1) @ anchors.T, "method": method.eval().logits(x)}
-    parts = {"baseline": classification.scores_of(partial(classification.baseline_logits, anchors), target),
-             "method": classification.method_scores(method, target, torch.device("cpu"))}
+    parts = {"baseline": predictions.scores_of(partial(predictions.baseline_logits, anchors), target),
+             "method": predictions.method_scores(method, target, torch.device("cpu"))}
     for name, scores in whole.items():
         expected = zero_shot_accuracy(scores, labels, unseen)
-        predicted = classification.predict(parts[name], 90, 7, unseen)
+        predicted = predictions.predict(parts[name], 90, 7, unseen)
         assert torch.equal(predicted.everywhere, scores.argmax(dim=1)), name
-        assert classification.accuracies(predicted, labels, unseen, 7) == expected, name
+        assert predictions.accuracies(predicted, labels, unseen, 7) == expected, name
     anchors[unseen] = 0  # prototypes of source images know no unseen class
-    scores = classification.scores_of(partial(classification.baseline_logits, anchors), target)
-    predicted = classification.predict(scores, 90, 7, unseen)
-    found = classification.accuracies(predicted, labels, unseen, 7)
+    scores = predictions.scores_of(partial(predictions.baseline_logits, anchors), target)
+    predicted = predictions.predict(scores, 90, 7, unseen)
+    found = predictions.accuracies(predicted, labels, unseen, 7)
     assert found["instance"]["zsl"] is None and found["class"]["unseen"] == 0
     assert not set(predicted.everywhere.tolist()) & set(unseen)

@@ -23,20 +23,16 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from .. import metrics
 from ..clip.model import random_clip
@@ -45,9 +41,10 @@ from ..experiments.protocols import class_list
 from ..experiments.retrieval import cut
 from ..experiments.run_folder import versions
 from ..machine.files import write_text_atomic
-from ..machine.processes import autocast, memory_gib, pick_device
+from ..machine.processes import autocast, pick_device
 from ..ucdr import plain as bench_plain
 from ..ucdr.adapter import Batch, UCDRAdapter
+from .peers import SEARCH, measure_search, random_features, timed
 
 TEXT = dict(context_length=77, vocab_size=49408)
 BASE = dict(image_size=224, vision_width=768, vision_layers=12, vision_heads=12, embed_dim=512,
@@ -62,9 +59,6 @@ PHASES = {"phase1": "source", "phase2": "target"}
 FASTER = {"phase1": {"ViT-B/32": 2.0, "ViT-B/16": 2.0}, "phase2": {"ViT-B/32": 3.0, "ViT-B/16": 2.0}}
 PUBLISHED = dict(batch=50, classes=245, domains=5, context=16, precision="fp32", sizes=[8000, 20000, 512])
 PLAIN_QUERIES = 200
-SEARCH = [200_000, 512]  # gallery and width
-SEARCH_CASES = [(threads, q) for threads in (1, 2) for q in (1, 10, 100)]
-SEARCH_ROUNDS = 5
 
 
 def build(side: str, sizes: dict[str, Any], device: torch.device) -> UCDRAdapter | bench_plain.PlainAdapter:
@@ -91,26 +85,6 @@ def random_batch(sizes: dict[str, Any], device: torch.device) -> Batch:
     size, b = SHAPES[sizes["arch"]]["image_size"], sizes["batch"]
     ids = (torch.arange(b) % sizes["classes"], torch.arange(b) % sizes["domains"])
     return Batch(*(part.to(device) for part in (torch.randn(b, 3, size, size), *ids)))
-
-
-def timed(work: Callable[[], Any], steps: int, device: torch.device,
-          warm_up: bool = True) -> dict[str, float]:
-    """Mean CPU-seconds and seconds of a call, and the peak memory of the process (of the GPU where one is
-    used).
-    """
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    if warm_up:
-        work()
-    wait()
-    cpu, wall = time.process_time(), time.perf_counter()
-    for _ in range(steps):
-        work()
-    wait()
-    return {"cpu_s": (time.process_time() - cpu) / steps, "wall_s": (time.perf_counter() - wall) / steps,
-            "memory_gib": memory_gib(device)}
 
 
 def measure(part: str, side: str, sizes: dict[str, Any]) -> dict[str, Any]:
@@ -169,46 +143,6 @@ def measure_metrics(side: str, sizes: dict[str, Any], device: torch.device) -> d
         return result
     scaled = {name: result[name] * q / few for name in ("cpu_s", "wall_s")}
     return {**result, **scaled, "queries_timed": few}
-
-
-def measure_search(g: int, e: int) -> list[dict[str, float]]:
-    """`metrics.search` and FAISS's flat index in turns, k = 10: median seconds and CPU-seconds of each, per
-    case.
-    """
-    import faiss
-
-    query, _, gallery, _ = random_features(max(q for _, q in SEARCH_CASES), g, e)
-    index = faiss.IndexFlatL2(e)
-    index.add(gallery.numpy())
-    cpu, results = torch.device("cpu"), []
-    before = torch.get_num_threads(), faiss.omp_get_max_threads()
-    try:
-        for threads, q in SEARCH_CASES:
-            torch.set_num_threads(threads)
-            faiss.omp_set_num_threads(threads)
-            rows = query[:q].contiguous()
-            work: dict[str, Callable[[], Any]] = {"ours": partial(metrics.search, rows, gallery, 10),
-                                                  "faiss": partial(index.search, rows.numpy(), 10)}
-            times = [{side: timed(call, 1, cpu, warm_up=turn == 0) for side, call in work.items()}
-                     for turn in range(SEARCH_ROUNDS)]
-            results.append({"threads": threads, "queries": q} | {
-                f"{side}_{unit}": median(turn[side][unit] for turn in times)
-                for side in work for unit in ("wall_s", "cpu_s")})
-    finally:
-        torch.set_num_threads(before[0])
-        faiss.omp_set_num_threads(before[1])
-    return results
-
-
-def random_features(q: int, g: int, e: int, classes: int = 45) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """L2-normalised features around random class centres, and their labels: queries, then gallery."""
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(classes, e, generator=generator)
-    out = []
-    for count in (q, g):
-        labels = torch.randint(classes, (count,), generator=generator)
-        out += [F.normalize(centres[labels] + 3 * torch.randn(count, e, generator=generator), dim=1), labels]
-    return out[0], out[1], out[2], out[3]
 
 
 def image_flops(part: str, shape: dict[str, int]) -> float:

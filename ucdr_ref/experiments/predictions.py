@@ -1,0 +1,100 @@
+"""Scores of target images to predictions and accuracies, chunk by chunk: all scores at once may not fit."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..metrics import predicted_accuracy
+from ..sre.adapter import SRECLIP
+from ..sre.closed_form import calibrated
+from .class_folders import Features
+
+CHUNK = 4096  # images whose scores are held at once
+TEST_BATCH = 512  # the released code's batch of test images, which attend to each other (S2)
+Scores = Iterator[tuple[Tensor, Tensor]]  # rows [b] of n images, and their scores [b, c]
+
+
+def scores_of(logits: Callable[[Tensor], Tensor], target: Features) -> Scores:
+    """Rows [b] and scores [b, c] of the target's features, CHUNK images at once."""
+    for rows in torch.arange(len(target)).split(CHUNK):
+        yield rows, logits(target.take(rows))
+
+
+def baseline_logits(anchors: Tensor, features: Tensor) -> Tensor:
+    """Cosines [b, c] with the anchors [c, e]; a class without an anchor is never predicted."""
+    cosines = F.normalize(features, dim=1) @ anchors.T
+    return cosines.masked_fill(~anchors.any(dim=1), -torch.inf)
+
+
+def test_batches(labels: Tensor, unseen: list[int], released: bool, size: int) -> list[Tensor]:
+    """Which rows pass at once.
+
+    Released (S2): images of unseen and of seen classes apart, class by class, 512 at once; else `size` at
+    once in the order of the rows, which makes no difference to an image that attends to itself.
+    """
+    if not released:
+        return list(torch.arange(len(labels)).split(size))
+    of_unseen = torch.isin(labels, torch.tensor(unseen))
+    by_class = labels.argsort(stable=True)
+    kinds = [by_class[of_unseen[by_class] == wanted] for wanted in (True, False)]
+    return [part for kind in kinds for part in kind.split(TEST_BATCH) if len(part)]
+
+
+def method_scores(method: SRECLIP, target: Features, device: torch.device) -> Scores:
+    """Rows [b] of `test_batches` and their test-time logits [b, c]."""
+    training, config, unseen = method.training, method.config, method.unseen_ids.tolist()
+    method.eval()
+    with torch.no_grad():
+        classes = method.class_embeddings().T / config.sre_temperature
+        for rows in test_batches(target.labels, unseen, config.test_attention == "batch", config.sre_batch):
+            yield rows, method.encode_features(target.take(rows).to(device)) @ classes
+    method.train(training)
+
+
+class Predicted(NamedTuple):
+    """What is left of the scores of n images, which may be more than fit into memory: per image the best
+    class of each kind.
+    """
+
+    everywhere: Tensor  # [n], the best class among all
+    classes: Tensor  # [n, 2], the best seen and the best unseen class
+    scores: Tensor  # [n, 2], their scores, float64
+    zsl: bool  # whether an unseen class can be predicted at all
+
+    def calibrated(self, kappa: float) -> Predicted:
+        """With a share kappa of unseen predictions, see `closed_form.calibrated`."""
+        balanced = calibrated(self.scores, [1], kappa)
+        best = balanced.argmax(dim=1, keepdim=True)
+        return self._replace(everywhere=self.classes.gather(1, best).squeeze(1))
+
+
+def predict(scores: Scores, n: int, c: int, unseen: list[int]) -> Predicted:
+    """The predictions of scores over c classes for n images."""
+    is_unseen = torch.isin(torch.arange(c), torch.tensor(unseen))
+    everywhere, classes = torch.zeros(n, dtype=torch.long), torch.zeros(n, 2, dtype=torch.long)
+    best = torch.zeros(n, 2, dtype=torch.float64)
+    for rows, found in scores:
+        found = found.cpu()
+        everywhere[rows] = found.argmax(dim=1)
+        for k, kind in enumerate((~is_unseen, is_unseen)):
+            values, places = found[:, kind].max(dim=1)
+            best[rows, k], classes[rows, k] = values.double(), kind.nonzero().squeeze(1)[places]
+    return Predicted(everywhere, classes, best, not bool(best[:, 1].isinf().all()))
+
+
+def accuracies(predicted: Predicted, labels: Tensor, unseen: list[int],
+               c: int) -> dict[str, dict[str, float | None]]:
+    """`zero_shot_accuracy` of predictions for labels [n]; None where there is nothing to count or predict."""
+    is_unseen = torch.isin(torch.arange(c), torch.tensor(unseen))
+    result = predicted_accuracy(predicted.everywhere, predicted.classes[:, 1], labels, is_unseen)
+
+    def known(name: str, value: float) -> float | None:
+        return None if math.isnan(value) or (name == "zsl" and not predicted.zsl) else value
+
+    return {average: {name: known(name, value) for name, value in values.items()}
+            for average, values in result.items()}
