@@ -57,6 +57,10 @@ def test_presets_without_a_name():
                                                                                   target="b")
     sre = resolve({"method": "sre-clip", "variant": "released"})
     assert sre.stroke_domains == () and sre.structure_pairs == "diagonal"  # D14 is not this method's
+    ridge = resolve({"method": "closed-form"}, "i2awa")  # the baseline of either task
+    assert (ridge.method, ridge.graph, ridge.stroke_domains) == ("closed-form", "awa2", ())
+    assert resolve({"method": "closed-form", "source": ["a"], "target": "b"}).stroke_domains == ()
+    assert resolve({"method": "closed-form"}).dataset == "toy"
     with pytest.raises(ValueError, match="no such preset.*tuberlin"):
         resolve({}, "cats")
     for flags in ({"dataset": "folder"}, {"method": "sre-clip"}):

@@ -137,8 +137,9 @@ def resolve(flags: Mapping[str, Any], preset: str | None = None, fast: bool = Fa
     `fast`: the short demonstration. Raises ValueError for an unknown preset, or one of another dataset or
     method than the flag's.
     """
-    sre = flags.get("method") == "sre-clip"
-    if sre and preset is None and (flags.get("source") or flags.get("target")):
+    folders = flags.get("source") or flags.get("target")
+    sre = flags.get("method") == "sre-clip" or flags.get("method") == "closed-form" and bool(folders)
+    if sre and preset is None and folders:
         preset = "sre"
     dataset = flags.get("dataset", "toy")
     if preset is None and sre:
@@ -154,7 +155,8 @@ def resolve(flags: Mapping[str, Any], preset: str | None = None, fast: bool = Fa
         values = PRESETS[preset]
         for name, default in (("dataset", "toy"), ("method", "ucdr-adapter")):
             own, given = values.get(name, default), flags.get(name, values.get(name, default))
-            if own != given and "sre-clip" in (own, given) or own != given and name == "dataset":
+            of_both = given == "closed-form"  # the baseline of either task
+            if own != given and not of_both and ("sre-clip" in (own, given) or name == "dataset"):
                 raise ValueError(f"--preset {preset} is for --{name} {own}, not {given}; give one of the two")
     variant = VARIANTS[flags.get("variant", "paper")]
     if values.get("method") == "sre-clip":
