@@ -14,7 +14,7 @@ import pytest
 import evaluate
 import retrieve
 import train
-from ucdr_ref.bench import drawn, real
+from ucdr_ref.bench import animals, drawn, real
 from ucdr_ref.config import FIELDS, PRESETS, VARIANTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,6 +166,7 @@ def test_tables_of_real_images_are_those_of_the_committed_numbers():
     assert real.table(shown, "unseen") + "\n" in README
     assert {"command", "machine", "versions", "date"} <= found.keys() and found["command"] in RESULTS
     assert found["date"] in RESULTS and found["machine"] == "intel-2cores"
+    assert animals.table(numbers("animals-intel-2cores.json")["runs"]) + "\n" in RESULTS
 
 
 @pytest.mark.parametrize("name", ["speed-b32.json", "speed-b16.json"])
