@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# Without AVX-512 oneDNN is no faster than PyTorch's own way.
+AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+ONEDNN = AVX512 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class OneDNNLinear(torch.autograd.Function):
