@@ -18,8 +18,7 @@ OPENAI_SHA256 = {  # published: also part of OpenAI's download addresses
     "ViT-L-14.pt": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
     "ViT-L-14-336px.pt": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"}
 EXPECTED = ("expected ViT CLIP weights: OpenAI's TorchScript archive, a state dict saved by torch.save, or "
-            "safetensors "
-            "(weights/README.md says where to get them)")
+            "safetensors (weights/README.md says where to get them)")
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 HUGGING_FACE = {  # patterns are full matches; (1) is the layer
     r"vision_model\.embeddings\.class_embedding": "visual.class_embedding",

@@ -78,8 +78,7 @@ def prepare(config: Config, before: Listing | None = None) -> tuple[Config, Data
     """
     if world() > 1:
         raise ValueError("--method sre-clip encodes each image once and then trains on features, for which "
-                         "one process is "
-                         "enough: start it without torchrun")
+                         "one process is enough: start it without torchrun")
     if config.dataset == "toy" and not config.source:
         config = class_folders.drawn(config)
     graph, unseen = class_folders.graph_and_unseen(config)

@@ -26,11 +26,9 @@ class Shared:
 
     # protocol
     held_out: Annotated[str, "DOMAIN", "query domain that training never sees; none: U^cCDR, where queries "
-                                       "come from a "
-                                       "seen domain"] = "sketch"
+                                       "come from a seen domain"] = "sketch"
     seen: Annotated[str, "DOMAIN", "source domain of the validation queries (and of the U^cCDR queries); "
-                                   "empty: the "
-                                   "protocol's"] = ""
+                                   "empty: the protocol's"] = ""
     gallery: Annotated[str, "DOMAIN", "gallery domain; empty: the protocol's"] = ""
     domains: Annotated[tuple[str, ...], "DOMAIN", "folder datasets: domain folders to use, gallery and "
                                                   "held-out one included "
@@ -38,22 +36,19 @@ class Shared:
     class_split: Annotated[str, "FILE", "folder datasets: JSON with train, val and test class names; empty: "
                                         "drawn"] = ""
     file_lists: Annotated[str, "DIR", "DomainNet: folder of <domain>_{train,test}.txt; only images that "
-                                      "these name "
-                                      "are used (the cleaned set); empty: all"] = ""
+                                      "these name are used (the cleaned set); empty: all"] = ""
     split_seed: Annotated[int, "0 <= x", "seed of the data's split: classes, held-back images, samples"] = 0
     sketchy_split: Annotated[
         Literal["eccv", "random"], "Sketchy's test classes: 21 (ECCV 2018) or 25 (random)"] = "eccv"
     holdback: Annotated[
         float, "0 <= x < 1", "share of each gallery-domain training class, at least one image, kept for the "
-                             "mixed "
-                             "gallery and never trained on"] = 0.08
+                             "mixed gallery and never trained on"] = 0.08
     stroke_domains: Annotated[tuple[str, ...], "DOMAIN", "domains of dark strokes on white, colour-inverted "
                                                          "everywhere "
                                                          "(D14)"] = ("sketch", "quickdraw", "sketches")
     image_reading: Annotated[
         Literal["upright", "as-is"], "D19: images turned as EXIF says and composited over white, or opened "
-                                     "as they "
-                                     "are"] = "upright"
+                                     "as they are"] = "upright"
     bad_images: Annotated[Literal["error", "skip"], "unreadable images: stop at the first, or count and go "
                                                     "on"] = "error"
     toy_images: Annotated[int, "1 <= x <= 10000", "images drawn per domain and class for --dataset toy"] = 20
@@ -67,8 +62,7 @@ class Shared:
     compile: Annotated[
         Literal[0, 1], "1: compile the vision blocks (torch.compile), which takes a while at the start"] = 0
     micro_batch: Annotated[int, "0 <= x", "images of a phase-2 batch that pass at once, to save memory; 0: "
-                                          "10 on a CPU, "
-                                          "all on a GPU"] = 0
+                                          "10 on a CPU, all on a GPU"] = 0
     save_every: Annotated[int, "1 <= x", "steps between checkpoints; each epoch ends with one too"] = 50
     eval_batch: Annotated[int, "1 <= x <= 65536", "images per batch when features are extracted"] = 128
 

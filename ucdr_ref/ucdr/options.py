@@ -19,14 +19,11 @@ class Options:
     train_normalization: Annotated[Literal["clip", "imagenet"], "D4: pixel mean and std in training"] = "clip"
     selection: Annotated[Literal["validation", "test", "test-ud", "last"],
                          "D5: classes and queries that choose the best epoch; test, test-ud: those of UCDR, "
-                         "of "
-                         "U^dCDR; last: no choice"] = "validation"
+                         "of U^dCDR; last: no choice"] = "validation"
     query_feature: Annotated[Literal["class", "patch"], "D6: the generator's query: class token, or first "
-                                                        "patch of a "
-                                                        "sequence without one"] = "class"
+                                                        "patch of a sequence without one"] = "class"
     ud_gallery: Annotated[Literal["held-back", "trained"], "D7: U^dCDR gallery: images kept from training, "
-                                                           "or a draw of "
-                                                           "those trained on"] = "held-back"
+                                                           "or a draw of those trained on"] = "held-back"
     triplet_distance: Annotated[Literal["squared", "plain"], "D8: squared or plain Euclidean"] = "squared"
     triplet_mean: Annotated[
         Literal["batch", "paired"], "D17: L-triplet's mean over the batch, or over the images that have a "
@@ -34,23 +31,19 @@ class Options:
     momentum_start: Annotated[
         Literal["online", "random"], "D9: the momentum prompts start as a copy, or at random"] = "online"
     train_classes: Annotated[Literal["train", "train+val"], "D10: training classes, with the validation "
-                                                            "classes (as ProS) "
-                                                            "or without"] = "train"
+                                                            "classes (as ProS) or without"] = "train"
     queue_push: Annotated[
         Literal["after", "before"], "D12: momentum features enter the queues after or before the loss"] = "after"
     class_features: Annotated[str, "KIND", "D13: class anchors: template, plain (a photo of a NAME), "
-                                           "prototypes, or a .npy "
-                                           "file [c, e] in class order"] = "template"
+                                           "prototypes, or a .npy file [c, e] in class order"] = "template"
     balance: Annotated[Literal["exact", "released"], "D15: every batch holds the same number per domain, or "
-                                                     "the released "
-                                                     "grouping"] = "exact"
+                                                     "the released grouping"] = "exact"
 
     # baseline
     closed_form: Annotated[Literal[0, 1], "1: a closed form of the trained adapter's own features as well, "
                                           "an own row"] = 0
     whitening: Annotated[float, "0 <= x", "lambda of the closed form; 0: the best of 0.3, 1, 3, 10 on "
-                                          "validation classes "
-                                          "(3 where there are none)"] = 0.0
+                                          "validation classes (3 where there are none)"] = 0.0
 
     # numbers
     prompt_length: Annotated[int, "1 <= x <= 1024", "p, tokens of a source prompt"] = 1
