@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ..config import PRESETS
 from ..experiments.run_folder import versions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,17 +31,24 @@ LEDGER_D = {"D1": ["--mask", "none"], "D2": ["--feature-token", "1"], "D3": ["--
             "D7": ["--ud-gallery", "trained"], "D8": ["--triplet-distance", "plain"], "D9": ["--momentum-start", "random"],
             "D10": ["--train-classes", "train+val", "--selection", "last"], "D12": ["--queue-push", "before"],
             "D13": ["--class-features", "plain"], "D14": ["--stroke-domains", "none"], "D15": ["--balance", "released"],
-            "all": ["--variant", "released"]}
+            "D16": ["--prompt-length", "4"], "D17": ["--triplet-mean", "paired"], "all": ["--variant", "released"]}
 # The drawn default's class vectors are of the classes alone (S4), and a fifth of its classes are unseen (S5).
 LEDGER_S = {"S1": ["--structure-pairs", "diagonal"], "S2": ["--test-attention", "batch"],
             "S3": ["--retention-scale", "scaled"],
             "S4": ["--class-vectors", "clip"], "S5": ["--sre-kappa", "0.2"], "S6": ["--sre-report", "best-test"],
             "S7": ["--bank-ring", "released"], "S8": ["--structure-classes", "30"], "all": ["--variant", "released"]}
+# D15 where it shows: the same drawings, of which some domains keep fewer (`thinned`).
+SHARES = {"real": 1.0, "quickdraw": 0.8, "painting": 0.6, "infograph": 0.4, "clipart": 0.2, "sketch": 1.0}
+UNEQUAL = ["--dataset", "folder", "--data-root", "data/toy-unequal", "--class-split", "data/toy-unequal.json",
+           "--weights", "weights/demo-clip.pt",
+           *(text for name in ("context_vectors", "source_batch", "source_lr", "target_epochs", "target_lr", "micro_batch")
+             for text in ("--" + name.replace("_", "-"), str(PRESETS["toy"][name])))]
 PARTS: dict[str, dict[str, list[str]]] = {
     "main": {f"query {domain}": [] if domain == "sketch" else ["--held-out", domain] for domain in DOMAINS},
     "ablation": {"full": [], "no mask": ["--mask", "none"], "no text template": ["--class-features", "plain"],
                  "no triplet": ["--triplet-pairs", "0"], "phase 1 only": ["--target-epochs", "0"]},
     "ledger": {"paper": [], **LEDGER_D},
+    "unequal": {"paper": UNEQUAL, "D15": [*UNEQUAL, *LEDGER_D["D15"]]},
     "precision": {"fp32": [], "bf16": ["--precision", "bf16"]},
     "sre": {"full": SRE, "no structure": [*SRE, "--sre-structure", "0"],
             "no retention": [*SRE, "--sre-retention", "0"],
@@ -50,9 +59,27 @@ Numbers = dict[str, float]
 Column = tuple[str, Callable[[Numbers, Numbers], float]]
 
 
+def thinned() -> None:
+    """data/toy-unequal: links to the first images of each class of data/toy, a share per domain."""
+    from ..demo.drawing import SPLIT, write_dataset
+    drawn, links = ROOT / "data" / "toy", ROOT / "data" / "toy-unequal"
+    if not drawn.is_dir():
+        write_dataset(drawn)
+    for domain, share in SHARES.items():
+        for folder in sorted((drawn / domain).iterdir()):
+            images = sorted(folder.iterdir())
+            (links / domain / folder.name).mkdir(parents=True, exist_ok=True)
+            for image in images[:max(1, round(share * len(images)))]:
+                link = links / domain / folder.name / image.name
+                if not link.exists():
+                    link.symlink_to(image)
+    split = {part: list(SPLIT[part]) for part in ("train", "val", "test")}
+    links.with_suffix(".json").write_text(json.dumps(split))
+
+
 def run(name: str, seed: int, flags: list[str], runs: Path) -> dict:
     """One training, the numbers of its results.json and the seconds it took."""
-    label = "-".join(flag.lstrip("-") for flag in flags) or "default"
+    label = re.sub(r"[^a-z0-9.]+", "-", " ".join(flags).lower()).strip("-") or "default"
     out = runs / f"{label}-{seed}"
     done = out / "seconds.json"
     if not done.exists():
@@ -131,7 +158,7 @@ SRE_BESIDE_CLIP = [*SRE_METRICS, value("H of CLIP", "h zero-shot"),
 SRE_EFFECTS = [*SRE_METRICS,
                ("effect on H", lambda numbers, first: reported(numbers, "h") - reported(first, "h"))]
 COLUMNS: dict[str, list[Column]] = {"main": BESIDE_CLIP, "ablation": BESIDE_CLIP, "ledger": EFFECTS,
-                                    "precision": EFFECTS,
+                                    "unequal": EFFECTS, "precision": EFFECTS,
                                     "sre": SRE_BESIDE_CLIP, "sre-ledger": SRE_EFFECTS}
 
 
@@ -147,6 +174,8 @@ def main() -> None:
                                                                               "each")
     args = parser.parse_args()
     variants = PARTS[args.part]
+    if args.part == "unequal":
+        thinned()
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = [pool.submit(run, name, seed, flags, args.runs) for seed in args.seeds
                 for name, flags in variants.items()]
