@@ -11,9 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers import tiny_state_dict
 from ucdr_ref import metrics
+from ucdr_ref.bench import costs
 from ucdr_ref.bench import speed as bench
 from ucdr_ref.clip import linear as linear_module
 from ucdr_ref.clip.model import CLIP, random_clip
+from ucdr_ref.clip.zero_shot import normalised
 from ucdr_ref.config import Config
 from ucdr_ref.ucdr import plain as bench_plain
 from ucdr_ref.ucdr.adapter import Batch, UCDRAdapter
@@ -173,7 +175,8 @@ def test_command(tmp_path, capsys, monkeypatch):
     written = json.loads(file.read_text())
     assert written["all_met"] and written["versions"]["torch"] == torch.__version__
     assert all(side["cpu_s"] > 0 and side["memory_gib"] > 0
-               for name, part in written["parts"].items() if name != "search" for side in (part["ours"], part["plain"]))
+               for part in written["parts"].values() if "plain" in part for side in (part["ours"], part["plain"]))
+    assert written["parts"]["closed-form"]["ours"]["passes"] > 1
     monkeypatch.setattr(bench, "checks", lambda *_: [{"what": "x", "value": 1.0, "bound": ">= 2", "met": False}])
     assert bench.main([*TINY, "--part", "encode"]) == 1
     assert "required >= 2: MISSED" in capsys.readouterr().out
@@ -184,6 +187,23 @@ def test_a_part_runs_in_a_fresh_process():
     before = torch.get_rng_state()
     assert bench.isolated("metrics", "ours", sizes)["cpu_s"] > 0
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_cost_of_a_closed_form_is_pass_and_fit(capsys, monkeypatch):
+    sizes = dict(batch=2, precision="fp32", steps=1, sizes=[5, 40, 32])
+    cost = costs.measure_closed_form(bench.SHAPES["tiny"], sizes, torch.device("cpu"))
+    assert cost["images"] == 40 and cost["fit_s_per_image"] == cost["fit_s"] / 40 > 0
+    assert cost["passes"] == pytest.approx(1 + cost["fit_s_per_image"] / cost["pass_s_per_image"])
+    monkeypatch.setattr(bench, "isolated", lambda *_: {**cost, "passes": 1.06})
+    assert bench.main(["--part", "closed-form", "--device", "cpu"]) == 1
+    assert "required <= 1.05: MISSED" in capsys.readouterr().out
+
+
+def test_both_readers_give_the_same_pixels(tmp_path, monkeypatch):
+    monkeypatch.setattr(costs, "PHOTOS", 3)
+    paths = costs.write_photos(str(tmp_path))
+    [ours], [plain] = (list(costs.reader(side, paths, 64)) for side in ("ours", "plain"))
+    assert ours.dtype == torch.uint8 and torch.allclose(normalised(ours), plain, atol=1e-6)
 
 
 def test_search_beside_faiss(capsys, monkeypatch):

@@ -29,23 +29,22 @@ from ..sre.graph import load_graph
 from .real import STROKES, spread, train
 
 SOURCES = (*STROKES, "clipart")
-VARIANTS: dict[str, list[str]] = {"SRE-CLIP": [], "SRE-CLIP, no inversion": ["--stroke-domains", "none"],
-                                  "SRE-CLIP, centred": ["--sre-center", "1"],
-           "no structure": ["--sre-structure", "0"], "no retention": ["--sre-retention", "0"],
-           "no target losses": ["--sre-target", "0"], "ridge": ["--method", "closed-form"],
-           "ridge, centred": ["--method", "closed-form", "--sre-center", "1"],
-           "ridge, no inversion": ["--method", "closed-form", "--stroke-domains", "none"]}
+RIDGE, PLAIN, CENTRED = ["--method", "closed-form"], ["--stroke-domains", "none"], ["--sre-center", "1"]
+VARIANTS: dict[str, list[str]] = {
+    "SRE-CLIP": [], "SRE-CLIP, no inversion": PLAIN, "SRE-CLIP, centred": CENTRED,
+    "no structure": ["--sre-structure", "0"], "no retention": ["--sre-retention", "0"],
+    "no target losses": ["--sre-target", "0"],
+    "half the iterations": ["--sre-iterations", "1500"], "true share": ["--sre-kappa", "0.24"],
+    "ridge": RIDGE, "ridge, centred": [*RIDGE, *CENTRED], "ridge, no inversion": [*RIDGE, *PLAIN]}
 KEYS = ("zsl", "unseen", "seen", "h")
 
 
 def write_attributes(data: Path, path: Path) -> str:
-    """Class vectors for `--class-vectors`: a class's continuous attributes; an ancestor's are the mean over
-    its classes.
-    """
+    """Class vectors for `--class-vectors`: continuous attributes, an ancestor's the mean of its classes'."""
     graph = load_graph(SHIPPED / "awa2.json")
     names = [folder_key(line.split()[1]) for line in (data / "classes.txt").read_text().splitlines()]
-    # -1: not known
-    matrix = torch.from_numpy(np.loadtxt(data / "predicate-matrix-continuous.txt", ndmin=2)).clamp(min=0)
+    table = np.loadtxt(data / "predicate-matrix-continuous.txt", ndmin=2)
+    matrix = torch.from_numpy(table).clamp(min=0)  # -1: not known
     rows = matrix[[names.index(folder_key(name)) for name in graph.names[:graph.classes]]]
     vectors = means_of_classes(F.normalize(rows, dim=1), graph)
     lines = (" ".join([node, *(f"{value:.5f}" for value in row)])
@@ -55,19 +54,26 @@ def write_attributes(data: Path, path: Path) -> str:
     return str(path)
 
 
+def share_features(folder: Path, shared: Path) -> None:
+    """Every run of `out` looks for its images' features in one place, so that each image is encoded once."""
+    shared.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
+    if not (folder / "features").exists():
+        (folder / "features").symlink_to(shared)
+
+
 def read(folder: Path) -> dict[str, Any]:
     """A finished run's accuracies in points of 100, by method, and its seconds and CPU-seconds."""
     rows = json.loads((folder / "results.json").read_text())["rows"]
-    numbers = {row["method"]: {key: None if row["instance"][key] is None
-                               else round(100 * row["instance"][key], 2)
-                               for key in KEYS} for row in rows}
+    def points(value: float | None) -> float | None:
+        return None if value is None else round(100 * value, 2)
+
+    numbers = {row["method"]: {key: points(row["instance"][key]) for key in KEYS} for row in rows}
     return {"seconds": json.loads((folder / "seconds.json").read_text()), "numbers": numbers}
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: a row for each method of each variant, mean ± standard deviation over seeds; baselines once
-    an inversion.
-    """
+    """Markdown: a row for each method of each variant, mean ± standard deviation over seeds; baselines once."""
     lines, shown = ["| | seeds | ZSL | unseen | seen | H |", "|---|---|---|---|---|---|"], set()
     for variant in VARIANTS:
         mine = [run for run in runs if run["variant"] == variant]
@@ -99,16 +105,16 @@ def main(argv: list[str] | None = None) -> None:
     data, weights, out = (path.resolve() for path in (args.data, args.weights, args.out))
     out.mkdir(parents=True, exist_ok=True)
     machine = re.sub(r"[^a-z0-9]+", "-", args.machine.lower())
-    base = ["--preset", "i2awa", "--source", *(str(data / name) for name in SOURCES), "--target",
-            str(data / "photo"),
-            "--class-vectors", write_attributes(data,
-                                                out / "attributes.txt"), "--weights", str(weights), "--precision", "bf16",
-            "--eval-batch", "16", "--stroke-domains", *STROKES]
+    vectors = write_attributes(data, out / "attributes.txt")
+    base = ["--preset", "i2awa", "--source", *(str(data / name) for name in SOURCES),
+            "--target", str(data / "photo"), "--class-vectors", vectors, "--weights", str(weights),
+            "--precision", "bf16", "--eval-batch", "16", "--stroke-domains", *STROKES]
     runs = []
     for seed in (0, 1, 2):
         for variant, flags in VARIANTS.items():
             folder = out / re.sub(r"[^a-z0-9]+", "-", f"animals {variant} {seed}".lower())
             if variant in args.variants and seed in args.seeds:
+                share_features(folder, out / "features")
                 train(["--run", str(folder), *base, "--seed", str(seed), *flags], args.workers)
             if (folder / "results.json").exists():
                 runs.append({"variant": variant, "seed": seed, **read(folder)})

@@ -7,15 +7,19 @@ threads and sizes. The first step of each is not counted. CPU-seconds are those 
 machine that does other things too, where seconds do not. The plain metrics are timed on the first queries and
 scaled to all, which the output says.
 
+`closed-form` is the cost of a closed form, in passes of the image tower per training image; `read` is
+images/s of one process from JPEG files to the tower's input size, beside CLIP's own transform.
+
 `search` compares exact search with faiss-cpu's flat index (requirements-dev.txt), both in one process and in
 turns, so that they meet the same load on a busy machine; the ratio is that of the median seconds. Adding
 vectors to FAISS is not timed.
 
 Exit status 1 when a required figure is missed. On two CPU cores, float32, 245 classes, 5 domains, 16 context
 vectors, batch 50: phase 1 at least 2x, phase 2 at least 3x (ViT-B/32) or 2x (ViT-B/16) fewer CPU-seconds,
-each in at most half the memory; metrics at 8,000 x 20,000 x 512 in 25 s and 2 GB;
-search at 200,000 x 512 no slower than FAISS for 1, 10 and 100 queries with one and two threads.
-On a GPU: encoding with ViT-B/16 in bf16 at half the measured matrix peak.
+each in at most half the memory; a closed form of 20,000 images at most 1.05 passes of the tower for each;
+metrics at 8,000 x 20,000 x 512 in 25 s and 2 GB; search at 200,000 x 512 no slower than FAISS for 1, 10 and
+100 queries with one and two threads. On a GPU: encoding with ViT-B/16 in bf16 at half the measured matrix
+peak.
 """
 from __future__ import annotations
 
@@ -44,17 +48,17 @@ from ..machine.files import write_text_atomic
 from ..machine.processes import autocast, pick_device
 from ..ucdr import plain as bench_plain
 from ..ucdr.adapter import Batch, UCDRAdapter
+from .costs import measure_closed_form, measure_reading
 from .peers import SEARCH, measure_search, random_features, timed
 
 TEXT = dict(context_length=77, vocab_size=49408)
 BASE = dict(image_size=224, vision_width=768, vision_layers=12, vision_heads=12, embed_dim=512,
-            text_width=512, text_layers=12,
-            text_heads=8, **TEXT)
-SHAPES = {"ViT-B/32": dict(BASE, patch=32), "ViT-B/16": dict(BASE, patch=16),
-          "tiny": dict(image_size=32, patch=8, vision_width=64, vision_layers=2, vision_heads=1, embed_dim=32,
-                       text_width=64,
-                       text_layers=2, text_heads=1, **TEXT)}
-PARTS = ("phase1", "phase2", "encode", "metrics", "search")
+            text_width=512, text_layers=12, text_heads=8, **TEXT)
+TINY = dict(image_size=32, patch=8, vision_width=64, vision_layers=2, vision_heads=1, embed_dim=32,
+            text_width=64, text_layers=2, text_heads=1, **TEXT)
+SHAPES = {"ViT-B/32": dict(BASE, patch=32), "ViT-B/16": dict(BASE, patch=16), "tiny": TINY}
+PARTS = ("phase1", "phase2", "encode", "closed-form", "read", "metrics", "search")
+PASSES = 1.05  # of the image tower, per training image of a closed form
 PHASES = {"phase1": "source", "phase2": "target"}
 FASTER = {"phase1": {"ViT-B/32": 2.0, "ViT-B/16": 2.0}, "phase2": {"ViT-B/32": 3.0, "ViT-B/16": 2.0}}
 PUBLISHED = dict(batch=50, classes=245, domains=5, context=16, precision="fp32", sizes=[8000, 20000, 512])
@@ -88,14 +92,18 @@ def random_batch(sizes: dict[str, Any], device: torch.device) -> Batch:
 
 
 def measure(part: str, side: str, sizes: dict[str, Any]) -> dict[str, Any]:
-    """One side of one part, of `search` both; runs in a process of its own."""
+    """One side of one part, of `search` both; `closed-form` has one. Runs in a process of its own."""
     if part == "search":
         return {"cases": measure_search(*sizes["search_sizes"])}
     device = torch.device(sizes["device"])
+    if part == "closed-form":
+        return measure_closed_form(SHAPES[sizes["arch"]], sizes, device)
+    if part == "read":
+        return measure_reading(side, SHAPES[sizes["arch"]]["image_size"])
     if part == "metrics":
         return measure_metrics(side, sizes, device)
-    model, batch, config = build(side, sizes,
-                                 device), random_batch(sizes, device), Config(precision=sizes["precision"])
+    model, batch = build(side, sizes, device), random_batch(sizes, device)
+    config = Config(precision=sizes["precision"])
     if part == "encode":
         def encode() -> None:
             with autocast(config.precision, device):
@@ -146,8 +154,7 @@ def measure_metrics(side: str, sizes: dict[str, Any], device: torch.device) -> d
 
 
 def image_flops(part: str, shape: dict[str, int]) -> float:
-    """Operations of our image tower per image (a multiplication and an addition are two); text and generator
-    are left out.
+    """Operations of our image tower per image (a multiplication and an addition are two), without text.
 
     With frozen weights a backward pass costs what the forward pass does, and attention's twice that.
     """
@@ -175,9 +182,7 @@ def matmul_flops(dtype: torch.dtype, device: torch.device, size: int = 8192, rou
 
 def checks(part: str, ours: dict[str, float], plain: dict[str, float],
            sizes: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is required at the published sizes: [{what, value, bound, met}]; nothing is required at other
-    sizes.
-    """
+    """What is required at the published sizes, and nothing at others: [{what, value, bound, met}]."""
     gpu, arch = sizes["device"].startswith("cuda"), sizes["arch"]
     published = all(sizes[name] == PUBLISHED[name] for name in PUBLISHED if name != "sizes")
     wanted: list[tuple[str, float, str, float]] = []
@@ -192,13 +197,12 @@ def checks(part: str, ours: dict[str, float], plain: dict[str, float],
     if part == "encode" and gpu and arch == "ViT-B/16" and sizes["precision"] == "bf16":
         wanted.append(("share of the matrix peak", ours["matmul_share"], ">=", 0.5))
     return [{"what": what, "value": value, "bound": f"{sign} {bound:g}",
-             "met": value >= bound if sign == ">=" else value <= bound} for what, value, sign, bound in wanted]
+             "met": value >= bound if sign == ">=" else value <= bound}
+            for what, value, sign, bound in wanted]
 
 
 def isolated(part: str, side: str, sizes: dict[str, Any]) -> dict[str, Any]:
-    """`measure` in a fresh process. Raises ValueError when that process is killed, as it is when memory runs
-    out.
-    """
+    """`measure` in a fresh process. Raises ValueError when it is killed, as it is when memory runs out."""
     # threads that wait for a busy core would spin, and that would count
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -206,12 +210,12 @@ def isolated(part: str, side: str, sizes: dict[str, Any]) -> dict[str, Any]:
             return pool.submit(measure, part, side, sizes).result()
         except BrokenProcessPool:
             raise ValueError(f"{part} ({side}) was killed, probably for lack of memory; lower --batch, or "
-                             f"run another "
-                             "--part") from None
+                             "run another --part") from None
 
 
 def describe(name: str, result: dict[str, float]) -> str:
-    text = f"{name:<16} {result['cpu_s']:9.2f} CPU-s {result['wall_s']:9.2f} s {result['memory_gib']:7.2f} GiB"
+    text = f"{name:<16} {result['cpu_s']:9.2f} CPU-s {result['wall_s']:9.2f} s"
+    text += f" {result['memory_gib']:7.2f} GiB"
     if "images_per_s" in result:
         text += f" {result['images_per_s']:8.1f} images/s"
     if "matmul_share" in result:
@@ -230,6 +234,17 @@ def compare(part: str, sizes: dict[str, Any]) -> dict[str, Any]:
     ours, plain = sides["ours"], sides["plain"]
     ratios = {name: plain[name] / ours[name] for name in ("cpu_s", "wall_s", "memory_gib") if ours[name]}
     return {**sides, "plain_over_ours": ratios, "required": checks(part, ours, plain, sizes)}
+
+
+def compare_closed_form(sizes: dict[str, Any]) -> dict[str, Any]:
+    """Measures what a closed form costs and prints it beside one pass of the tower."""
+    cost = isolated("closed-form", "ours", sizes)
+    print(f"closed-form      {cost['passes']:.4f} passes of the tower per training image: a pass "
+          f"{cost['pass_s_per_image']:.4f} s, the fit of {cost['images']:,} images {cost['fit_s']:.2f} s",
+          flush=True)
+    required = [{"what": "passes of the tower", "value": cost["passes"], "bound": f"<= {PASSES}",
+                 "met": cost["passes"] <= PASSES}] if sizes["sizes"] == PUBLISHED["sizes"] else []
+    return {"ours": cost, "plain_over_ours": {}, "required": required}
 
 
 def compare_search(sizes: dict[str, Any]) -> dict[str, Any]:
@@ -258,10 +273,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", choices=SHAPES, default="ViT-B/32")
     parser.add_argument("--part", choices=(*PARTS, "all"), default="all")
-    for name, default, text in (("batch", 50, "images per step"), ("classes", 245, "training classes"),
-                                ("domains", 5,
-                                 "source domains"), ("context", 16, "learnable context vectors"),
-                                ("steps", 0, "steps measured (0: 2 on a CPU, 20 on a GPU)")):
+    numbers = (("batch", 50, "images per step"), ("classes", 245, "training classes"),
+               ("domains", 5, "source domains"), ("context", 16, "learnable context vectors"),
+               ("steps", 0, "steps measured (0: 2 on a CPU, 20 on a GPU)"))
+    for name, default, text in numbers:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
     parser.add_argument("--sizes", type=int, nargs=3, metavar=("Q", "G", "E"), default=PUBLISHED["sizes"],
                         help="queries, gallery and feature width of the metrics (default: 8000 20000 512)")
@@ -270,8 +285,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU when there is one)")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
                         help="of both sides (default: fp32)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, with machine "
-                                                                  "and versions")
+    parser.add_argument("--json", type=Path, metavar="FILE",
+                        help="write everything measured, with machine and versions")
     args = parser.parse_args(argv)
     if args.steps < 0 or min(args.batch, args.classes, args.domains, args.context, *args.sizes,
                              *args.search_sizes) < 1:
@@ -285,7 +300,8 @@ def run(args: argparse.Namespace) -> int:
     sizes = {name: value for name, value in vars(args).items() if name not in ("json", "part")}
     sizes.update(device=str(device), steps=args.steps or (20 if device.type == "cuda" else 2))
     print(", ".join(f"{name} {value}" for name, value in (versions() | sizes).items()), flush=True)
-    parts = {part: compare_search(sizes) if part == "search" else compare(part, sizes)
+    special = {"search": compare_search, "closed-form": compare_closed_form}
+    parts = {part: special[part](sizes) if part in special else compare(part, sizes)
              for part in (PARTS if args.part == "all" else (args.part,))}
     met = True
     print("\nplain / ours: CPU-seconds, seconds, memory (search: FAISS / ours, seconds, for each line above)")
