@@ -73,7 +73,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: a row for each method of each variant, mean ± standard deviation over seeds; baselines once."""
+    """Markdown: a row for each method of each variant, mean ± deviation over seeds; baselines once."""
     lines, shown = ["| | seeds | ZSL | unseen | seen | H |", "|---|---|---|---|---|---|"], set()
     for variant in VARIANTS:
         mine = [run for run in runs if run["variant"] == variant]

@@ -26,23 +26,27 @@ from ..experiments.run_folder import versions
 ROOT = Path(__file__).resolve().parents[2]
 DOMAINS = ("sketch", "quickdraw", "painting", "infograph", "clipart")
 SRE = ["--method", "sre-clip"]
-LEDGER_D = {"D1": ["--mask", "none"], "D2": ["--feature-token", "1"], "D3": ["--evaluation-features", "raw"],
-            "D4": ["--train-normalization", "imagenet"], "D5": ["--selection", "test"], "D6": ["--query-feature", "patch"],
-            "D7": ["--ud-gallery", "trained"], "D8": ["--triplet-distance", "plain"], "D9": ["--momentum-start", "random"],
-            "D10": ["--train-classes", "train+val", "--selection", "last"], "D12": ["--queue-push", "before"],
-            "D13": ["--class-features", "plain"], "D14": ["--stroke-domains", "none"], "D15": ["--balance", "released"],
-            "D16": ["--prompt-length", "4"], "D17": ["--triplet-mean", "paired"], "all": ["--variant", "released"]}
+LEDGER_D = {
+    "D1": ["--mask", "none"], "D2": ["--feature-token", "1"], "D3": ["--evaluation-features", "raw"],
+    "D4": ["--train-normalization", "imagenet"], "D5": ["--selection", "test"],
+    "D6": ["--query-feature", "patch"], "D7": ["--ud-gallery", "trained"],
+    "D8": ["--triplet-distance", "plain"], "D9": ["--momentum-start", "random"],
+    "D10": ["--train-classes", "train+val", "--selection", "last"], "D12": ["--queue-push", "before"],
+    "D13": ["--class-features", "plain"], "D14": ["--stroke-domains", "none"],
+    "D15": ["--balance", "released"], "D16": ["--prompt-length", "4"], "D17": ["--triplet-mean", "paired"],
+    "all": ["--variant", "released"]}
 # The drawn default's class vectors are of the classes alone (S4), and a fifth of its classes are unseen (S5).
-LEDGER_S = {"S1": ["--structure-pairs", "diagonal"], "S2": ["--test-attention", "batch"],
-            "S3": ["--retention-scale", "scaled"],
-            "S4": ["--class-vectors", "clip"], "S5": ["--sre-kappa", "0.2"], "S6": ["--sre-report", "best-test"],
-            "S7": ["--bank-ring", "released"], "S8": ["--structure-classes", "30"], "all": ["--variant", "released"]}
+LEDGER_S = {
+    "S1": ["--structure-pairs", "diagonal"], "S2": ["--test-attention", "batch"],
+    "S3": ["--retention-scale", "scaled"], "S4": ["--class-vectors", "clip"], "S5": ["--sre-kappa", "0.2"],
+    "S6": ["--sre-report", "best-test"], "S7": ["--bank-ring", "released"],
+    "S8": ["--structure-classes", "30"], "all": ["--variant", "released"]}
 # D15 where it shows: the same drawings, of which some domains keep fewer (`thinned`).
 SHARES = {"real": 1.0, "quickdraw": 0.8, "painting": 0.6, "infograph": 0.4, "clipart": 0.2, "sketch": 1.0}
+SHAPED = ("context_vectors", "source_batch", "source_lr", "target_epochs", "target_lr", "micro_batch")
 UNEQUAL = ["--dataset", "folder", "--data-root", "data/toy-unequal", "--class-split", "data/toy-unequal.json",
            "--weights", "weights/demo-clip.pt",
-           *(text for name in ("context_vectors", "source_batch", "source_lr", "target_epochs", "target_lr", "micro_batch")
-             for text in ("--" + name.replace("_", "-"), str(PRESETS["toy"][name])))]
+           *(text for name in SHAPED for text in (f"--{name.replace('_', '-')}", str(PRESETS["toy"][name])))]
 PARTS: dict[str, dict[str, list[str]]] = {
     "main": {f"query {domain}": [] if domain == "sketch" else ["--held-out", domain] for domain in DOMAINS},
     "ablation": {"full": [], "no mask": ["--mask", "none"], "no text template": ["--class-features", "plain"],
@@ -109,12 +113,13 @@ def read(rows: list[dict]) -> Numbers:
 
 
 def spread(values: list[float]) -> str:
-    return f"{round(statistics.mean(values), 1) + 0.0:.1f} ± {statistics.pstdev(values):.1f}"  # + 0.0: no "-0.0"
+    mean = round(statistics.mean(values), 1) + 0.0  # no "-0.0"
+    return f"{mean:.1f} ± {statistics.pstdev(values):.1f}"
 
 
 def table(results: list[dict], names: list[str], columns: list[Column]) -> str:
-    """Markdown: a row a name, mean ± standard deviation over seeds of each column(numbers, numbers of the
-    first name).
+    """Markdown: a row a name; a cell is the mean ± standard deviation over seeds of its column's function
+    of the name's numbers and the first name's.
     """
     of = {name: {result["seed"]: result["numbers"] for result in results if result["name"] == name}
           for name in names}
@@ -150,16 +155,15 @@ BESIDE_CLIP = [value("unseen: CLIP", UNSEEN + CLIP), value("unseen: adapted", UN
                value("difference", UNSEEN + OURS, UNSEEN + CLIP), value("mixed: CLIP", MIXED + CLIP),
                value("mixed: adapted", MIXED + OURS), value("difference", MIXED + OURS, MIXED + CLIP)]
 EFFECTS = [value("unseen", UNSEEN + OURS), change(UNSEEN + OURS), value("mixed", MIXED + OURS),
-           change(MIXED + OURS),
-           value("U^dCDR", UD + OURS), change(UD + OURS)]
+           change(MIXED + OURS), value("U^dCDR", UD + OURS), change(UD + OURS)]
 SRE_METRICS = [metric("ZSL", "zsl"), metric("unseen", "unseen"), metric("seen", "seen"), metric("H", "h")]
 SRE_BESIDE_CLIP = [*SRE_METRICS, value("H of CLIP", "h zero-shot"),
                    value("difference", "h sre-clip", "h zero-shot")]
 SRE_EFFECTS = [*SRE_METRICS,
                ("effect on H", lambda numbers, first: reported(numbers, "h") - reported(first, "h"))]
-COLUMNS: dict[str, list[Column]] = {"main": BESIDE_CLIP, "ablation": BESIDE_CLIP, "ledger": EFFECTS,
-                                    "unequal": EFFECTS, "precision": EFFECTS,
-                                    "sre": SRE_BESIDE_CLIP, "sre-ledger": SRE_EFFECTS}
+COLUMNS: dict[str, list[Column]] = {
+    "main": BESIDE_CLIP, "ablation": BESIDE_CLIP, "ledger": EFFECTS, "unequal": EFFECTS, "precision": EFFECTS,
+    "sre": SRE_BESIDE_CLIP, "sre-ledger": SRE_EFFECTS}
 
 
 def main() -> None:
@@ -168,10 +172,9 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS, default="main")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "benchmark")
-    parser.add_argument("--json", type=Path, help="write the numbers, with machine and versions, into this "
-                                                  "file")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trainings at once, one thread "
-                                                                              "each")
+    parser.add_argument("--json", type=Path, help="write the numbers, machine and versions into this file")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1,
+                        help="trainings at once, one thread each")
     args = parser.parse_args()
     variants = PARTS[args.part]
     if args.part == "unequal":
@@ -182,8 +185,8 @@ def main() -> None:
         results = []
         for job in jobs:
             results.append(job.result())
-            print(f"{len(results)}/{len(jobs)} {results[-1]['name']} seed {results[-1]['seed']}: "
-                  f"{results[-1]['seconds']} s",
+            last = results[-1]
+            print(f"{len(results)}/{len(jobs)} {last['name']} seed {last['seed']}: {last['seconds']} s",
                   file=sys.stderr, flush=True)
     print(table(results, list(variants), COLUMNS[args.part]))
     if args.json:

@@ -1,5 +1,4 @@
-"""Measures UCDR-Adapter and what it must be shown beside on real images in several domains, with real CLIP
-weights.
+"""Measures UCDR-Adapter and what it must be shown beside, on real images in several domains.
 
     python -m ucdr_ref.bench.real --data DIR --weights FILE --out results/
 
@@ -16,9 +15,8 @@ not run again, a stopped one goes on, and --variants, --held-out and --seeds tak
 --subset all, the default on a GPU: four held-out domains, all variants, three seeds, the five domains above
 (clipart, the smallest, decides how long an epoch is), the best epoch by validation mAP. --subset cpu, the
 default elsewhere: `paper` for all four domains, seeds 1 and 2 and the other variants for sketch, bfloat16,
-all domains of DIR, of which a thin one makes short
-epochs: with 79 images in it one epoch of 19 batches of 20 in phase 1, eight in phase 2 (152 steps); the last
-is kept.
+all domains of DIR, of which a thin one makes short epochs: with 79 images in it one epoch of 19 batches of 20
+in phase 1, eight in phase 2 (152 steps); the last is kept.
 
 --check-open-clip DOMAIN computes zero-shot mAP@all of that query domain twice in float32, here and by
 open_clip_torch's tower and a plain loop.
@@ -52,12 +50,13 @@ DOMAINS = ("sketch", "quickdraw", "clipart", "icon")
 STROKES = ("sketch", "quickdraw")
 VARIANTS: dict[str, list[str]] = {
     "paper": [], "released": ["--variant", "released", "--selection", "test"], "no mask": ["--mask", "none"],
-    "feature token 1": ["--feature-token", "1"], "phase 1 only": ["--target-epochs", "0"]}  # the paper's token is 0
+    "feature token 1": ["--feature-token", "1"], "phase 1 only": ["--target-epochs", "0"],
+    "no inversion": ["--stroke-domains", "none"]}
 SETTINGS = {
-    "cpu": ["--precision", "bf16", "--eval-batch", "16", "--selection", "last", "--source-batch", "20", "--source-lr", "2e-3",
-            "--target-batch", "20", "--target-lr", "2e-4", "--target-epochs", "8"],
-    "all": ["--domains", "photo", *DOMAINS, "--source-batch", "64", "--source-epochs", "3", "--source-lr", "1e-3",
-            "--target-batch", "48"],
+    "cpu": ["--precision", "bf16", "--eval-batch", "16", "--selection", "last", "--source-batch", "20",
+            "--source-lr", "2e-3", "--target-batch", "20", "--target-lr", "2e-4", "--target-epochs", "8"],
+    "all": ["--domains", "photo", *DOMAINS, "--source-batch", "64", "--source-epochs", "3",
+            "--source-lr", "1e-3", "--target-batch", "48"],
 }
 GALLERIES = ("unseen", "mixed")
 
@@ -74,29 +73,25 @@ class Job:
 
 
 def plan(subset: str) -> list[Job]:
-    """Every training of a subset: on a GPU all variants, domains and seeds; else `paper` everywhere, the
-    rest on sketch.
+    """Every training of a subset: `all` of them; cpu: those of seed 0, `paper` everywhere and the rest on
+    sketch, and `paper` of all seeds on sketch.
     """
     everything = [Job(domain, variant, seed) for seed in (0, 1, 2) for variant in VARIANTS
                   for domain in DOMAINS]
-    if subset == "all":
-        return everything
-    return [job for job in everything if job.variant == "paper"
-            and (job.seed == 0 or job.held_out == "sketch")
-            or job.seed == 0 and job.held_out == "sketch"]
+    return [job for job in everything if subset == "all"
+            or (job.held_out == "sketch") + (job.variant == "paper") + (job.seed == 0) >= 2]
 
 
 def command(held_out: str, data: Path, weights: Path) -> list[str]:
     """Flags that every row of a held-out domain shares."""
-    return ["--dataset", "folder", "--data-root", str(data), "--class-split", str(data / "splits.json"), "--weights",
-            str(weights), "--held-out", held_out, "--gallery", "photo", "--seen",
-            "quickdraw" if held_out == "sketch" else "sketch", "--class-features", "prototypes"]
+    seen = "quickdraw" if held_out == "sketch" else "sketch"
+    return ["--dataset", "folder", "--data-root", str(data), "--class-split", str(data / "splits.json"),
+            "--weights", str(weights), "--held-out", held_out, "--gallery", "photo", "--seen", seen,
+            "--class-features", "prototypes"]
 
 
 def train(flags: list[str], workers: int) -> None:
-    """One run, unless it is finished. Its seconds and CPU-seconds, of all attempts together, go into
-    seconds.json.
-    """
+    """One run, unless it is finished; seconds.json gets its seconds and CPU-seconds, of all attempts."""
     folder = Path(flags[flags.index("--run") + 1])
     spent = folder / "seconds.json"
     if (folder / "results.json").exists():
@@ -119,9 +114,7 @@ def spread(values: list[float], sign: str = "") -> str:
 
 
 def title_of(row: dict[str, Any]) -> str:
-    """A row's name in the tables: method, variant where it is not the paper's, inversion where there is
-    none, centring.
-    """
+    """A row's name in the tables: method, another variant than the paper's, no inversion, centring."""
     parts = [row["method"].replace("ucdr-adapter", "UCDR-Adapter")]
     parts += [row["variant"]] if row.get("variant", "paper") != "paper" else []
     parts += ["no inversion"] if row.get("inversion") == "none" else []
@@ -129,13 +122,11 @@ def title_of(row: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]], gallery: str, metric: str = "mAP@all") -> str:
-    """Markdown: a row a method, a column a held-out domain and their mean, in points of 100; spread over
-    seeds.
-    """
+    """Markdown, points of 100 (± over seeds): a row a method, a column a held-out domain and their mean."""
     lines = ["| | " + " | ".join([*DOMAINS, "mean"]) + " |", "|---" * (len(DOMAINS) + 2) + "|"]
     for title in dict.fromkeys(map(title_of, rows)):
-        of = {domain: [row[gallery][metric] for row in rows if title_of(row) == title
-                       and row["held_out"] == domain]
+        mine = [row for row in rows if title_of(row) == title]
+        of = {domain: [row[gallery][metric] for row in mine if row["held_out"] == domain]
               for domain in DOMAINS}
         cells = [spread(values) if values else "-" for values in of.values()]
         whole = all(of.values())
@@ -145,16 +136,14 @@ def table(rows: list[dict[str, Any]], gallery: str, metric: str = "mAP@all") -> 
 
 
 def open_clip_score(data: Path, weights: Path, domain: str) -> float:
-    """mAP@all in points, queries of `domain`, gallery photo, unseen classes: open_clip_torch's tower and
-    transform, float32.
-    """
+    """mAP@all in points, queries of `domain`, gallery photo, unseen classes: open_clip_torch in float32."""
     from open_clip.transform import image_transform
     from open_clip.transformer import QuickGELU, VisionTransformer
 
     ours = load_clip(weights)
     width = ours.vision_width
-    peer = VisionTransformer(ours.image_size, ours.patch, width, len(ours.visual.transformer.blocks()),
-                             width // 64, 4.0,
+    layers = len(ours.visual.transformer.blocks())
+    peer = VisionTransformer(ours.image_size, ours.patch, width, layers, width // 64, 4.0,
                              output_dim=ours.embed_dim, act_layer=QuickGELU).eval()
     peer.load_state_dict(ours.visual.state_dict())
     transform = image_transform(ours.image_size, is_train=False)
@@ -192,11 +181,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--held-out", nargs="+", choices=DOMAINS, default=DOMAINS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--closed-form", nargs="*", choices=DOMAINS, default=list(DOMAINS),
-                        help="held-out domains whose adapters get the closed form of their own features, one "
-                             "pass more")
+                        help="held-out domains whose adapters also get the closed form of their features")
     parser.add_argument("--check-open-clip", choices=DOMAINS, metavar="DOMAIN")
-    parser.add_argument("--machine",
-                        default=(torch.cuda.get_device_name() if gpu else f"cpu-{os.cpu_count()}cores"))
+    name = torch.cuda.get_device_name() if gpu else f"cpu-{os.cpu_count()}cores"
+    parser.add_argument("--machine", default=name)
     parser.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 1) - 1),
                         help="as in train.py")
     args = parser.parse_args(argv)
@@ -207,17 +195,17 @@ def main(argv: list[str] | None = None) -> None:
     found = json.loads(path.read_text()) if path.exists() else {}
 
     def write(**parts: Any) -> None:
-        found.update(command=f"python -m ucdr_ref.bench.real --data DIR --weights FILE --out OUT --subset {args.subset}",
-                     machine=machine, versions=versions(), date=time.strftime("%Y-%m-%d"), subset=args.subset,
+        found.update(command="python -m ucdr_ref.bench.real --data DIR --weights FILE --out OUT "
+                             f"--subset {args.subset}", machine=machine, versions=versions(),
+                     date=time.strftime("%Y-%m-%d"), subset=args.subset,
                      settings=" ".join(SETTINGS[args.subset]), **parts)
         path.write_text(json.dumps(found, indent=1) + "\n")
 
     def config_of(domain: str, *more: str) -> Config:
         parser = argparse.ArgumentParser()
         add_arguments(parser)
-        flags = [*command(domain, data, weights), *SETTINGS[args.subset], "--workers", str(args.workers),
-                 *more]
-        return resolve(vars(parser.parse_args(flags)))
+        flags = [*command(domain, data, weights), *SETTINGS[args.subset], *more]
+        return resolve(vars(parser.parse_args([*flags, "--workers", str(args.workers)])))
 
     rows = []
     for domain in args.held_out:
@@ -228,25 +216,22 @@ def main(argv: list[str] | None = None) -> None:
     write(frozen=rows)
     for job in plan(args.subset):
         if job.variant in args.variants and job.held_out in args.held_out and job.seed in args.seeds:
-            train(["--run", str(out / job.name), *command(job.held_out, data, weights), "--seed",
-                   str(job.seed),
-                   *SETTINGS[args.subset], *VARIANTS[job.variant]], args.workers)
+            flags = [*command(job.held_out, data, weights), *SETTINGS[args.subset], *VARIANTS[job.variant]]
+            train(["--run", str(out / job.name), "--seed", str(job.seed), *flags], args.workers)
     trained = []
     for job in plan(args.subset):
-        if (out / job.name / "results.json").exists():
-            seconds = json.loads((out / job.name / "seconds.json").read_text())
+        folder = out / job.name
+        if (folder / "results.json").exists():
+            seconds = json.loads((folder / "seconds.json").read_text())
             trained += [{**row, "variant": job.variant, "seconds": seconds}
-                        for row in frozen.adapter_rows(out / job.name, device,
-                                                       job.held_out in args.closed_form)]
+                        for row in frozen.adapter_rows(folder, device, job.held_out in args.closed_form)]
             write(trained=trained)
     for gallery in GALLERIES:
-        print(f"\n{gallery} gallery, mAP@all\n"
-              + table([*found["frozen"], *found.get("trained", [])], gallery))
+        lines = table([*found["frozen"], *found.get("trained", [])], gallery)
+        print(f"\n{gallery} gallery, mAP@all\n{lines}")
     if args.check_open_clip:
-        [row] = [row
-                 for row in frozen.frozen_rows(config_of(args.check_open_clip, "--precision", "fp32"),
-                                               weights,
-                                                   out / "float32", device)
+        config = config_of(args.check_open_clip, "--precision", "fp32")
+        [row] = [row for row in frozen.frozen_rows(config, weights, out / "float32", device)
                  if row["method"] == "zero-shot" and not row["transductive"]]
         peer = open_clip_score(data, weights, args.check_open_clip)
         numbers = {"ucdr_ref": row["unseen"]["mAP@all"], "open_clip": round(peer, 3)}
