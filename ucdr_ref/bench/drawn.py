@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from ..config import PRESETS
 from ..experiments.run_folder import versions
+from .real import spread
 
 ROOT = Path(__file__).resolve().parents[2]
 DOMAINS = ("sketch", "quickdraw", "painting", "infograph", "clipart")
@@ -47,8 +47,10 @@ SHAPED = ("context_vectors", "source_batch", "source_lr", "target_epochs", "targ
 UNEQUAL = ["--dataset", "folder", "--data-root", "data/toy-unequal", "--class-split", "data/toy-unequal.json",
            "--weights", "weights/demo-clip.pt",
            *(text for name in SHAPED for text in (f"--{name.replace('_', '-')}", str(PRESETS["toy"][name])))]
+QUERIES = {f"query {domain}": [] if domain == "sketch" else ["--held-out", domain] for domain in DOMAINS}
 PARTS: dict[str, dict[str, list[str]]] = {
-    "main": {f"query {domain}": [] if domain == "sketch" else ["--held-out", domain] for domain in DOMAINS},
+    "main": QUERIES,
+    "baselines": {name: [*flags, "--method", "closed-form"] for name, flags in QUERIES.items()},
     "ablation": {"full": [], "no mask": ["--mask", "none"], "no text template": ["--class-features", "plain"],
                  "no triplet": ["--triplet-pairs", "0"], "phase 1 only": ["--target-epochs", "0"]},
     "ledger": {"paper": [], **LEDGER_D},
@@ -112,11 +114,6 @@ def read(rows: list[dict]) -> Numbers:
     return numbers
 
 
-def spread(values: list[float]) -> str:
-    mean = round(statistics.mean(values), 1) + 0.0  # no "-0.0"
-    return f"{mean:.1f} ± {statistics.pstdev(values):.1f}"
-
-
 def table(results: list[dict], names: list[str], columns: list[Column]) -> str:
     """Markdown: a row a name; a cell is the mean ± standard deviation over seeds of its column's function
     of the name's numbers and the first name's.
@@ -154,6 +151,11 @@ OURS, CLIP = "ucdr-adapter", "zero-shot"
 BESIDE_CLIP = [value("unseen: CLIP", UNSEEN + CLIP), value("unseen: adapted", UNSEEN + OURS),
                value("difference", UNSEEN + OURS, UNSEEN + CLIP), value("mixed: CLIP", MIXED + CLIP),
                value("mixed: adapted", MIXED + OURS), value("difference", MIXED + OURS, MIXED + CLIP)]
+CENTRED = ", centred"  # transductive
+WITH_CENTRED = [*BESIDE_CLIP, value("unseen: adapted, centred", UNSEEN + OURS + CENTRED)]
+BASELINES = [value(f"{gallery}: {title}{shift}", f"UCDR {gallery} {method}{shift}")
+             for gallery in ("unseen", "mixed")
+             for title, method in (("CLIP", CLIP), ("closed form", "closed-form")) for shift in ("", CENTRED)]
 EFFECTS = [value("unseen", UNSEEN + OURS), change(UNSEEN + OURS), value("mixed", MIXED + OURS),
            change(MIXED + OURS), value("U^dCDR", UD + OURS), change(UD + OURS)]
 SRE_METRICS = [metric("ZSL", "zsl"), metric("unseen", "unseen"), metric("seen", "seen"), metric("H", "h")]
@@ -162,8 +164,8 @@ SRE_BESIDE_CLIP = [*SRE_METRICS, value("H of CLIP", "h zero-shot"),
 SRE_EFFECTS = [*SRE_METRICS,
                ("effect on H", lambda numbers, first: reported(numbers, "h") - reported(first, "h"))]
 COLUMNS: dict[str, list[Column]] = {
-    "main": BESIDE_CLIP, "ablation": BESIDE_CLIP, "ledger": EFFECTS, "unequal": EFFECTS, "precision": EFFECTS,
-    "sre": SRE_BESIDE_CLIP, "sre-ledger": SRE_EFFECTS}
+    "main": WITH_CENTRED, "baselines": BASELINES, "ablation": BESIDE_CLIP, "ledger": EFFECTS,
+    "unequal": EFFECTS, "precision": EFFECTS, "sre": SRE_BESIDE_CLIP, "sre-ledger": SRE_EFFECTS}
 
 
 def main() -> None:

@@ -107,9 +107,9 @@ def train(flags: list[str], workers: int) -> None:
         raise SystemExit(f"stopped at {folder.name}; the same command goes on from there")
 
 
-def spread(values: list[float], sign: str = "") -> str:
+def spread(values: list[float]) -> str:
     """Mean ± standard deviation, or the one value there is."""
-    mean = f"{statistics.mean(values):{sign}.1f}"
+    mean = f"{round(statistics.mean(values), 1) + 0.0:.1f}"  # + 0.0: no "-0.0"
     return mean if len(values) == 1 else f"{mean} ± {statistics.pstdev(values):.1f}"
 
 
