@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--held-out", nargs="+", choices=DOMAINS, default=DOMAINS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--closed-form", nargs="*", choices=DOMAINS, default=list(DOMAINS),
-                        help="held-out domains whose `paper`, seed 0, gets the closed form of its features too")
+                        help="held-out domains whose `paper`, seed 0, gets the closed form of its features")
     parser.add_argument("--check-open-clip", choices=DOMAINS, metavar="DOMAIN")
     name = torch.cuda.get_device_name() if gpu else f"cpu-{os.cpu_count()}cores"
     parser.add_argument("--machine", default=name)
