@@ -1,0 +1,36 @@
+"""How often `--invert-query auto` takes images of each domain for dark strokes on a light ground.
+
+    python -m ucdr_ref.bench.strokes --data data/toy
+
+DIR holds `<domain>/<class>/<image>`. Prints a Markdown table, in per cent of the domain's images.
+"""
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..images.batches import is_strokes, open_image
+
+
+def taken_for_strokes(root: Path) -> dict[str, tuple[int, float]]:
+    """{domain: (images, the share of them that is taken for strokes)}"""
+    found = {}
+    for domain in sorted(path for path in root.iterdir() if path.is_dir()):
+        flags = [is_strokes(open_image(str(path))) for path in sorted(domain.glob("*/*"))]
+        if flags:
+            found[domain.name] = len(flags), sum(flags) / len(flags)
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR")
+    found = taken_for_strokes(parser.parse_args(argv).data)
+    print("| | " + " | ".join(found) + " |")
+    print("|---" * (len(found) + 1) + "|")
+    print("| images | " + " | ".join(f"{images:,}" for images, _ in found.values()) + " |")
+    print("| taken for strokes, % | " + " | ".join(f"{100 * share:.1f}" for _, share in found.values()) + " |")
+
+
+if __name__ == "__main__":
+    main()
