@@ -41,6 +41,8 @@ LEDGER_S = {
     "S3": ["--retention-scale", "scaled"], "S4": ["--class-vectors", "clip"], "S5": ["--sre-kappa", "0.2"],
     "S6": ["--sre-report", "best-test"], "S7": ["--bank-ring", "released"],
     "S8": ["--structure-classes", "30"], "all": ["--variant", "released"]}
+# Entries of data, order, selection and averaging, and both ledgers as a whole; the others are of the model.
+PROTOCOL = ("D5", "D7", "D10", "D15", "D16", "D17", "S2", "S6", "all")
 # D15 where it shows: the same drawings, of which some domains keep fewer (`thinned`).
 SHARES = {"real": 1.0, "quickdraw": 0.8, "painting": 0.6, "infograph": 0.4, "clipart": 0.2, "sketch": 1.0}
 SHAPED = ("context_vectors", "source_batch", "source_lr", "target_epochs", "target_lr", "micro_batch")
@@ -53,13 +55,16 @@ PARTS: dict[str, dict[str, list[str]]] = {
     "baselines": {name: [*flags, "--method", "closed-form"] for name, flags in QUERIES.items()},
     "ablation": {"full": [], "no mask": ["--mask", "none"], "no text template": ["--class-features", "plain"],
                  "no triplet": ["--triplet-pairs", "0"], "phase 1 only": ["--target-epochs", "0"]},
-    "ledger": {"paper": [], **LEDGER_D},
+    "ledger": {"paper": [], **{tag: flags for tag, flags in LEDGER_D.items() if tag not in PROTOCOL}},
+    "protocol": {"paper": [], **{tag: LEDGER_D[tag] for tag in PROTOCOL if tag in LEDGER_D}},
     "unequal": {"paper": UNEQUAL, "D15": [*UNEQUAL, *LEDGER_D["D15"]]},
     "precision": {"fp32": [], "bf16": ["--precision", "bf16"]},
     "sre": {"full": SRE, "no structure": [*SRE, "--sre-structure", "0"],
             "no retention": [*SRE, "--sre-retention", "0"],
             "no target losses": [*SRE, "--sre-target", "0"]},
-    "sre-ledger": {"paper": SRE, **{tag: [*SRE, *flags] for tag, flags in LEDGER_S.items()}},
+    "sre-ledger": {"paper": SRE, **{tag: [*SRE, *flags] for tag, flags in LEDGER_S.items()
+                                    if tag not in PROTOCOL}},
+    "sre-protocol": {"paper": SRE, **{tag: [*SRE, *LEDGER_S[tag]] for tag in PROTOCOL if tag in LEDGER_S}},
 }
 Numbers = dict[str, float]
 Column = tuple[str, Callable[[Numbers, Numbers], float]]
@@ -164,8 +169,9 @@ SRE_BESIDE_CLIP = [*SRE_METRICS, value("H of CLIP", "h zero-shot"),
 SRE_EFFECTS = [*SRE_METRICS,
                ("effect on H", lambda numbers, first: reported(numbers, "h") - reported(first, "h"))]
 COLUMNS: dict[str, list[Column]] = {
-    "main": WITH_CENTRED, "baselines": BASELINES, "ablation": BESIDE_CLIP, "ledger": EFFECTS,
-    "unequal": EFFECTS, "precision": EFFECTS, "sre": SRE_BESIDE_CLIP, "sre-ledger": SRE_EFFECTS}
+    "main": WITH_CENTRED, "baselines": BASELINES, "ablation": BESIDE_CLIP, "precision": EFFECTS,
+    "ledger": EFFECTS, "protocol": EFFECTS, "unequal": EFFECTS,
+    "sre": SRE_BESIDE_CLIP, "sre-ledger": SRE_EFFECTS, "sre-protocol": SRE_EFFECTS}
 
 
 def main() -> None:
