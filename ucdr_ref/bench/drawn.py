@@ -50,9 +50,11 @@ UNEQUAL = ["--dataset", "folder", "--data-root", "data/toy-unequal", "--class-sp
            "--weights", "weights/demo-clip.pt",
            *(text for name in SHAPED for text in (f"--{name.replace('_', '-')}", str(PRESETS["toy"][name])))]
 QUERIES = {f"query {domain}": [] if domain == "sketch" else ["--held-out", domain] for domain in DOMAINS}
+FORM = ["--method", "closed-form"]
 PARTS: dict[str, dict[str, list[str]]] = {
     "main": QUERIES,
-    "baselines": {name: [*flags, "--method", "closed-form"] for name, flags in QUERIES.items()},
+    "baselines": {**{name: [*flags, *FORM] for name, flags in QUERIES.items()},
+                  "query sketch, raw features (D18)": [*FORM, "--evaluation-features", "raw"]},
     "ablation": {"full": [], "no mask": ["--mask", "none"], "no text template": ["--class-features", "plain"],
                  "no triplet": ["--triplet-pairs", "0"], "phase 1 only": ["--target-epochs", "0"]},
     "ledger": {"paper": [], **{tag: flags for tag, flags in LEDGER_D.items() if tag not in PROTOCOL}},
