@@ -164,9 +164,9 @@ def test_a_zero_shot_run_is_compared_with_nothing(tmp_path: Path) -> None:
 def test_a_classification_page_is_whole_and_harmless(classes: int) -> None:
     page = check(classification_page(classification_rows(classes), LOG, about("sre-clip")))
     words = "\n".join(page.texts)
-    for part in (SCRIPT, FORMULA, "H on the test images", "most confused", "(unseen)"):
+    for part in (SCRIPT, FORMULA, "H on the test images", "(unseen)", "taken for"):
         assert part in words, part
-    assert page.tags.count("img") == (classes == 12)
+    assert page.tags.count("img") == 1
 
 
 def test_classes_stand_by_gain(tmp_path: Path) -> None:
@@ -247,8 +247,8 @@ def test_hostile_folders_and_files_from_training_to_page(world: Path, tmp_path: 
     assert "script" not in page.tags and not any(name.startswith("on") for name, _ in page.attributes)
     assert all(value.startswith("data:image/") for name, value in page.attributes if name == "src")
     assert "ucdr-adapter" in text and page.tags.count("img") == 8
-    printed_rows = [line for line in printed.out.splitlines() if line.startswith(("protocol", "UCDR"))]
-    assert len(printed_rows) > 4 and all(line in "".join(page.texts) for line in printed_rows)
+    printed_rows = [line for line in printed.out.splitlines() if re.search(r"\d x \d", line)]
+    assert len(printed_rows) > 3 and all(line in "".join(page.texts) for line in printed_rows)
     paths = [row["query"] for row in csv.DictReader((tmp_path / "run" / "per_query.csv").open(encoding="utf-8"))]
     assert paths and not any(path[0] in "=+-@" for path in paths)
 

@@ -22,8 +22,8 @@ def chart(title: str, curves: Mapping[str, Sequence[Point]], marks: Sequence[tup
     Points that are not finite are left out. box: least x, greatest x, least y, greatest y; None: the points'
     own. width, height: pixels.
     """
-    finite = {name: [point for point in points if math.isfinite(point[1])] for name, points in curves.items()}
-    xs, ys = zip(*([point for points in finite.values() for point in points] or [(1.0, 0.0)]))
+    finite = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in curves.items()}
+    xs, ys = zip(*(sum(finite.values(), []) or [(1.0, 0.0)]))
     x0, x1, y0, y1 = box or (min(xs), max(xs), min(ys), max(ys))
     left, right, top, bottom = 48, width - 12, 26, height - 22
 

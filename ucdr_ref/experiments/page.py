@@ -9,7 +9,8 @@ import base64
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import product
+from itertools import groupby, product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from ..clip.tensorfile import show
 from ..metrics import search
 from .charts import chart, escape, note, table
-from .report import LEGIBLE, Row, confusion, confusion_picture, contact_sheet, most_confused, shown_query
+from .report import Row, class_accuracies, confusion_picture, contact_sheet, shown_query
 from .run_folder import read_lines
 
 POINTS, LETTERS = 600, "ABCDEFGH"  # points of a map, and its classes
@@ -42,19 +43,20 @@ def retrieval_page(rows: Sequence[Row], log: Iterable[Row], about: Row) -> str:
     as printed), `config`, `defaults`, `versions`.
     """
     parts = [note("Per cent. mAP@k divides by the hits within the first k."),
-             training(log, "mAP@200 of the validation queries")]
-    tests: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        tests.setdefault((row["protocol"], row["query_domain"], row["gallery_name"]), []).append(row)
-    for (protocol, domain, gallery), members in tests.items():
+             training(log, "mAP@200 of the validation queries, by epoch (o: best)")]
+    for test, group in groupby(rows, itemgetter("protocol", "query_domain", "gallery_name")):
+        members = list(group)
         compared = before_and_after(members, about)
         ranked = {row["method"]: ranks(row["details"]) for row in members}
         precision = {name: precision_at_rank(hits) for name, (_, hits) in ranked.items()}
-        box = (1, len(precision[compared[0]["method"]]), 0, 100)
-        parts += [f"<h2>{escape(protocol)}: queries from {escape(domain)}, gallery {escape(gallery)}</h2>",
-                  chart("Precision at rank, mean over the queries, in per cent", precision, (), box, 640, 240),
-                  class_table("mAP@200 by query class", compared, list(map(class_precisions, compared)))]
-        if members[0] is rows[0]:
+        box = (1, len(precision[members[0]["method"]]), 0, 100)
+        classes = [{details["names"][k]: ap for k, ap in details["metrics"]["per_class"].items()}
+                   for details in (row["details"] for row in compared)]
+        title = "%s: queries from %s, gallery %s" % test
+        parts += [f"<h2>{escape(title)}</h2>",
+                  chart("Precision at rank, mean over queries, in per cent", precision, (), box, 640, 240),
+                  class_table("mAP@200 by query class", compared, classes)]
+        if members[0] is rows[0]:  # one test has examples enough
             parts += [maps(compared), examples(compared, ranked, about["config"]["stroke_domains"])]
     return page(about, parts)
 
@@ -62,16 +64,13 @@ def retrieval_page(rows: Sequence[Row], log: Iterable[Row], about: Row) -> str:
 def classification_page(rows: Sequence[Row], log: Iterable[Row], about: Row) -> str:
     """The page of a classification run: rows as `classification.evaluate` returns them, the rest as above."""
     compared = before_and_after([row for row in rows if "details" in row], about)
-    parts = [note("Per cent. ZSL: images of unseen classes among the unseen classes; unseen, seen: among all; "
-                  "H: their harmonic mean. instance: mean over images; class: mean over classes."),
-             training(log, "H on the test images (S6)"),
-             class_table("Accuracy by class, among all", compared, list(map(class_accuracies, compared))),
-             "<h2>What is taken for what</h2>"]
-    if len(compared[0]["details"]["names"]) <= LEGIBLE:
-        parts.append(embedded(confusion_picture(compared), "confusion matrices"))
-    for row in compared:
-        parts += [f"<h3>{escape(row['method'])}: most confused</h3>",
-                  table(["true", "predicted", "images", "% of the class"], most_confused(row["details"], 15))]
+    classes = [{name if split == "seen" else f"{name} (unseen)": accuracy
+                for name, split, _, accuracy, _ in class_accuracies(row["details"])} for row in compared]
+    parts = [note("Per cent. ZSL: images of unseen classes among the unseen classes; unseen, seen: among "
+                  "all; H: their harmonic mean. instance: mean over images; class: mean over classes."),
+             training(log, "H on the test images (S6), by epoch (o: best)"),
+             class_table("Accuracy by class, among all", compared, classes),
+             "<h2>What is taken for what</h2>", embedded(confusion_picture(compared), "confusion")]
     return page(about, parts)
 
 
@@ -80,8 +79,8 @@ def log_lines(run: Path) -> list[dict[str, Any]]:
     path = run / "log.jsonl"
     lines = read_lines(path) if path.exists() else []
     for number, values in enumerate(lines, 1):
-        if "phase" not in values or not all(type(value) in ((str,) if key == "phase" else (int, float))
-                                            for key, value in values.items()):
+        numbers = [value for key, value in values.items() if key != "phase"]
+        if type(values.get("phase")) is not str or not all(type(value) in (int, float) for value in numbers):
             raise ValueError(f"{show(path)}, line {number}: not a phase and numbers, as a training logs them; "
                              "name another --run")
     return lines
@@ -108,19 +107,17 @@ def page(about: Row, parts: Sequence[str]) -> str:
 
 
 def training(log: Iterable[Row], selection: str) -> str:
-    """A chart for each number that a phase logs, and one of the value by which the best epoch is kept."""
+    """A chart of each number that a phase logs; `selection`: the title of what chooses the best epoch."""
     found: dict[str, list[float]] = {}
     for values in log:
         for key in values.keys() - {"phase", "epoch", "step"}:
-            title = f"{values['phase']}: {key}, by step"
-            if key == "validation_mAP":
-                title = f"{selection}, by epoch (o: best)"
+            title = selection if key == "validation_mAP" else f"{values['phase']}: {key}, by step"
             found.setdefault(title, []).append(values[key])
     charts = []
     for title, numbers in sorted(found.items()):
         points = thin(numbers)
-        best = [max(points, key=lambda point: point[1])] if title.startswith(selection) else []
-        charts.append(chart(title, {"": points}, [(point, "o") for point in best]))
+        best = max(points, key=lambda point: point[1])
+        charts.append(chart(title, {"": points}, [(best, "o")] if title == selection else ()))
     return '<h2>Training</h2><div class="row">' + "".join(charts) + "</div>" if charts else ""
 
 
@@ -176,7 +173,7 @@ def examples(compared: Sequence[Row], ranked: Mapping[str, tuple[Tensor, Tensor]
         for i, row in product(chosen, compared):
             details, nearest = row["details"], ranked[row["method"]][0][i, :RESULTS].tolist()
             name, ap = details["queries"].classes[i], float(details["metrics"]["AP"][i])
-            picture = contact_sheet([shown_query(row, i, nearest, strokes)], THUMB)
+            picture = contact_sheet([shown_query(row, (i, nearest), strokes)], THUMB)
             parts += [note(f"{name}, {row['method']}: AP@200 {100 * ap:.2f}"),
                       embedded(picture, "a query and its first results")]
     return "".join(parts)
@@ -195,18 +192,6 @@ def before_and_after(rows: Sequence[Row], about: Row) -> list[Row]:
     """The first row and the row of the run's own method; one row where they are the same."""
     own = next((row for row in rows if row["method"] == about["config"].get("method")), rows[-1])
     return [rows[0]] if own is rows[0] else [rows[0], own]
-
-
-def class_precisions(row: Row) -> dict[str, float]:
-    names = row["details"]["names"]
-    return {names[k]: value for k, value in row["details"]["metrics"]["per_class"].items()}
-
-
-def class_accuracies(row: Row) -> dict[str, float]:
-    names, unseen = row["details"]["names"], row["details"]["unseen"]
-    counts = confusion(row["details"]).tolist()
-    return {name + (" (unseen)" if k in unseen else ""): counts[k][k] / sum(counts[k])
-            for k, name in enumerate(names) if sum(counts[k])}
 
 
 def plane(features: Tensor) -> tuple[Tensor, float]:
@@ -233,7 +218,7 @@ def ranks(details: Row) -> tuple[Tensor, Tensor]:
 def precision_at_rank(hits: Tensor) -> list[tuple[float, float]]:
     """(k, Prec@k in per cent) for each k, from hits [q, k]."""
     counts = hits.double().mean(dim=0).cumsum(0).tolist()
-    return [(rank, 100 * count / rank) for rank, count in enumerate(counts, 1)]
+    return [(k, 100 * count / k) for k, count in enumerate(counts, 1)]
 
 
 def one_per_class(order: Iterable[int], classes: Sequence[str]) -> list[int]:

@@ -49,17 +49,15 @@ class Shown:
 
 
 def plain(text: object) -> str:
-    """`text` for a terminal: what does not print becomes an escape such as \\x1b or \\udcff.
-
-    That is every control character, mark of writing direction and byte of a file name that is no UTF-8.
+    """`text` for a terminal: what does not print (control characters, marks of writing direction, bytes of a
+    file name that are no UTF-8) becomes an escape such as \\x1b or \\udcff.
     """
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def cell(value: object) -> str:
-    """A CSV cell: six digits for a float, nothing for None, `plain` text that no spreadsheet runs.
-
-    A name that begins like a formula (= + - @, tab, carriage return) gets an apostrophe in front.
+    """A CSV cell: six digits for a float, nothing for None, `plain` text, with an apostrophe before what a
+    spreadsheet would run (= + - @, tab, carriage return in front).
     """
     if isinstance(value, str):
         return plain(FORMULA.sub(r"\1'", value))
@@ -67,11 +65,8 @@ def cell(value: object) -> str:
 
 
 def write_tables(rows: Sequence[Row], folder: Path, about: Row,
-                 tables: Mapping[str, Sequence[Sequence[object]]]) -> None:
-    """results.json (`about`, and the rows without details) and a CSV file for each of `tables`, header first.
-
-    Raises WriteError when a file cannot be written.
-    """
+                 tables: Mapping[str, list[list[Any]]]) -> None:
+    """results.json (`about`, and the rows without details) and CSV files; WriteError where it fails."""
     kept = [{key: value for key, value in row.items() if key != "details"} for row in rows]
     write_text_atomic(folder / "results.json", json.dumps({**about, "rows": kept}, indent=2) + "\n")
     for name, lines in tables.items():
@@ -86,8 +81,8 @@ def write_retrieval(rows: Sequence[Row], folder: Path, about: Row) -> None:
     The picture shows the first test's queries, a row for each method with its first ten results.
     """
     key = ["protocol", "query_domain", "gallery", "method"]
-    per_class: list[list[object]] = [[*key, "class", "queries", "mAP@200", "mAP@all"]]
-    per_query: list[list[object]] = [[*key, "query", "class", "AP@200", "AP@all"]]
+    per_class: list[list[Any]] = [[*key, "class", "queries", "mAP@200", "mAP@all"]]
+    per_query: list[list[Any]] = [[*key, "query", "class", "AP@200", "AP@all"]]
     for row in rows:
         start = [row["protocol"], row["query_domain"], row["gallery_name"], row["method"]]
         names, metrics, queries = (row["details"][part] for part in ("names", "metrics", "queries"))
@@ -100,15 +95,14 @@ def write_retrieval(rows: Sequence[Row], folder: Path, about: Row) -> None:
     strokes, first = about["config"]["stroke_domains"], rows[0]
     same = [row for row in rows if not row.get("transductive")
             and all(row[part] == first[part] for part in ("protocol", "gallery_name"))]
-    pictures = [shown_query(row, *row["details"]["shown"][number], strokes)
+    pictures = [shown_query(row, row["details"]["shown"][number], strokes)
                 for number in range(len(first["details"]["shown"])) for row in same]
     sheet(pictures, folder / "queries.png")
 
 
-def shown_query(row: Row, i: int, nearest: Sequence[int],
-                strokes: Sequence[str]) -> tuple[Shown, list[Shown]]:
-    """Query i of a row, and the images of the gallery that are nearest, with their distances."""
-    details = row["details"]
+def shown_query(row: Row, found: tuple[int, list[int]], strokes: Sequence[str]) -> tuple[Shown, list[Shown]]:
+    """A query and its results with their distances; found: their indices in a row's queries and gallery."""
+    (i, nearest), details = found, row["details"]
     queries, gallery = details["queries"], details["gallery"]
     distances = (details["query_features"][i] - details["gallery_features"][nearest]).norm(dim=1)
     query = Shown(queries.paths[i], row["method"], None, queries.domains[i] in strokes)
@@ -118,19 +112,23 @@ def shown_query(row: Row, i: int, nearest: Sequence[int],
 
 def write_classification(rows: Sequence[Row], folder: Path, about: Row) -> None:
     """results.json, per_class.csv and confusion.png of the rows that `classification.evaluate` returns."""
-    lines: list[list[object]] = [["method", "class", "split", "images", "accuracy", "accuracy_among_unseen"]]
+    lines = [["method", "class", "split", "images", "accuracy", "accuracy_among_unseen"]]
     detailed = [row for row in rows if "details" in row]
-    for row in detailed:
-        details = row["details"]
-        labels, predicted = details["labels"], details["predicted"]
-        for k in labels.unique().tolist():
-            mine, unseen = labels == k, k in details["unseen"]
-            accuracy, among_unseen = (float((found[mine] == k).double().mean())
-                                      for found in (predicted.everywhere, predicted.classes[:, 1]))
-            lines.append([row["method"], details["names"][k], "unseen" if unseen else "seen",
-                          int(mine.sum()), accuracy, among_unseen if unseen else None])
+    lines += [[row["method"], *line] for row in detailed for line in class_accuracies(row["details"])]
     write_tables(rows, folder, about, {"per_class.csv": lines})
     save_picture(confusion_picture(detailed), folder / "confusion.png")
+
+
+def class_accuracies(details: Row) -> list[list[Any]]:
+    """Of each class that has images: name, seen or unseen, images, accuracy, that among unseen classes."""
+    labels, predicted, lines = details["labels"], details["predicted"], []
+    for k in labels.unique().tolist():
+        mine = labels == k
+        accuracy, among_unseen = (float((found[mine] == k).double().mean())
+                                  for found in (predicted.everywhere, predicted.classes[:, 1]))
+        split, last = ("unseen", among_unseen) if k in details["unseen"] else ("seen", None)
+        lines.append([details["names"][k], split, int(mine.sum()), accuracy, last])
+    return lines
 
 
 def confusion(details: Row) -> Tensor:
@@ -177,32 +175,33 @@ def pair_list(row: Row) -> Image.Image:
 def matrix_picture(row: Row) -> Image.Image:
     """True classes down, predicted ones across, unseen classes last; the darker, the larger the share."""
     names, unseen = row["details"]["names"], row["details"]["unseen"]
-    c, font = len(names), ImageFont.load_default(12)
+    c = len(names)
     step = max(9, min(28, 720 // c))  # pixels of a class
-    side, border, small = c * step, (c - len(unseen)) * step, ImageFont.load_default(min(step, 12))
+    font, side = ImageFont.load_default(min(step, 12)), c * step
     page = Image.new("RGB", (LEFT + side + 8, TOP + side + 44), "white")
     across = Image.new("RGB", (LEFT, side), "white")  # to be turned upright
     pen, pen_across = ImageDraw.Draw(page), ImageDraw.Draw(across)
     order = sorted(range(c), key=lambda k: (k in unseen, names[k]))
     for i, k in enumerate(order):
-        label = fit("* " * (k in unseen) + names[k], small, LEFT - 12, False)
-        pen.text((LEFT - 4, TOP + (i + 0.5) * step), label, "black", small, "rm")
-        pen_across.text((4, (i + 0.5) * step), label, "black", small, "lm")
+        label = fit("* " * (k in unseen) + names[k], font, LEFT - 12, False)
+        pen.text((LEFT - 4, TOP + (i + 0.5) * step), label, "black", font, "rm")
+        pen_across.text((4, (i + 0.5) * step), label, "black", font, "lm")
     page.paste(across.rotate(90, expand=True), (LEFT, TOP - LEFT))
-    pen.text((LEFT, 0), fit(f"{row['method']}: true class down, predicted across", font, side, False), "black", font)
-    page.paste(greys(shares(confusion(row["details"])[order][:, order]), side, side), (LEFT, TOP))
-    pen.rectangle((LEFT, TOP, LEFT + side, TOP + side), outline="grey")
-    pen.line([(LEFT + border, TOP), (LEFT + border, TOP + side)], "red")
-    pen.line([(LEFT, TOP + border), (LEFT + side, TOP + border)], "red")
-    page.paste(greys(torch.arange(5)[None] / 4, 180, 12), (LEFT, TOP + side + 8))
+    title = f"{row['method']}: true class down, predicted across"
+    pen.text((LEFT, 0), fit(title, font, side, False), "black", font)
+    matrix = shares(confusion(row["details"]))[order][:, order]
+    page.paste(greys(matrix, (side, side)), (LEFT, TOP))
+    for size, colour in [(c, "grey"), (c - len(unseen), "red")]:
+        pen.rectangle((LEFT, TOP, LEFT + size * step, TOP + size * step), outline=colour)
+    page.paste(greys(torch.arange(5)[None] / 4, (180, 12)), (LEFT, TOP + side + 8))
     pen.text((LEFT, TOP + side + 24), "0 to 100 % of a class; * unseen", "black", font)
     return page
 
 
-def greys(values: Tensor, width: int, height: int) -> Image.Image:
-    """Values [r, c] in 0..1 as boxes from white to black."""
+def greys(values: Tensor, size: tuple[int, int]) -> Image.Image:
+    """Values [r, c] in 0..1 as boxes from white to black; size: width and height."""
     shades = (255 - (255 * values).round()).to(torch.uint8).numpy()
-    return Image.fromarray(shades).resize((width, height), Image.Resampling.NEAREST)
+    return Image.fromarray(shades).resize(size, Image.Resampling.NEAREST)
 
 
 def sheet(rows: Sequence[tuple[Shown, Sequence[Shown]]], path: str | os.PathLike[str],
@@ -233,7 +232,8 @@ def contact_sheet(rows: Sequence[tuple[Shown, Sequence[Shown]]], size: int) -> I
             right, below = x + framed - 1, y + framed - 1
             if j:
                 pen.rectangle((x, y, right, below), FRAMES[shown.hit])
-            page.paste(thumbnail(shown.path, size, shown.inverted), (x + FRAME, y + FRAME))
+            if shown.path:  # a text has none
+                page.paste(thumbnail(shown.path, size, shown.inverted), (x + FRAME, y + FRAME))
             if j and shown.hit is not None:
                 left, top = right - BADGE, below - BADGE
                 pen.rectangle((left, top, right, below), FRAMES[shown.hit])
@@ -252,13 +252,8 @@ def save_picture(page: Image.Image, path: str | os.PathLike[str]) -> None:
 
 
 def thumbnail(file: str, size: int, inverted: bool = False) -> Image.Image:
-    """The whole image, centred on a square, as the model saw it; a crossed box where it cannot be read.
-
-    No path at all, as of a text, is an empty square.
-    """
+    """The whole image on a square, as the model saw it; a crossed box where it cannot be read."""
     square = (size, size)
-    if not file:
-        return Image.new("RGB", square, "white")
     try:
         image = open_image(file)
     except ValueError:

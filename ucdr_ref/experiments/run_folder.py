@@ -28,8 +28,8 @@ from .trees import Listing
 
 LISTING = "files.json.gz"
 MAX_LISTING = 1 << 28  # bytes of it, unpacked; DomainNet's 600,000 names take a tenth
-# May differ when a run is resumed: the content behind a path is compared by its digest.
-PATHS = ("data_root", "class_split", "weights", "source", "target", "graph", "unseen")
+# Fields that may change when a run is resumed: what lies behind a path is compared by its digest.
+MAY_DIFFER = ("data_root", "class_split", "weights", "source", "target", "graph", "unseen", "bad_images")
 ADVICE = "name another --run, or delete that folder"
 
 
@@ -50,13 +50,12 @@ def default_run(method: str, fast: bool) -> Path:
 
 def newest_run() -> Path:
     """The default run that was finished last, named on stderr; FileNotFoundError where there is none."""
-    folders = [default_run(method, fast) for method in ("ucdr-adapter", "sre-clip") for fast in (False, True)]
-    finished = [folder for folder in folders
-                if (folder / "results.json").exists() and (folder / "best.pt").exists()]
+    runs = [default_run(method, fast) for method in ("ucdr-adapter", "sre-clip") for fast in (False, True)]
+    finished = [run for run in runs if (run / "results.json").exists() and (run / "best.pt").exists()]
     if not finished:
-        raise FileNotFoundError(f"no --run was given, and none of {', '.join(map(str, folders))} holds a "
+        raise FileNotFoundError(f"no --run was given, and none of {', '.join(map(str, runs))} holds a "
                                 "finished run here; train first: python train.py")
-    newest = max(finished, key=lambda folder: (folder / "best.pt").stat().st_mtime)
+    newest = max(finished, key=lambda run: (run / "best.pt").stat().st_mtime)
     if is_main():
         print(f"{newest} (the newest of the default runs; --run names another)", file=sys.stderr)
     return newest
@@ -64,18 +63,16 @@ def newest_run() -> Path:
 
 def open_run(folder: Path, config: Config, about: dict[str, Any],
              listing: Listing) -> AbstractContextManager[object]:
-    """Makes the run folder, or checks that it belongs to this config, and writes config.json, run.json and
-    the listing.
+    """Makes the run folder, or checks that it is of this config, and writes config.json, run.json, listing.
 
     Returns a context in which no other process can open the run. Data and weights may have moved, and
-    --bad-images may change. Raises ValueError for an existing run that differs (the fields are listed), for a
-    folder that holds something else, and for one in which another process trains.
+    --bad-images may change. Raises ValueError for another run (naming the fields), another kind of folder, or
+    one in which another process trains.
     """
     check_entries(folder)
     path, record = folder / "config.json", folder / "run.json"
     if path.exists():
-        different = differences(config, read_config(path), also=(*PATHS, "bad_images"))
-        if different:
+        if different := differences(config, read_config(path), also=MAY_DIFFER):
             raise ValueError(f"{folder} holds a run of another config ({'; '.join(different)}); {ADVICE}")
         before = read_json(record) if record.exists() else about
         if before.get("weights_sha256") != about.get("weights_sha256"):
@@ -112,15 +109,12 @@ def lock(folder: Path) -> AbstractContextManager[object]:
 
 
 def check_entries(folder: Path) -> None:
-    """ValueError for a link or special file in a run folder, which may be someone else's: a run writes there.
-
-    The folder itself may be a link.
-    """
+    """ValueError for a link or special file in a folder that a run writes into; itself it may be a link."""
     for entry in os.scandir(folder) if folder.is_dir() else ():
         if not (entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False)):
             kind = "a link" if entry.is_symlink() else "a special file"
-            raise ValueError(f"{show(Path(entry.path))} is {kind}, and a run folder holds files and folders of "
-                             "its own alone; replace it by a copy, remove it, or name another --run")
+            raise ValueError(f"{show(Path(entry.path))} is {kind}, and a run writes into files of its own "
+                             "alone; replace it by a copy, or name another --run")
 
 
 # Files of a run folder, which may be broken or someone else's: ValueError in one sentence
@@ -186,8 +180,8 @@ def first_gone(folder: Path, listing: Listing) -> str:
                   for name in set(before.get(part, ())).difference(names))
     if not gone:
         return ""
-    return (f" ({len(gone)} are gone, the first is {show(Path(gone[0]))}: bring them back, or count images "
-            "that were only removed as unreadable with --bad-images skip)")
+    return (f" ({len(gone)} are gone, the first is {show(Path(gone[0]))}: bring them back, or count what was "
+            "only removed as unreadable with --bad-images skip)")
 
 
 def recorded_files(folder: Path) -> dict[str, Any]:
@@ -211,8 +205,7 @@ def describe(config: Config, class_names: list[str], domain_names: list[str],
 
 def restore_state(folder: Path, overrides: dict[str, Any], other_weights: bool,
                   check: Callable[[Config, dict[str, Any], Path], None]) -> tuple[Config, dict[str, Any]]:
-    """The config and the content of a run folder's best.pt, of the types and sizes that `check_state` and
-    `check` ask for.
+    """The config and the content of a run folder's best.pt; `check` sees to the sizes that its task needs.
 
     Raises FileNotFoundError or ValueError for a folder without a finished run, or weights that are not its.
     """
