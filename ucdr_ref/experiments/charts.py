@@ -31,7 +31,8 @@ def chart(title: str, curves: Mapping[str, Sequence[Point]], marks: Sequence[tup
         return (left + (point[0] - x0) / ((x1 - x0) or 1) * (right - left),
                 bottom - (point[1] - y0) / ((y1 - y0) or 1) * (bottom - top))
 
-    parts = [text(0, 14, title), text(left, height - 6, f"{x0:.3g}"), text(right, height - 6, f"{x1:.3g}", "end"),
+    parts = [text(0, 14, title),
+             text(left, height - 6, f"{x0:.6g}"), text(right, height - 6, f"{x1:.6g}", "end"),
              text(left - 6, bottom, f"{y0:.3g}", "end"), text(left - 6, top + 8, f"{y1:.3g}", "end"),
              f'<path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="#aaa"/>']
     for i, (name, points) in enumerate(finite.items()):
@@ -52,16 +53,12 @@ def text(x: float, y: float, words: str, anchor: str = "start", colour: str = "#
 
 
 def table(header: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
-    """Numbers are set to the right; a float is a share, shown in per cent; None is a dash."""
-    lines = ["<tr>" + "".join(f"<th>{escape(name)}</th>" for name in header) + "</tr>"]
+    """A float is a share, shown in per cent and set to the right."""
+    lines = ["".join(f"<th>{escape(name)}</th>" for name in header)]
     for row in rows:
-        cells = []
-        for value in row:
-            shown = "-" if value is None else f"{100 * value:.2f}" if isinstance(value, float) else value
-            kind = "" if isinstance(value, str) else ' class="n"'
-            cells.append(f"<td{kind}>{escape(shown)}</td>")
-        lines.append("<tr>" + "".join(cells) + "</tr>")
-    return "<table>" + "".join(lines) + "</table>"
+        lines.append("".join(f'<td class="n">{100 * value:.2f}</td>' if isinstance(value, float)
+                             else f"<td>{escape(value)}</td>" for value in row))
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
 def note(words: str) -> str:

@@ -152,7 +152,7 @@ def maps(compared: Sequence[Row]) -> str:
             marks += found if part == "queries" else found.lower()
             features.append(details[rows][chosen])
         positions, share = plane(torch.cat(features))
-        edge = float(positions.abs().max())
+        edge = round(float(positions.abs().max()), 2)
         charts.append(chart(f"{row['method']}: two axes hold {share:.0%} of the variance", {},
                             list(zip(positions.tolist(), marks)), (-edge, edge, -edge, edge), 500, 500))
     legend = ", ".join(f"{letter} {name}" for name, letter in letters.items())

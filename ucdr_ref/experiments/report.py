@@ -26,16 +26,13 @@ from ..machine.files import write_atomic, write_text_atomic
 FRAMES = {True: (30, 160, 60), False: (205, 40, 40), None: (150, 150, 150)}  # hit, miss, unknown
 # A tick and a cross, for readers who cannot tell green from red.
 MARKS = {True: [(3, 8), (6, 11), (12, 4)], False: [(4, 4), (11, 11), (8, 8), (11, 4), (4, 11)]}
-# Pixels: frame, space between thumbnails, line of text, mark of a hit or miss.
-FRAME, GAP, LINE, BADGE = 4, 6, 14, 15
+FRAME, GAP, LINE, BADGE = 4, 6, 14, 15  # pixels: frame, space between thumbnails, line of text, mark
 LEFT, TOP = 120, 134  # pixels of labels beside and above a confusion matrix
-LEGIBLE = 80  # classes; a larger confusion matrix becomes a list of pairs
-PAIRS = 40  # of that list
+LEGIBLE, PAIRS = 80, 40  # a matrix of more classes becomes a list of so many pairs
 # Also full-width, and after the separator of other locales.
 FORMULA = re.compile(r"(^|;)(?=[=+\-@\t\r\uff1d\uff0b\uff0d\uff20])")
 
 Row = Mapping[str, Any]
-Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 @dataclass(frozen=True)
@@ -123,11 +120,11 @@ def class_accuracies(details: Row) -> list[list[Any]]:
     """Of each class that has images: name, seen or unseen, images, accuracy, that among unseen classes."""
     labels, predicted, lines = details["labels"], details["predicted"], []
     for k in labels.unique().tolist():
-        mine = labels == k
+        mine, unseen = labels == k, k in details["unseen"]
         accuracy, among_unseen = (float((found[mine] == k).double().mean())
                                   for found in (predicted.everywhere, predicted.classes[:, 1]))
-        split, last = ("unseen", among_unseen) if k in details["unseen"] else ("seen", None)
-        lines.append([details["names"][k], split, int(mine.sum()), accuracy, last])
+        lines.append([details["names"][k], "unseen" if unseen else "seen", int(mine.sum()), accuracy,
+                      among_unseen if unseen else None])
     return lines
 
 
@@ -164,9 +161,9 @@ def confusion_picture(rows: Sequence[Row]) -> Image.Image:
 
 def pair_list(row: Row) -> Image.Image:
     page, font = Image.new("RGB", (420, (PAIRS + 2) * 16), "white"), ImageFont.load_default(12)
-    lines = [f"{row['method']}: share of the true class, true > predicted"]
-    lines += [f"{share:.0%}  {fit(a, font, 175)} > {b}"
-              for a, b, _, share in most_confused(row["details"], PAIRS)]
+    lines = [f"{row['method']}: share of the true class (images), true > predicted"]
+    lines += [f"{share:.0%} ({count})  {fit(a, font, 165)} > {b}"
+              for a, b, count, share in most_confused(row["details"], PAIRS)]
     text = "\n".join(fit(line, font, 410, False) for line in lines)
     ImageDraw.Draw(page).text((GAP, 4), text, "black", font)
     return page
@@ -234,7 +231,7 @@ def contact_sheet(rows: Sequence[tuple[Shown, Sequence[Shown]]], size: int) -> I
                 pen.rectangle((x, y, right, below), FRAMES[shown.hit])
             if shown.path:  # a text has none
                 page.paste(thumbnail(shown.path, size, shown.inverted), (x + FRAME, y + FRAME))
-            if j and shown.hit is not None:
+            if shown.hit is not None:
                 left, top = right - BADGE, below - BADGE
                 pen.rectangle((left, top, right, below), FRAMES[shown.hit])
                 pen.line([(left + dx, top + dy) for dx, dy in MARKS[shown.hit]], "white", width=2)
@@ -265,7 +262,8 @@ def thumbnail(file: str, size: int, inverted: bool = False) -> Image.Image:
     return ImageOps.pad(image, square, color="white")
 
 
-def fit(text: str, font: Font, width: float, keep_end: bool = True) -> str:
+def fit(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: float,
+        keep_end: bool = True) -> str:
     """`text` without what Pillow's own font lacks, cut to `width` pixels: of a path the end says more."""
     text = "".join(c if c.isascii() and c.isprintable() else "?" for c in text)
     if font.getlength(text) <= width:
