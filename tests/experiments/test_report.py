@@ -178,7 +178,7 @@ def test_files_of_a_retrieval_hold_every_query_and_no_formula(tmp_path: Path) ->
 
 
 def test_the_picture_of_a_retrieval_inverts_strokes_alone(tmp_path: Path) -> None:
-    query, results = report.shown_query(retrieval_row("zero-shot", tmp_path), 1, ["sketch"])
+    query, results = report.shown_query(retrieval_row("zero-shot", tmp_path), (3, [2, 3]), ["sketch"])
     assert query.inverted and not any(result.inverted for result in results)
     assert [result.hit for result in results] == [False, True]
     features = retrieval_row("zero-shot", tmp_path)["details"]

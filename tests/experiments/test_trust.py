@@ -187,7 +187,7 @@ def test_test_scores_that_are_none_are_told_in_a_sentence(tmp_path, content):
 @pytest.mark.parametrize("line", ["{", "7", '{"step": 1}', '{"phase": "source", "loss": "x"}', '{"phase": ["source"]}'])
 def test_a_log_that_is_none_is_told_in_a_sentence_and_a_torn_line_left_out(tmp_path, line):
     (tmp_path / "log.jsonl").write_text('{"phase": "source", "loss": 1}\n{"phase": "sou')
-    assert [json.loads(text) for text in log_lines(tmp_path)] == [{"phase": "source", "loss": 1}]
+    assert log_lines(tmp_path) == [{"phase": "source", "loss": 1}]
     (tmp_path / "log.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match=r"log\.jsonl"):
         log_lines(tmp_path)

@@ -139,10 +139,9 @@ def evaluate(folder: Path, overrides: dict[str, Any], out: Path | None = None, o
              "weights_sha256": file_digest(config.weights), "files": data.digests()}
     out.mkdir(parents=True, exist_ok=True)
     task.write_results(rows, out, about)
-    notes = [f"other {what} than the run's own" for what in other]
-    page = task.page(rows, log_lines(folder), {**about, "defaults": asdict(Config()), "notes": notes})
+    text = "\n".join([task.table(rows, config),
+                      *(f"          other {what} than the run's own" for what in other)])
+    page = task.page(rows, log_lines(folder), {**about, "defaults": asdict(Config()), "table": text})
     write_text_atomic(out / "report.html", page)
-    print(task.table(rows, config))
-    for note in notes:
-        print(f"          {note}")
+    print(text)
     print(f"{plain(out)}: report.html, results.json, CSV tables and a picture")

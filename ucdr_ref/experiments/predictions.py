@@ -34,15 +34,15 @@ def baseline_logits(anchors: Tensor, features: Tensor) -> Tensor:
 def test_batches(labels: Tensor, unseen: list[int], released: bool, size: int) -> list[Tensor]:
     """Which rows pass at once.
 
-    Released (S2): images of unseen and of seen classes apart, class by class, 512 at once; else `size` at
-    once in the order of the rows, which makes no difference to an image that attends to itself.
+    Released (S2): images of unseen and of seen classes apart, class by class, 512 at once; else `size` in the
+    order of the rows, which makes no difference to an image that attends to itself.
     """
     if not released:
         return list(torch.arange(len(labels)).split(size))
-    of_unseen = torch.isin(labels, torch.tensor(unseen))
     by_class = labels.argsort(stable=True)
-    kinds = [by_class[of_unseen[by_class] == wanted] for wanted in (True, False)]
-    return [part for kind in kinds for part in kind.split(TEST_BATCH) if len(part)]
+    of_unseen = torch.isin(labels[by_class], torch.tensor(unseen))
+    parts = by_class[of_unseen].split(TEST_BATCH) + by_class[~of_unseen].split(TEST_BATCH)
+    return [part for part in parts if len(part)]
 
 
 def method_scores(method: SRECLIP, target: Features, device: torch.device) -> Scores:
@@ -57,44 +57,43 @@ def method_scores(method: SRECLIP, target: Features, device: torch.device) -> Sc
 
 
 class Predicted(NamedTuple):
-    """What is left of the scores of n images, which may be more than fit into memory: per image the best
-    class of each kind.
-    """
+    """What is left of the scores of n images: per image the best class of each kind."""
 
     everywhere: Tensor  # [n], the best class among all
     classes: Tensor  # [n, 2], the best seen and the best unseen class
     scores: Tensor  # [n, 2], their scores, float64
-    zsl: bool  # whether an unseen class can be predicted at all
+
+    @property
+    def zsl(self) -> bool:
+        """Whether an unseen class can be predicted at all."""
+        return not bool(self.scores[:, 1].isinf().all())
 
     def calibrated(self, kappa: float) -> Predicted:
         """With a share kappa of unseen predictions, see `closed_form.calibrated`."""
-        balanced = calibrated(self.scores, [1], kappa)
-        best = balanced.argmax(dim=1, keepdim=True)
+        best = calibrated(self.scores, [1], kappa).argmax(dim=1, keepdim=True)
         return self._replace(everywhere=self.classes.gather(1, best).squeeze(1))
 
 
 def predict(scores: Scores, n: int, c: int, unseen: list[int]) -> Predicted:
     """The predictions of scores over c classes for n images."""
     is_unseen = torch.isin(torch.arange(c), torch.tensor(unseen))
+    kinds = (~is_unseen).nonzero().squeeze(1), is_unseen.nonzero().squeeze(1)
     everywhere, classes = torch.zeros(n, dtype=torch.long), torch.zeros(n, 2, dtype=torch.long)
     best = torch.zeros(n, 2, dtype=torch.float64)
     for rows, found in scores:
         found = found.cpu()
         everywhere[rows] = found.argmax(dim=1)
-        for k, kind in enumerate((~is_unseen, is_unseen)):
+        for i, kind in enumerate(kinds):
             values, places = found[:, kind].max(dim=1)
-            best[rows, k], classes[rows, k] = values.double(), kind.nonzero().squeeze(1)[places]
-    return Predicted(everywhere, classes, best, not bool(best[:, 1].isinf().all()))
+            best[rows, i], classes[rows, i] = values.double(), kind[places]
+    return Predicted(everywhere, classes, best)
 
 
 def accuracies(predicted: Predicted, labels: Tensor, unseen: list[int],
                c: int) -> dict[str, dict[str, float | None]]:
     """`zero_shot_accuracy` of predictions for labels [n]; None where there is nothing to count or predict."""
     is_unseen = torch.isin(torch.arange(c), torch.tensor(unseen))
-    result = predicted_accuracy(predicted.everywhere, predicted.classes[:, 1], labels, is_unseen)
-
-    def known(name: str, value: float) -> float | None:
-        return None if math.isnan(value) or (name == "zsl" and not predicted.zsl) else value
-
-    return {average: {name: known(name, value) for name, value in values.items()}
-            for average, values in result.items()}
+    found = predicted_accuracy(predicted.everywhere, predicted.classes[:, 1], labels, is_unseen)
+    absent: set[str] = set() if predicted.zsl else {"zsl"}
+    return {average: {name: None if math.isnan(value) or name in absent else value
+                      for name, value in values.items()} for average, values in found.items()}

@@ -1,6 +1,4 @@
-"""Run folders: what a run was made of, written before it starts, and checked when it is resumed or
-evaluated.
-"""
+"""Run folders: what a run was made of, written before it starts, checked when it is resumed or evaluated."""
 from __future__ import annotations
 
 import gzip
@@ -9,8 +7,8 @@ import os
 import platform
 import sys
 import zlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +28,9 @@ from .trees import Listing
 
 LISTING = "files.json.gz"
 MAX_LISTING = 1 << 28  # bytes of it, unpacked; DomainNet's 600,000 names take a tenth
-# May differ when a run is resumed, because the content behind a path is compared by its digest.
-PATHS = ("data_root", "class_split", "weights", "source", "target", "graph", "unseen")
+# Fields that may change when a run is resumed: what lies behind a path is compared by its digest.
+MAY_DIFFER = ("data_root", "class_split", "weights", "source", "target", "graph", "unseen", "bad_images")
+ADVICE = "name another --run, or delete that folder"
 
 
 def versions(device: torch.device | None = None) -> dict[str, str]:
@@ -40,27 +39,23 @@ def versions(device: torch.device | None = None) -> dict[str, str]:
     return {"ucdr_ref": __version__, "python": platform.python_version(), "torch": torch.__version__,
             "torchvision": torchvision.__version__, "pillow": PIL.__version__,
             "machine": f"{platform.system()} {platform.machine()}",
-            "gpu": torch.cuda.get_device_name(device) if gpu else "none", "threads": str(torch.get_num_threads())}
+            "gpu": torch.cuda.get_device_name(device) if gpu else "none",
+            "threads": str(torch.get_num_threads())}
 
 
 def default_run(method: str, fast: bool) -> Path:
-    """Where a training goes that names no --run: runs/demo, runs/fast, runs/sre-demo or runs/sre-fast."""
+    """Where a training without --run goes: runs/demo, runs/fast, runs/sre-demo or runs/sre-fast."""
     return Path("runs", ("sre-" if method == "sre-clip" else "") + ("fast" if fast else "demo"))
 
 
 def newest_run() -> Path:
-    """The default run that was finished last, for commands without --run; it is named on stderr.
-
-    Raises FileNotFoundError when the current folder has none.
-    """
-    folders = [default_run(method, fast) for method in ("ucdr-adapter", "sre-clip") for fast in (False, True)]
-    finished = [folder for folder in folders
-                if (folder / "results.json").exists() and (folder / "best.pt").exists()]
+    """The default run that was finished last, named on stderr; FileNotFoundError where there is none."""
+    runs = [default_run(method, fast) for method in ("ucdr-adapter", "sre-clip") for fast in (False, True)]
+    finished = [run for run in runs if (run / "results.json").exists() and (run / "best.pt").exists()]
     if not finished:
-        raise FileNotFoundError(f"no --run was given, and none of {', '.join(map(str, folders))} holds a "
-                                f"finished "
-                                "run here; train first: python train.py")
-    newest = max(finished, key=lambda folder: (folder / "best.pt").stat().st_mtime)
+        raise FileNotFoundError(f"no --run was given, and none of {', '.join(map(str, runs))} holds a "
+                                "finished run here; train first: python train.py")
+    newest = max(finished, key=lambda run: (run / "best.pt").stat().st_mtime)
     if is_main():
         print(f"{newest} (the newest of the default runs; --run names another)", file=sys.stderr)
     return newest
@@ -68,93 +63,33 @@ def newest_run() -> Path:
 
 def open_run(folder: Path, config: Config, about: dict[str, Any],
              listing: Listing) -> AbstractContextManager[object]:
-    """Makes the run folder, or checks that it belongs to this very config, and writes config.json, run.json
-    and the listing.
+    """Makes the run folder, or checks that it is of this config, and writes config.json, run.json, listing.
 
     Returns a context in which no other process can open the run. Data and weights may have moved, and
-    --bad-images may change. Raises ValueError that lists the fields in which an existing run differs, names a
-    folder that holds something else, or one in which another process trains.
+    --bad-images may change. Raises ValueError for another run (naming the fields), another kind of folder, or
+    one in which another process trains.
     """
     check_entries(folder)
-    path = folder / "config.json"
+    path, record = folder / "config.json", folder / "run.json"
     if path.exists():
-        found = read_config(path)
-        different = differences(config, found, also=(*PATHS, "bad_images"))
-        if different:
-            raise ValueError(f"{folder} holds a run of another config ({'; '.join(different)}); name another "
-                             f"--run, or delete "
-                             "that folder to start anew")
-        before = read_json(folder / "run.json") if (folder / "run.json").exists() else about
-        for key in ("weights_sha256", "files"):
-            if before.get(key) != about.get(key):
-                what = "weights" if key == "weights_sha256" else "image files or class graph"
-                gone = first_gone(folder, listing) if key == "files" else ""
-                raise ValueError(f"{folder} was started with other {what} than there are now{gone}; name "
-                                 f"another --run, or "
-                                 "delete that folder to start anew")
-    # a killed write leaves a hidden name
+        if different := differences(config, read_config(path), also=MAY_DIFFER):
+            raise ValueError(f"{folder} holds a run of another config ({'; '.join(different)}); {ADVICE}")
+        before = read_json(record) if record.exists() else about
+        if before.get("weights_sha256") != about.get("weights_sha256"):
+            raise ValueError(f"{folder} was started with other weights than there are now; {ADVICE}")
+        if before.get("files") != about.get("files"):
+            raise ValueError(f"{folder} was started with other image files or class graph than there are now"
+                             f"{first_gone(folder, listing)}; {ADVICE}")
     elif folder.exists() and (not folder.is_dir() or any(folder.glob("[!.]*"))):
+        # A hidden name is what a killed write leaves.
         raise ValueError(f"{folder} exists and is no run folder (it has no config.json); name another --run")
     folder.mkdir(parents=True, exist_ok=True)
     held = lock(folder)
     write_text_atomic(path, to_json(config))  # first: it makes this a run folder, whatever happens next
-    made_of = {"command": sys.argv, **about}
-    write_text_atomic(folder / "run.json", json.dumps(made_of, indent=2) + "\n")
+    write_text_atomic(record, json.dumps({"command": sys.argv, **about}, indent=2) + "\n")
     packed = gzip.compress(json.dumps(listing).encode(), compresslevel=6, mtime=0)
     write_atomic(folder / LISTING, lambda file: file.write(packed))
     return held
-
-
-def remembered(folder: Path) -> Listing:
-    """The images that the run was started with, {} where an earlier version wrote the folder; ValueError in
-    one sentence.
-    """
-    path = folder / LISTING
-    if not path.exists():
-        return {}
-    try:
-        with gzip.open(regular_file(path)) as file:
-            content = file.read(MAX_LISTING + 1)
-        found = json.loads(content) if len(content) <= MAX_LISTING else None
-        if not (isinstance(found, dict) and all(isinstance(names, list) for names in found.values())
-                and all(isinstance(name, str) for names in found.values() for name in names)):
-            raise ValueError("no lists of names, or too large")
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-        raise ValueError(f"{show(path)} is not the list of images that a run writes ({tidy(error)}); remove "
-                         f"it") from None
-    return found
-
-
-def first_gone(folder: Path, listing: Listing) -> str:
-    """Part of a sentence: an image that the run was started with and that is gone, and what can be done."""
-    before = remembered(folder)
-    gone = sorted(name for part, names in listing.items()
-                  for name in set(before.get(part, ())).difference(names))
-    return f" ({len(gone)} are gone, the first is {show(Path(gone[0]))}: bring them back, or count images that were only " \
-           "removed as unreadable with --bad-images skip)" if gone else ""
-
-
-def recorded_files(folder: Path) -> dict[str, Any]:
-    """The digests of file lists in a run's run.json; ValueError in one sentence."""
-    path = folder / "run.json"
-    files = read_json(path).get("files")
-    if not isinstance(files, dict):
-        raise ValueError(f"{show(path)} lacks the digests of the run's file lists; name another --run")
-    return files
-
-
-def check_entries(folder: Path) -> None:
-    """ValueError for a link or a special file in a run folder: someone else's may hold any, and a run writes
-    there.
-
-    The folder itself may be a link.
-    """
-    for entry in os.scandir(folder) if folder.is_dir() else ():
-        if not (entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False)):
-            kind = "a link" if entry.is_symlink() else "a special file"
-            raise ValueError(f"{show(Path(entry.path))} is {kind}, and a run folder holds files and folders "
-                             f"of its own alone; "
-                             "replace it by a copy, remove it, or name another --run")
 
 
 def lock(folder: Path) -> AbstractContextManager[object]:
@@ -167,49 +102,98 @@ def lock(folder: Path) -> AbstractContextManager[object]:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"another process is training in {folder}; wait until it ends, or name another "
-                         f"--run") from None
+                         "--run") from None
     except OSError:  # a read-only folder, which writing reports, or a file system without locks
         return nullcontext()
     return file
 
 
-def read_config(path: Path) -> Config:
-    """A run's config.json; ValueError in one sentence."""
-    values = read_json(path)
+def check_entries(folder: Path) -> None:
+    """ValueError for a link or special file in a folder that a run writes into; itself it may be a link."""
+    for entry in os.scandir(folder) if folder.is_dir() else ():
+        if not (entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False)):
+            kind = "a link" if entry.is_symlink() else "a special file"
+            raise ValueError(f"{show(Path(entry.path))} is {kind}, and a run writes into files of its own "
+                             "alone; replace it by a copy, or name another --run")
+
+
+# Files of a run folder, which may be broken or someone else's: ValueError in one sentence
+
+
+@contextmanager
+def explained(path: Path, what: str, advice: str = ADVICE) -> Iterator[None]:
     try:
-        return from_dict(values)
-    except ValueError as error:
-        raise ValueError(f"{show(path)}: not a config of this version ({tidy(error)}); name another --run, "
-                         f"or delete that "
-                         "folder") from None
+        yield
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
+        raise ValueError(f"{show(path)} {what} ({tidy(error)}); {advice}") from None
+
+
+def read_config(path: Path) -> Config:
+    """A run's config.json."""
+    values = read_json(path)
+    with explained(path, "is not a config of this version"):
+        config = from_dict(values)
+    return config
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object that a file of a run folder holds; ValueError in one sentence."""
-    try:
+    """The JSON object in a file."""
+    with explained(path, "is not readable as JSON"):
         values = json.loads(regular_file(path).read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError(f"it holds a {type(values).__name__}")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{show(path)}: not readable as JSON ({tidy(error)}); name another --run, or delete "
-                         f"that "
-                         "folder") from None
     return values
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one a line, but for a last line that was not finished; ValueError in one
-    sentence.
-    """
-    try:
+    """The JSON objects of a file, one a line, but for a last line that was not finished."""
+    with explained(path, "does not hold one JSON object a line", "name another --run"):
         text = regular_file(path).read_text(encoding="utf-8")
         lines = [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]
         if not all(isinstance(line, dict) for line in lines):
             raise ValueError("a line is something else")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{show(path)} does not hold one JSON object a line ({tidy(error)}); name another "
-                         f"--run") from None
     return lines
+
+
+def remembered(folder: Path) -> Listing:
+    """The images that the run was started with; {} where an earlier version wrote the folder."""
+    path = folder / LISTING
+    if not path.exists():
+        return {}
+    with explained(path, "is not the list of images that a run writes", "remove it"):
+        with gzip.open(regular_file(path)) as file:
+            content = file.read(MAX_LISTING + 1)
+        found = json.loads(content) if len(content) <= MAX_LISTING else None
+        if not (isinstance(found, dict) and all(map(are_names, found.values()))):
+            raise ValueError("no lists of names, or too large")
+    return found
+
+
+def are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def first_gone(folder: Path, listing: Listing) -> str:
+    """Part of a sentence: an image that the run was started with and that is gone, and what can be done."""
+    before = remembered(folder)
+    gone = sorted(name for part, names in listing.items()
+                  for name in set(before.get(part, ())).difference(names))
+    if not gone:
+        return ""
+    return (f" ({len(gone)} are gone, the first is {show(Path(gone[0]))}: bring them back, or count what was "
+            "only removed as unreadable with --bad-images skip)")
+
+
+def recorded_files(folder: Path) -> dict[str, Any]:
+    """The digests of file lists in a run's run.json."""
+    path = folder / "run.json"
+    files = read_json(path).get("files")
+    if not isinstance(files, dict):
+        raise ValueError(f"{show(path)} lacks the digests of the run's file lists; name another --run")
+    return files
+
+
+# Checkpoints
 
 
 def describe(config: Config, class_names: list[str], domain_names: list[str],
@@ -221,11 +205,9 @@ def describe(config: Config, class_names: list[str], domain_names: list[str],
 
 def restore_state(folder: Path, overrides: dict[str, Any], other_weights: bool,
                   check: Callable[[Config, dict[str, Any], Path], None]) -> tuple[Config, dict[str, Any]]:
-    """The config and the content of a run folder's best.pt; `check` and `check_state` see to its types and
-    sizes.
+    """The config and the content of a run folder's best.pt; `check` sees to the sizes that its task needs.
 
-    Raises FileNotFoundError or ValueError when the folder holds no finished run, or the weights are not those
-    of the run.
+    Raises FileNotFoundError or ValueError for a folder without a finished run, or weights that are not its.
     """
     check_entries(folder)
     path = folder / "best.pt"
@@ -241,24 +223,22 @@ def restore_state(folder: Path, overrides: dict[str, Any], other_weights: bool,
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ValueError(f"{path} is no checkpoint of a run of this version ({type(error).__name__}: "
-                         f"{tidy(error)}); train "
-                         "again") from error
+                         f"{tidy(error)}); train again") from error
     try:
         digest = file_digest(config.weights)
     except (ValueError, OSError) as error:
         raise ValueError(f"{error}; {folder} needs the CLIP weights it was trained with: give them as "
-                         f"--weights") from error
+                         "--weights") from error
     if digest != state["weights_sha256"] and not other_weights:
         raise ValueError(f"{config.weights} is not the file that {folder} was trained with (its sha256 "
-                         f"differs); give that "
-                         "file as --weights, or accept another one with --other-weights")
+                         "differs); give that file as --weights, or accept this one with --other-weights")
     return config, state
 
 
 def check_state(state: dict[str, Any]) -> None:
     """What every checkpoint of a run holds, whatever its task. Raises KeyError, TypeError or ValueError."""
     for key in ("class_names", "domain_names"):
-        if not (isinstance(state[key], list) and all(isinstance(name, str) for name in state[key])):
+        if not are_names(state[key]):
             raise TypeError(f"{key} is no list of names")
     if not isinstance(state["weights_sha256"], str):
         raise TypeError("weights_sha256 is no text")
@@ -270,9 +250,7 @@ def check_state(state: dict[str, Any]) -> None:
 
 
 def check_sizes(path: Path, weights: dict[str, Tensor], sizes: dict[str, list[int]]) -> None:
-    """Raises Misfit for a weight whose first dimensions are not the given ones: before a method of that size
-    is made.
-    """
+    """Raises Misfit for a weight of other first dimensions, before a method of that size is made."""
     for name, here in sizes.items():
         there = list(weights[name].shape)[:len(here)]
         if there != here:
