@@ -31,7 +31,7 @@ def retrieval(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labe
     """Rank the gallery for every query and score the ranks.
 
     query [q, e], query_labels [q], gallery [g, e], gallery_labels [g]; labels are integers of one numbering.
-    `chunk` queries are ranked at once, on their device, in O(chunk * g) memory; None: as MEMORY_BUDGET allows.
+    `chunk` queries are ranked at once, on their device, in O(chunk * g) memory; None: by MEMORY_BUDGET.
 
     Returns, for k = 200:
       `mAP@200`, `mAP@200/relevant`, `Prec@200`, `mAP@all`, `Prec@100`: means over all queries, in 0..1
@@ -283,7 +283,7 @@ def _check_rows(lengths: Tensor, name: str, start: int = 0) -> None:
     bad = (~(lengths < 9e18)).nonzero()
     if len(bad):
         raise ValueError(f"{len(bad)} of {len(lengths)} {name} feature rows hold NaN, infinite or "
-                         f"overflowing values (first: row {start + int(bad[0])}); check the images and the precision.")
+                         f"overflowing values (first: row {start + int(bad[0])}); check images and precision.")
 
 
 def zero_shot_accuracy(logits: Tensor, labels: Tensor,
