@@ -58,7 +58,8 @@ def load_clip(path: str | os.PathLike[str], heads: int | tuple[int, int] | None 
     try:
         weights = openai_names(read_any(file, checksums=verify))
         if (total := sum(value.nbytes for value in weights.values())) > 2 * file.stat().st_size:
-            raise FormatError(f"names {total} bytes of tensors, twice its size: they share their storage")
+            raise FormatError(f"names {total} bytes of tensors, more than twice its own size: "
+                              "they share their storage")
         model = CLIP.from_state_dict(weights, heads, dtype)
     except OSError as error:
         raise unreadable(file, error) from error

@@ -7,7 +7,6 @@ file, tensors inside their storage, and all of them together are bounded by the 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import mmap
@@ -17,12 +16,12 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from .unpickle import MAX_NAME, MAX_RANK, FormatError, Instance, LoadStorage, Pickle, is_size
+from .unpickle import MAX_NAME, MAX_RANK, FormatError, Instance, LoadStorage, is_size, unpickle
 
 LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # with which torch.save began before 1.6
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -40,7 +39,7 @@ BIG_ENDIAN = "was written on a big-endian machine; save it again on a little-end
 class Source:
     """A regular file mapped privately; its tensors are views of the pages, unless `copy` is true."""
 
-    def __init__(self, file: io.BufferedReader, copy: bool, checksums: bool) -> None:
+    def __init__(self, file: BinaryIO, copy: bool, checksums: bool) -> None:
         self.file, self.copy, self.checksums = file, copy, checksums
         self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self.size = len(self.map)
@@ -135,7 +134,7 @@ def read_zip(source: Source) -> Any:
 
     if prefix + "byteorder" in members and content("byteorder") != b"little":
         raise FormatError(BIG_ENDIAN)
-    root = Pickle(storage).read(io.BytesIO(content("data.pkl")))
+    root = unpickle(content("data.pkl"), storage)
     return dict(tensors_below(root, "")) if isinstance(root, Instance) else root
 
 
@@ -161,7 +160,7 @@ def read_legacy(source: Source) -> Any:
         return torch.empty(count, dtype=dtype, device="meta")
 
     def pickled(storage: LoadStorage = note) -> Any:
-        return Pickle(storage).read(source.map)  # type: ignore[arg-type]
+        return unpickle(source.map, storage)
 
     _, _, platform = pickled(), pickled(), pickled()
     if platform["little_endian"] is not True:

@@ -1,15 +1,15 @@
 """Interpreter of PyTorch's pickles that executes nothing.
 
 A pickle is a program, so none is handed to an unpickler that could import or call what the file names.
-`Pickle` interprets the few instructions that PyTorch's writers use and knows tensors, dicts, lists and inert
-stand-ins for module classes only.
+`unpickle` interprets the few instructions that PyTorch's writers use and knows tensors, dicts, lists and
+inert stand-ins for module classes only.
 """
 from __future__ import annotations
 
 import math
 import pickletools
 from collections.abc import Callable
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,61 +41,51 @@ class Instance:
         self.attributes: dict[Any, Any] = {}
 
 
-class Pickle:
-    """Interpreter of the pickle instructions that PyTorch's writers use.
+def unpickle(program: Any, storage: LoadStorage) -> Any:
+    """The object that a program (bytes, or a file, read up to the end of the program) builds.
 
     storage: gives the vector for (key, dtype, elements) of a persistent id; each tensor is a view of one.
     """
-
-    def __init__(self, storage: LoadStorage) -> None:
-        self.storage = storage
-        self.stack: list[Any] = []
-        self.outer: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
-
-    def read(self, stream: IO[bytes]) -> Any:
-        """The object that the program builds; reading stops behind its last instruction."""
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-            if opcode.name == "STOP":
-                return bounded(self.stack.pop())
-            if count > MAX_STEPS:
-                raise FormatError(f"has a pickle of more than {MAX_STEPS} instructions")
-            self.step(opcode.name, argument)
-        raise FormatError("ends inside its pickle")
-
-    def step(self, name: str, argument: Any) -> None:
-        stack = self.stack
+    stack: list[Any] = []
+    outer: list[list[Any]] = []
+    memo: dict[int, Any] = {}
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(program)):
+        name = opcode.name
+        if count > MAX_STEPS:
+            raise FormatError(f"has a pickle of more than {MAX_STEPS} instructions")
+        if name == "STOP":
+            return bounded(stack.pop())
         if name in LITERALS:
             stack.append(argument)
         elif name in CONSTANTS:
             stack.append(CONSTANTS[name]())
         elif name in ("BINPUT", "LONG_BINPUT"):
-            self.memo[argument] = stack[-1]
+            memo[argument] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(self.memo[argument])
+            stack.append(memo[argument])
         elif name == "MARK":
-            self.outer.append(stack)
-            self.stack = []
+            outer.append(stack)
+            stack = []
         elif name == "TUPLE":
-            self.stack = self.outer.pop()
-            self.stack.append(tuple(stack))
+            value, stack = tuple(stack), outer.pop()
+            stack.append(value)
         elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            count = int(name[-1])
-            stack[-count:] = [tuple(stack[-count:])]
+            length = int(name[-1])
+            stack[-length:] = [tuple(stack[-length:])]
         elif name == "APPENDS":
-            self.stack = self.outer.pop()
-            add(self.stack[-1], stack)
+            items, stack = stack, outer.pop()
+            add(stack[-1], items)
         elif name == "APPEND":
             value = stack.pop()
             add(stack[-1], [value])
         elif name == "SETITEMS":
-            self.stack = self.outer.pop()
-            add(self.stack[-1], list(zip(stack[::2], stack[1::2], strict=True)))
+            items, stack = list(zip(stack[::2], stack[1::2], strict=True)), outer.pop()
+            add(stack[-1], items)
         elif name == "SETITEM":
             value, key = stack.pop(), stack.pop()
             add(stack[-1], [(key, value)])
         elif name == "GLOBAL":
-            stack.append(self.known(argument.replace(" ", ".")))
+            stack.append(known(argument.replace(" ", ".")))
         elif name in ("REDUCE", "NEWOBJ"):
             arguments, function = stack.pop(), stack.pop()
             if not callable(function):  # what `known` gives is all that could be
@@ -108,31 +98,36 @@ class Pickle:
             elif not isinstance(target, dict):  # a state dict carries `_metadata`, which is dropped
                 raise FormatError("has a pickle that sets the state of something other than a module")
         elif name == "BINPERSID":
-            stack.append(self.persistent(*stack.pop()))
+            stack.append(storage(*vector_claim(*stack.pop())))
         elif name != "PROTO":
             raise FormatError(f"has a pickle with the instruction {name}, which no weight file needs")
+    raise FormatError("ends inside its pickle")
 
-    def known(self, name: str) -> Callable[..., Any] | torch.dtype:
-        """What a global of the file stands for: a constructor of ours, or the numbers of a storage."""
-        if name in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
-            return rebuild
-        if name.startswith("torch.jit._pickle.") or name in ("torch.Size", "torch._utils._rebuild_parameter"):
-            return lambda value, *_: value  # typed lists of TorchScript, shapes, parameters
-        if name == "collections.OrderedDict":
-            return lambda: {}
-        if name.startswith("__torch__."):
-            return lambda *_: Instance()
-        if name in STORAGES:
-            return STORAGES[name]
-        raise FormatError(f"has a pickle that asks for {name[:MAX_NAME]}, which no weight file needs; "
-                          "nothing was executed")
 
-    def persistent(self, kind: str, dtype: Any, key: Any, place: str, count: Any, view: Any = None) -> Tensor:
-        if kind != "storage" or not isinstance(dtype, torch.dtype) or view is not None:
-            raise FormatError("has a pickle with an unknown kind of storage")
-        if not (isinstance(key, str) and is_size(count)):
-            raise FormatError("has a pickle with a malformed storage")
-        return self.storage(key, dtype, count)
+def known(name: str) -> Callable[..., Any] | torch.dtype:
+    """What a global of the file stands for: a constructor of ours, or the numbers of a storage."""
+    if name in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
+        return rebuild
+    if name.startswith("torch.jit._pickle.") or name in ("torch.Size", "torch._utils._rebuild_parameter"):
+        return lambda value, *_: value  # typed lists of TorchScript, shapes, parameters
+    if name == "collections.OrderedDict":
+        return lambda: {}
+    if name.startswith("__torch__."):
+        return lambda *_: Instance()
+    if name in STORAGES:
+        return STORAGES[name]
+    raise FormatError(f"has a pickle that asks for {name[:MAX_NAME]}, which no weight file needs; "
+                      "nothing was executed")
+
+
+def vector_claim(kind: Any, dtype: Any, key: Any, place: Any, count: Any,
+                 view: Any = None) -> tuple[str, torch.dtype, int]:
+    """(key, dtype, elements) of a persistent id, checked."""
+    if kind != "storage" or not isinstance(dtype, torch.dtype) or view is not None:
+        raise FormatError("has a pickle with an unknown kind of storage")
+    if not (isinstance(key, str) and is_size(count)):
+        raise FormatError("has a pickle with a malformed storage")
+    return key, dtype, count
 
 
 def rebuild(vector: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
