@@ -67,22 +67,14 @@ def retrieval(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labe
                   average_precision(hits)]
         columns.append(torch.stack([*scores, *precisions, relevant.double()]))
     ap, ap_relevant, ap_all, precision, precision_100, relevant = torch.cat(columns, dim=1).cpu()
+    averaged = {f"mAP@{k}": ap, f"mAP@{k}/relevant": ap_relevant, "Prec@100": precision_100,
+                f"Prec@{k}": precision, "mAP@all": ap_all}
     return {
-        f"mAP@{k}": ap.mean().item(),
-        f"mAP@{k}/relevant": ap_relevant.mean().item(),
-        "Prec@100": precision_100.mean().item(),
-        f"Prec@{k}": precision.mean().item(),
-        "mAP@all": ap_all.mean().item(),
-        "AP": ap,
-        "AP@all": ap_all,
-        "per_class": class_means(ap, query_labels),
-        "per_class@all": class_means(ap_all, query_labels),
-        "queries": len(query),
-        "gallery": len(gallery),
-        "no_relevant": int((relevant == 0).sum()),
-        "k": k,
-        "k_used": k_used,
-    }
+        **{name: values.mean().item() for name, values in averaged.items()},
+        "AP": ap, "AP@all": ap_all,
+        "per_class": class_means(ap, query_labels), "per_class@all": class_means(ap_all, query_labels),
+        "queries": len(query), "gallery": len(gallery), "no_relevant": int((relevant == 0).sum()),
+        "k": k, "k_used": k_used}
 
 
 def average_precision(hits: Tensor, divisor: str = "retrieved", relevant: Tensor | None = None) -> Tensor:
@@ -127,8 +119,8 @@ def search(query: Tensor, gallery: Tensor | np.ndarray, k: int,
     q, e = query.shape
     chunk = chunk or max(1, MEMORY_BUDGET // (BYTES_PER_PAIR * q + 4 * e))
     on_cpu = query.device.type == "cpu" and (not isinstance(gallery, Tensor) or gallery.device.type == "cpu")
-    worth_it = q * k < min(chunk, len(gallery))
-    scan = on_cpu and worth_it and e <= WIDEST_SCAN and _multiplies_in_float32(q, e)
+    leaves_out = e <= WIDEST_SCAN and q * k < min(chunk, len(gallery))
+    scan = on_cpu and leaves_out and _multiplies_in_float32(q, e)
 
     best = torch.empty(q, 0, dtype=torch.int64, device=query.device)
     for start in range(0, len(gallery), chunk):
@@ -283,7 +275,7 @@ def _check_rows(lengths: Tensor, name: str, start: int = 0) -> None:
     bad = (~(lengths < 9e18)).nonzero()
     if len(bad):
         raise ValueError(f"{len(bad)} of {len(lengths)} {name} feature rows hold NaN, infinite or "
-                         f"overflowing values (first: row {start + int(bad[0])}); check images and precision.")
+                         f"overflowing values (first: row {start + int(bad[0])}); check images and model.")
 
 
 def zero_shot_accuracy(logits: Tensor, labels: Tensor,

@@ -88,9 +88,8 @@ def openai_names(content: Any) -> dict[str, Tensor]:
         content = {key.removeprefix("module."): value for key, value in content.items()}
     weights = {}
     for key, value in content.items():
-        last = key.rpartition(".")[2]
-        if key in IGNORED_KEYS or last in ("position_ids", "attn_mask"):  # constants that some writers keep
-            continue
+        if key in IGNORED_KEYS or key.rpartition(".")[2] in ("position_ids", "attn_mask"):
+            continue  # constants that some writers keep
         if not (isinstance(value, Tensor) and value.is_floating_point()):
             kind = f"of type {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise FormatError(f"has an entry {key[:100]} that is {kind}, "

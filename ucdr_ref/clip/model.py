@@ -1,8 +1,7 @@
 """CLIP's two transformer towers (Radford et al. 2021), under the parameter names of OpenAI's released files.
 
-Pre-norm blocks with QuickGELU; the architecture follows from the shapes of the weights, so one class serves
-ViT-B/32, B/16, L/14, L/14@336 and small models. The vision tower is split into `embed`, `blocks` and `pool`,
-between which a method inserts its own tokens.
+Pre-norm blocks with QuickGELU. The shapes of the weights give the architecture: ViT-B/32, B/16, L/14,
+L/14@336px or a small one. Between `embed`, `blocks` and `pool` of the vision tower a method inserts tokens.
 """
 from __future__ import annotations
 
@@ -127,7 +126,7 @@ class VisionTower(nn.Module):
         self.proj = nn.Parameter(torch.empty(width, embed_dim))
 
     def embed(self, images: Tensor) -> Tensor:
-        """images [b, 3, H, W] -> patch tokens [b, n, d] with their positions, without the class token."""
+        """images [b, 3, H, W] -> patch tokens [b, n, d] with their positions, no class token."""
         return self.conv1(images).flatten(2).transpose(1, 2) + self.positional_embedding[1:]
 
     def class_token(self, count: int, embedding: Tensor | None = None) -> Tensor:
@@ -150,10 +149,7 @@ class VisionTower(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Both towers, or the image tower alone when `context_length` is 0 (`has_text` is False then).
-
-    Parameters are left uninitialised: they come from a file through `from_state_dict`.
-    """
+    """Both towers, uninitialised; the image tower alone (`has_text` is False) when `context_length` is 0."""
 
     def __init__(self, *, image_size: int, patch: int, embed_dim: int,
                  vision_width: int, vision_layers: int, vision_heads: int,
@@ -231,10 +227,8 @@ def random_clip(**shape: int) -> CLIP:
         width, layers = shape[f"{tower}_width"], shape[f"{tower}_layers"]
         if name == "logit_scale":
             nn.init.constant_(parameter, math.log(1 / 0.07))
-        elif "ln_" in name:
+        elif "ln_" in name or leaf.endswith("bias"):
             nn.init.constant_(parameter, float(leaf == "weight"))
-        elif leaf.endswith("bias"):
-            nn.init.zeros_(parameter)
         elif module.endswith(("out_proj", "c_proj")):
             nn.init.normal_(parameter, std=(2 * layers * width) ** -0.5)
         elif module.endswith("c_fc"):
@@ -272,7 +266,7 @@ def infer_architecture(sd: Mapping[str, Tensor],
         return max(1, count)
 
     def head_count(width: int, tower: int) -> int:
-        count = heads[tower] if isinstance(heads, tuple) else heads
+        count = heads if heads is None or isinstance(heads, int) else heads[tower]
         if count is None and width % 64 == 0:
             return width // 64
         if count is None or count < 1 or width % count:

@@ -48,7 +48,7 @@ def unpickle(program: Any, storage: LoadStorage) -> Any:
     """
     stack: list[Any] = []
     outer: list[list[Any]] = []
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}
     for count, (opcode, argument, _) in enumerate(pickletools.genops(program)):
         name = opcode.name
         if count > MAX_STEPS:
@@ -72,20 +72,16 @@ def unpickle(program: Any, storage: LoadStorage) -> Any:
         elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
             length = int(name[-1])
             stack[-length:] = [tuple(stack[-length:])]
-        elif name == "APPENDS":
+        elif name in ("APPENDS", "SETITEMS"):
             items, stack = stack, outer.pop()
             add(stack[-1], items)
-        elif name == "APPEND":
-            value = stack.pop()
-            add(stack[-1], [value])
-        elif name == "SETITEMS":
-            items, stack = list(zip(stack[::2], stack[1::2], strict=True)), outer.pop()
+        elif name in ("APPEND", "SETITEM"):
+            length = 1 if name == "APPEND" else 2
+            items = stack[-length:]
+            del stack[-length:]
             add(stack[-1], items)
-        elif name == "SETITEM":
-            value, key = stack.pop(), stack.pop()
-            add(stack[-1], [(key, value)])
         elif name == "GLOBAL":
-            stack.append(known(argument.replace(" ", ".")))
+            stack.append(known(str(argument).replace(" ", ".")))
         elif name in ("REDUCE", "NEWOBJ"):
             arguments, function = stack.pop(), stack.pop()
             if not callable(function):  # what `known` gives is all that could be
@@ -154,10 +150,11 @@ def is_key(value: Any) -> bool:
 
 
 def add(target: Any, items: list[Any]) -> None:
+    """items: of a list; of a dict, keys and values in turn."""
     if isinstance(target, list):
         target.extend(items)
-    elif isinstance(target, dict) and all(is_key(key) for key, _ in items):
-        target.update(items)
+    elif isinstance(target, dict) and all(map(is_key, items[::2])):
+        target.update(zip(items[::2], items[1::2], strict=True))
     else:
         raise FormatError("has a pickle that fills something other than a list or a dict with plain keys")
 
