@@ -269,9 +269,9 @@ def test_the_float32_scan_changes_no_bit(case: str, k: int, monkeypatch: pytest.
 
 def test_the_scan_needs_its_error_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "_scan_error", lambda e: (0.0, 0.0))
-    for case in ("one ulp", "offset"):
-        query, gallery = near_tie_case(case)
-        assert not torch.equal(search(query, gallery, 4)[1], defined_search(query, gallery, 4)[1]), case
+    query, gallery = near_tie_case("offset")
+    for k in (1, 4, 30):
+        assert not torch.equal(search(query, gallery, k)[1], defined_search(query, gallery, k)[1]), k
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -371,7 +371,7 @@ def test_wrong_shapes_are_an_error() -> None:
         retrieval(query, labels, gallery, gallery_labels, k=0)
     with pytest.raises(ValueError, match="at least 1"):
         search(query, gallery, 3, chunk=0)
-    with pytest.raises(ValueError, match="gallery is empty"):
+    with pytest.raises(ValueError, match="gallery features must be a non-empty"):
         search(query, gallery[:0], 3)
     with pytest.raises(ValueError, match="of one width"):
         search(query, np.zeros((4, 2), np.float32), 3)

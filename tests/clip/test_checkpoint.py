@@ -157,7 +157,7 @@ def test_missing_and_unexpected_keys(weights, tmp_path):
     hf = to_hugging_face(weights)
     del hf["vision_model.encoder.layers.0.self_attn.q_proj.bias"]
     save_file(hf, tmp_path / "c")
-    assert "vision_model.encoder.layers.0.self_attn.k_proj.bias" in refusal(tmp_path / "c")
+    assert "missing keys vision_model.encoder.layers.0.self_attn.q_proj.bias" in refusal(tmp_path / "c")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

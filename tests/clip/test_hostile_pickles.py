@@ -28,7 +28,20 @@ def same_hash(count: int) -> bytes:
     return b"}(" + keys + b"u"
 
 
+MODULE = b"c__torch__.a\nB\n)\x81"
+
+
+def shared_modules(levels: int = 60) -> bytes:
+    """A module that holds one module under two names, and so on."""
+    inner = b"".join(b"q%c" % i + MODULE + b"}(" + text("x") + b"h%c" % i + text("y") + b"h%c" % i + b"ub" for i in range(levels))
+    return b"\x80\x02" + MODULE + inner + b"."
+
+
 PROGRAMS = {
+    "shared modules": (shared_modules(), "each counted as often"),
+    "module in itself": (b"\x80\x02" + MODULE + b"q\0}" + text("x") + b"h\0sb.", "nests deeper"),
+    "long module path": (b"\x80\x02" + MODULE + b"}" + text("x" * 200) + MODULE + b"}" + text("y" * 200) + MODULE + b"sbsb.",
+                         "malformed attribute name"),
     "shared": (program(shared()), "each counted as often"),
     "nested lists": (program(b"]" * 100_000 + b"a" * 99_999), "nests deeper"),
     "nested tuples": (program(b")" + b"\x85" * 100_000), "nests deeper"),

@@ -1,9 +1,8 @@
-"""CLIP's two ViT towers, tokenizer and weight files; stands alone: torch, torchvision and Pillow are all it
-needs.
+"""CLIP's two ViT towers, tokenizer and weight files; stands alone: torch, torchvision and Pillow are enough.
 
 Read `model` first (towers, from Radford et al. 2021), then `zero_shot` (image transform, "a photo of a
-{name}"), then `load`, `tensorfile` and `unpickle` (weight files of any usual format, nothing in them
-executed); `linear` is an exact saving.
+{name}"), then `load`, `tensorfile` and `unpickle` (weight files of any usual format, none of them executed);
+`linear` is an exact saving.
 """
 from .load import load_clip
 from .model import CLIP

@@ -1,6 +1,4 @@
-"""Linear layers of frozen weights: on a CPU by oneDNN, which PyTorch brings along, elsewhere as PyTorch
-does.
-"""
+"""Linear layers of frozen weights: on a CPU by oneDNN, which PyTorch brings along."""
 from __future__ import annotations
 
 from typing import Any
@@ -15,30 +13,33 @@ AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 ONEDNN = AVX512 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
 class OneDNNLinear(torch.autograd.Function):
-    """x @ weight.T + bias by oneDNN on a CPU, with a gradient for x alone."""
+    """x @ weight.T + bias, with a gradient for x alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return onednn(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return torch.ops.mkldnn._linear_pointwise(grad, ctx.saved_tensors[0].t(), None, "none", [],
-                                                  ""), None, None
+        return onednn(grad, ctx.saved_tensors[0].t(), None), None, None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """F.linear: x [..., i], weight [o, i], bias [o] -> [..., o].
 
     On a CPU PyTorch's float32 products go to MKL, which leaves up to half of the speed of AMD's processors
-    unused. Where the weights are frozen, as CLIP's are in both methods, this takes oneDNN, which PyTorch
-    brings along: the same within rounding.
+    unused. Where the weights are frozen, this takes oneDNN: the same within rounding.
     """
-    here = ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not weight.requires_grad
-    if here and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
+    here = ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    plain = not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    if here and plain and not weight.requires_grad:
         return OneDNNLinear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 

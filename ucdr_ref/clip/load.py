@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .model import CLIP, IGNORED_KEYS
-from .tensorfile import FormatError, file_digest, read_any, regular_file, show, tidy
+from .tensorfile import FormatError, file_digest, read_any, regular_file, show, tidy, unreadable
 
 OPENAI_SHA256 = {  # published: also part of OpenAI's download addresses
     "ViT-B-32.pt": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
@@ -20,61 +20,56 @@ OPENAI_SHA256 = {  # published: also part of OpenAI's download addresses
 EXPECTED = ("expected ViT CLIP weights: OpenAI's TorchScript archive, a state dict saved by torch.save, or "
             "safetensors (weights/README.md says where to get them)")
 WRAPPERS = ("state_dict", "model_state_dict", "model")
-HUGGING_FACE = {  # patterns are full matches; (1) is the layer
-    r"vision_model\.embeddings\.class_embedding": "visual.class_embedding",
-    r"vision_model\.embeddings\.patch_embedding\.weight": "visual.conv1.weight",
-    r"vision_model\.embeddings\.position_embedding\.weight": "visual.positional_embedding",
-    r"vision_model\.pre_layrnorm\.(weight|bias)": r"visual.ln_pre.\1",
-    r"vision_model\.post_layernorm\.(weight|bias)": r"visual.ln_post.\1",
-    r"visual_projection\.weight": "visual.proj",
-    r"text_model\.embeddings\.token_embedding\.weight": "token_embedding.weight",
-    r"text_model\.embeddings\.position_embedding\.weight": "positional_embedding",
-    r"text_model\.final_layer_norm\.(weight|bias)": r"ln_final.\1",
-    r"text_projection\.weight": "text_projection"}
-HUGGING_FACE_BLOCK = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
-BLOCK_PARTS = {"self_attn.out_proj": "attn.out_proj.", "layer_norm1": "ln_1.", "layer_norm2": "ln_2.",
-               "mlp.fc1": "mlp.c_fc.",
-               "mlp.fc2": "mlp.c_proj.", "self_attn.q_proj": "attn.in_proj_"}
+HUGGING_FACE = {  # part of a name -> OpenAI's
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    "vision_model.embeddings.patch_embedding.": "visual.conv1.",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.pre_layrnorm.": "visual.ln_pre.",
+    "vision_model.post_layernorm.": "visual.ln_post.",
+    "vision_model.encoder.layers.": "visual.transformer.resblocks.",
+    "visual_projection.weight": "visual.proj",
+    "text_model.embeddings.token_embedding.": "token_embedding.",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm.": "ln_final.",
+    "text_model.encoder.layers.": "transformer.resblocks.",
+    "text_projection.weight": "text_projection",
+    ".self_attn.q_proj.": ".attn.in_proj_", ".self_attn.out_proj.": ".attn.out_proj.",
+    ".layer_norm1.": ".ln_1.", ".layer_norm2.": ".ln_2.",
+    ".mlp.fc1.": ".mlp.c_fc.", ".mlp.fc2.": ".mlp.c_proj."}
 
 
 def load_clip(path: str | os.PathLike[str], heads: int | tuple[int, int] | None = None, verify: bool = True,
               dtype: torch.dtype = torch.float32) -> CLIP:
-    """CLIP from a weight file; the format is told from the content, never from the name, and nothing in it is
-    executed.
+    """CLIP from a weight file, whose format is told from its content; nothing in it is executed.
 
     Formats: OpenAI's TorchScript archive; a state dict of torch.save, alone or under `state_dict`,
     `model_state_dict` or `model`, with or without a `module.` prefix; safetensors. Names: OpenAI's /
     open_clip's, or Hugging Face's `CLIPModel`.
     heads: of both towers, or (vision, text); width / 64 when None. dtype: of the parameters (files are often
-    float16).
-    verify: compare the digest of a file that bears the name of one of OpenAI's files, and the checksums of a
-    zip archive. Raises FileNotFoundError, or ValueError that says what the file is, what was expected and
+    float16). verify: compare the checksums of a zip archive, and the digest of a file that bears the name of
+    one of OpenAI's. Raises FileNotFoundError, or ValueError that says what the file is, what was expected and
     where to get it.
     """
     file = regular_file(path, f"; {EXPECTED}")
     expected = OPENAI_SHA256.get(file.name)
     if verify and expected is not None and (found := file_digest(file)) != expected:
-        raise ValueError(f"{show(file)} is not OpenAI's {file.name}: its sha256 is {found}, the published "
-                         f"one {expected}; "
-                         "download it again (weights/README.md), rename it, or load it unverified "
-                         "(--no-verify)")
+        raise ValueError(f"{show(file)} is not OpenAI's {file.name}: its sha256 is {found}, not {expected}; "
+                         "download it again (weights/README.md), rename it, or load it with --no-verify")
     try:
         weights = openai_names(read_any(file, checksums=verify))
         if (total := sum(value.nbytes for value in weights.values())) > 2 * file.stat().st_size:
-            raise FormatError(f"names {total} bytes of tensors, more than twice its own size: they share "
-                              f"their storage")
+            raise FormatError(f"names {total} bytes of tensors, more than twice its own size: "
+                              "they share their storage")
         model = CLIP.from_state_dict(weights, heads, dtype)
-    except FormatError as error:
-        raise ValueError(f"{show(file)} {tidy(error)}; {EXPECTED}") from error
     except OSError as error:
-        raise ValueError(f"{show(file)} cannot be read ({error.strerror or error})") from error
+        raise unreadable(file, error) from error
     except (ValueError, RuntimeError, MemoryError, OverflowError) as error:
-        raise ValueError(f"{show(file)}: {tidy(error)}; {EXPECTED}") from error
+        name = show(file) if isinstance(error, FormatError) else f"{show(file)}:"
+        raise ValueError(f"{name} {tidy(error)}; {EXPECTED}") from error
     for key, value in model.state_dict().items():
         if not torch.isfinite(torch.stack(torch.aminmax(value))).all():
             raise ValueError(f"{show(file)}: {key} holds values that are not finite in {dtype}; get the file "
-                             f"again "
-                             "(weights/README.md)")
+                             "again (weights/README.md)")
     return model
 
 
@@ -93,13 +88,12 @@ def openai_names(content: Any) -> dict[str, Tensor]:
         content = {key.removeprefix("module."): value for key, value in content.items()}
     weights = {}
     for key, value in content.items():
-        last = key.rpartition(".")[2]
-        if key in IGNORED_KEYS or last in ("position_ids", "attn_mask"):  # constants that some writers keep
-            continue
+        if key in IGNORED_KEYS or key.rpartition(".")[2] in ("position_ids", "attn_mask"):
+            continue  # constants that some writers keep
         if not (isinstance(value, Tensor) and value.is_floating_point()):
-            found = f"of type {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            raise FormatError(f"has an entry {key[:100]} that is {found}, not a tensor of floating point "
-                              f"numbers")
+            kind = f"of type {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise FormatError(f"has an entry {key[:100]} that is {kind}, "
+                              "not a tensor of floating point numbers")
         weights[key] = value
     if any(key.startswith(("vision_model.", "text_model.")) for key in weights):
         return from_hugging_face(weights)
@@ -107,30 +101,19 @@ def openai_names(content: Any) -> dict[str, Tensor]:
 
 
 def from_hugging_face(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A `CLIPModel` state dict under OpenAI's names: q, k, v stacked, both projections transposed, other
-    keys as they are.
-    """
+    """A `CLIPModel` state dict under OpenAI's names: q, k, v stacked, both projections transposed."""
     renamed = {}
     for key, value in weights.items():
-        if match := HUGGING_FACE_BLOCK.fullmatch(key):
-            tower, layer, part, kind = match.groups()
-            if part in ("self_attn.k_proj",
-                        "self_attn.v_proj") and key.replace(part, "self_attn.q_proj") in weights:
-                continue  # stacked below its q_proj
-            if part == "self_attn.q_proj":
-                names = [key.replace(part, f"self_attn.{letter}_proj") for letter in "qkv"]
-                if absent := [name for name in names if name not in weights]:
-                    raise FormatError(f"is not a complete CLIPModel: missing keys {', '.join(absent)}")
-                value = torch.cat([weights[name] for name in names])
-            if part in BLOCK_PARTS:
-                prefix = "visual." if tower == "vision" else ""
-                key = f"{prefix}transformer.resblocks.{layer}.{BLOCK_PARTS[part]}{kind}"
-        else:
-            if key in ("visual_projection.weight", "text_projection.weight") and value.dim() == 2:
-                value = value.t().contiguous()
-            for pattern, name in HUGGING_FACE.items():
-                if match := re.fullmatch(pattern, key):
-                    key = match.expand(name)
-                    break
+        if match := re.fullmatch(r"(.+\.self_attn\.)[qkv](_proj\.(?:weight|bias))", key):
+            names = [f"{match[1]}{letter}{match[2]}" for letter in "qkv"]
+            if absent := [name for name in names if name not in weights]:
+                raise FormatError(f"is not a complete CLIPModel: missing keys {', '.join(absent)}")
+            if key != names[0]:
+                continue  # stacked below its q
+            value = torch.cat([weights[name] for name in names])
+        elif key in ("visual_projection.weight", "text_projection.weight"):
+            value = value.t().contiguous()
+        for part, name in HUGGING_FACE.items():
+            key = key.replace(part, name)
         renamed[key] = value
     return renamed

@@ -1,8 +1,7 @@
 """CLIP's two transformer towers (Radford et al. 2021), under the parameter names of OpenAI's released files.
 
-Pre-norm blocks with QuickGELU; the architecture follows from the shapes of the weights, so one class serves
-ViT-B/32, B/16, L/14, L/14@336 and small models. The vision tower is split into `embed`, `blocks` and `pool`,
-between which a method inserts its own tokens.
+Pre-norm blocks with QuickGELU. The shapes of the weights give the architecture: ViT-B/32, B/16, L/14,
+L/14@336px or a small one. Between `embed`, `blocks` and `pool` of the vision tower a method inserts tokens.
 """
 from __future__ import annotations
 
@@ -20,6 +19,11 @@ from .linear import Linear, linear
 IGNORED_KEYS = ("input_resolution", "context_length", "vocab_size")  # scalars that some files carry
 MAX_LAYERS = 1000  # key names alone could otherwise ask for any number of modules
 KeysValues = tuple[Tensor, Tensor]
+
+
+def select(x: Tensor, at: int | None) -> Tensor:
+    """x [b, L, w] -> its token `at` alone, [b, 1, w]; x itself when None."""
+    return x if at is None else x.select(1, at).unsqueeze(1)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -52,14 +56,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, at: int | None = None, causal: bool = False, past: KeysValues | None = None,
                 mask: Tensor | None = None) -> Tensor:
-        """x [b, L, w] -> [b, L, w]; with `at`, only that row's output [b, 1, w].
+        """x [b, L, w] -> [b, L, w]; with `at`, only that token's output [b, 1, w].
 
-        `past` holds keys and values [b, heads, P, w / heads] of P earlier tokens; `mask` is True where a
-        query may attend.
+        past: keys and values [b, heads, P, w / heads] of earlier tokens. mask: True where a query may attend.
         """
         width = x.shape[-1]
-        rows = x if at is None else x.select(1, at).unsqueeze(1)
-        queries = self.split(linear(rows, self.in_proj_weight[:width], self.in_proj_bias[:width]))
+        queries = self.split(linear(select(x, at), self.in_proj_weight[:width], self.in_proj_bias[:width]))
         keys, values = self.keys_values(x)
         if past is not None:
             keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
@@ -68,9 +70,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers with QuickGELU, x * sigmoid(1.702 x), written as silu(1.702 x) / 1.702: fewer tensors are
-    made and kept.
-    """
+    """Two layers with QuickGELU, x * sigmoid(1.702 x), written as silu(1.702 x) / 1.702: fewer tensors."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attn(ln_1(x)), then x + mlp(ln_2(x)). `at`: compute only that token's output, [b, 1, w]."""
+    """x + attn(ln_1(x)), then x + mlp(ln_2(x)); arguments as of `Attention`."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -93,8 +93,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, at: int | None = None, causal: bool = False, past: KeysValues | None = None,
                 mask: Tensor | None = None) -> Tensor:
-        y = self.attn(self.ln_1(x), at, causal, past, mask)
-        x = (x if at is None else x.select(1, at).unsqueeze(1)) + y
+        x = select(x, at) + self.attn(self.ln_1(x), at, causal, past, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -127,21 +126,16 @@ class VisionTower(nn.Module):
         self.proj = nn.Parameter(torch.empty(width, embed_dim))
 
     def embed(self, images: Tensor) -> Tensor:
-        """images [b, 3, H, W] -> patch tokens [b, n, d] with their positions, without the class token."""
+        """images [b, 3, H, W] -> patch tokens [b, n, d] with their positions, no class token."""
         return self.conv1(images).flatten(2).transpose(1, 2) + self.positional_embedding[1:]
 
     def class_token(self, count: int, embedding: Tensor | None = None) -> Tensor:
-        """The class token (`embedding` [d], CLIP's own when None) with position 0, repeated: [count, 1,
-        d].
-        """
+        """The class token (`embedding` [d], CLIP's own when None) with position 0: [count, 1, d]."""
         token = (self.class_embedding if embedding is None else embedding) + self.positional_embedding[0]
         return token.expand(count, 1, -1)
 
     def blocks(self, tokens: Tensor, at: int) -> Tensor:
-        """tokens [b, L, d] -> ln_pre -> blocks -> the token at index `at` [b, d].
-
-        Only one token is ever pooled, so the last block computes that one alone.
-        """
+        """tokens [b, L, d] -> ln_pre -> blocks -> token `at` [b, d]; only one token is ever pooled."""
         return self.transformer(self.ln_pre(tokens), at).squeeze(1)
 
     def pool(self, token: Tensor, proj: Tensor | None = None) -> Tensor:
@@ -155,15 +149,12 @@ class VisionTower(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Both towers, or the image tower alone when `context_length` is 0 (`has_text` is False then).
+    """Both towers, uninitialised; the image tower alone (`has_text` is False) when `context_length` is 0."""
 
-    Parameters are left uninitialised: they come from a file through `from_state_dict`.
-    """
-
-    def __init__(self, *, image_size: int, patch: int, vision_width: int, vision_layers: int,
-                 vision_heads: int, embed_dim: int,
-                 context_length: int = 0, vocab_size: int = 0, text_width: int = 0, text_layers: int = 0,
-                 text_heads: int = 0) -> None:
+    def __init__(self, *, image_size: int, patch: int, embed_dim: int,
+                 vision_width: int, vision_layers: int, vision_heads: int,
+                 context_length: int = 0, vocab_size: int = 0,
+                 text_width: int = 0, text_layers: int = 0, text_heads: int = 0) -> None:
         super().__init__()
         self.image_size, self.patch, self.embed_dim = image_size, patch, embed_dim
         self.vision_width, self.text_width, self.context_length = vision_width, text_width, context_length
@@ -182,10 +173,7 @@ class CLIP(nn.Module):
         return self.visual(images)
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        """ids [b, L] of `tokenizer.tokenize` -> features [b, e], not normalised.
-
-        Raises ValueError when the weights hold the image tower alone.
-        """
+        """ids [b, L] of `tokenize` -> features [b, e], not normalised; ValueError without a text tower."""
         self.require_text()
         eot = ids.argmax(dim=-1)  # end-of-text has the largest id in the vocabulary
         ids = ids[:, : int(eot.max()) + 1]  # attention is causal: nothing after end-of-text is read
@@ -200,23 +188,22 @@ class CLIP(nn.Module):
     def require_text(self) -> None:
         if not self.has_text:
             raise ValueError("these weights hold CLIP's image tower alone, so text cannot be encoded; "
-                             "use a full CLIP file (see weights/README.md) or, for UCDR-Adapter, "
+                             "use a full CLIP file (weights/README.md) or, for UCDR-Adapter, "
                              "--class-features prototypes")
 
     @classmethod
     def from_state_dict(cls, sd: Mapping[str, Tensor], heads: int | tuple[int, int] | None = None,
                         dtype: torch.dtype = torch.float32) -> CLIP:
-        """Builds the model that the shapes describe and fills it with `sd`, cast to `dtype`.
+        """The model that the shapes describe, frozen, with the weights `sd` cast to `dtype`.
 
         heads: of both towers, or (vision, text); width / 64 when None.
         Raises ValueError for a ResNet CLIP, shapes that fit no ViT, and missing or unexpected keys (listed).
         """
         sd = {key: value for key, value in sd.items() if key not in IGNORED_KEYS}
-        shape = infer_architecture(sd, heads)
         with torch.device("meta"):
-            model = cls(**shape)
+            model = cls(**infer_architecture(sd, heads))
         if "logit_scale" not in sd and not model.has_text:
-            sd["logit_scale"] = torch.tensor(math.log(100.0))  # OpenAI's value; an image tower has no use for it
+            sd["logit_scale"] = torch.tensor(math.log(100.0))  # OpenAI's; an image tower has no use for it
         expected = {key: value.shape for key, value in model.state_dict().items()}
         missing, unexpected = sorted(expected.keys() - sd.keys()), sorted(sd.keys() - expected.keys())
         if missing or unexpected:
@@ -224,17 +211,15 @@ class CLIP(nn.Module):
                              f"{shorten(unexpected)}")
         for key, size in expected.items():
             if sd[key].shape != size:
-                raise ValueError(f"{key} has shape {list(sd[key].shape)}, expected {list(size)} beside the "
-                                 f"other weights")
+                found = list(sd[key].shape)
+                raise ValueError(f"{key} has shape {found}, expected {list(size)} beside the other weights")
         # One tensor at a time, so that a half-precision or memory-mapped source never exists twice in full.
         model.load_state_dict({key: sd[key].to(dtype, copy=True) for key in expected}, assign=True)
         return model.eval().requires_grad_(False)
 
 
 def random_clip(**shape: int) -> CLIP:
-    """A CLIP of `CLIP`'s arguments with the initial values of Radford et al., drawn from torch's global
-    generator.
-    """
+    """CLIP(**shape) with the initial values of Radford et al., drawn from torch's global generator."""
     clip = CLIP(**shape)
     for name, parameter in clip.named_parameters():
         tower = "vision" if name.startswith("visual.") else "text"
@@ -242,10 +227,8 @@ def random_clip(**shape: int) -> CLIP:
         width, layers = shape[f"{tower}_width"], shape[f"{tower}_layers"]
         if name == "logit_scale":
             nn.init.constant_(parameter, math.log(1 / 0.07))
-        elif "ln_" in name:
+        elif "ln_" in name or leaf.endswith("bias"):
             nn.init.constant_(parameter, float(leaf == "weight"))
-        elif leaf.endswith("bias"):
-            nn.init.zeros_(parameter)
         elif module.endswith(("out_proj", "c_proj")):
             nn.init.normal_(parameter, std=(2 * layers * width) ** -0.5)
         elif module.endswith("c_fc"):
@@ -253,24 +236,21 @@ def random_clip(**shape: int) -> CLIP:
         elif "token_embedding" in name or "positional_embedding" in name:
             nn.init.normal_(parameter, std=0.02)
         else:  # class token, patches, in_proj, both projections
-            nn.init.normal_(parameter, std=width ** -0.5 if parameter.dim() < 4
-                            else (3 * shape["patch"] ** 2) ** -0.5)
+            inputs = 3 * shape["patch"] ** 2 if parameter.dim() == 4 else width
+            nn.init.normal_(parameter, std=inputs ** -0.5)
     return clip
 
 
 def shorten(names: list[str], limit: int = 8) -> str:
-    return ("[" + ", ".join(names[:limit])
-            + (f", ... {len(names) - limit} more" if len(names) > limit else "") + "]")
+    more = f", ... {len(names) - limit} more" if len(names) > limit else ""
+    return f"[{', '.join(names[:limit])}{more}]"
 
 
 def infer_architecture(sd: Mapping[str, Tensor],
                        heads: int | tuple[int, int] | None = None) -> dict[str, int]:
-    """The arguments of `CLIP` from the shapes in an OpenAI-named state dict; ValueError when they fit no ViT
-    CLIP.
-    """
+    """The arguments of `CLIP` that the shapes of OpenAI's names tell; ValueError if they fit no ViT."""
     if any(key.startswith("visual.layer1.") for key in sd):
-        raise ValueError("this is a ResNet CLIP; only the ViT family is supported (ViT-B/32, B/16, L/14, "
-                         "L/14@336px)")
+        raise ValueError("this is a ResNet CLIP; only the ViT family is supported (ViT-B/32, B/16, L/14)")
 
     def dims(key: str, rank: int) -> list[int]:
         if key not in sd or sd[key].dim() != rank or 0 in sd[key].shape:
@@ -279,27 +259,28 @@ def infer_architecture(sd: Mapping[str, Tensor],
         return list(sd[key].shape)
 
     def layers(prefix: str) -> int:
-        pattern = re.compile(re.escape(prefix) + r"transformer\.resblocks\.(\d+)\.")
-        count = max(1, len({match.group(1) for key in sd if (match := pattern.match(key))}))
+        pattern = re.compile(prefix + r"transformer\.resblocks\.(\d+)\.")
+        count = len({match[1] for key in sd if (match := pattern.match(key))})
         if count > MAX_LAYERS:
             raise ValueError(f"not a ViT CLIP: {count} layers, expected at most {MAX_LAYERS}")
-        return count
+        return max(1, count)
 
     def head_count(width: int, tower: int) -> int:
-        count = width // 64 if heads is None else heads if isinstance(heads, int) else heads[tower]
-        if count < 1 or width % count or (heads is None and width % 64):
+        count = heads if heads is None or isinstance(heads, int) else heads[tower]
+        if count is None and width % 64 == 0:
+            return width // 64
+        if count is None or count < 1 or width % count:
+            wanted = "heads of 64" if count is None else f"{count} heads"
             raise ValueError(f"width {width} of the {('vision', 'text')[tower]} tower does not divide into "
-                             f"{'heads of 64' if heads is None else f'{count} heads'}; give the number of "
-                             f"heads")
+                             f"{wanted}; give the number of heads")
         return count
 
     width, _, _, patch = dims("visual.conv1.weight", 4)
     positions = dims("visual.positional_embedding", 2)[0]
     grid = math.isqrt(positions - 1)
     if grid < 1 or grid * grid != positions - 1:
-        raise ValueError(f"not a ViT CLIP: {positions} vision positions are not 1 + a square number of "
-                         f"patches")
-    arch = dict(image_size=grid * patch, patch=patch, vision_width=width, vision_layers=layers("visual."),
+        raise ValueError(f"not a ViT CLIP: {positions} vision positions, expected 1 + a square of patches")
+    arch = dict(image_size=grid * patch, patch=patch, vision_width=width, vision_layers=layers(r"visual\."),
                 vision_heads=head_count(width, 0), embed_dim=dims("visual.proj", 2)[1])
     text = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
     if any(key.startswith(text) for key in sd):

@@ -3,25 +3,18 @@
 Source: Radford et al. 2021, section 2.4, and the public tokenizer of openai/CLIP, whose 49,408 ids it
 reproduces. The merges in `bpe_merges.txt.gz` are OpenAI's (MIT, see `bpe_merges.LICENSE`).
 
-OpenAI's tokenizer cleans text with the package `ftfy` and splits it with the package `regex`. This one needs
-neither. The differences, all of them checked in the tests, with their number among 20,000 random strings over
-all of Unicode:
+OpenAI's tokenizer cleans text with `ftfy` and splits it with `regex`; this one needs neither. Differences,
+all tested, with their number among 20,000 random strings over all of Unicode:
 
-- Mojibake is not guessed at: `ftfy` turns "cafÃ©" into "café", here it stays (134 strings with ftfy 6.3.1).
-  `ftfy`'s other repairs are done: NFC, straight quotes, ligatures, full width, control characters,
-  surrogates.
-- Letters and numbers are those of the running Python's Unicode table. A character younger than it counts as a
-symbol,
-  so a word may be cut elsewhere (1,340 strings for the Unicode 14 of Python 3.11 against regex 2026.11.15).
-- Three oddities, in none of the strings: terminal colour codes stay, except for the escape character;
-entities in
-  capitals such as "&EACUTE;" stay; those escaped more than three times over ("&amp;amp;amp;lt;") stay in
-  part.
-- The special tokens are spelled as OpenAI's, "<|endoftext|>", and give their id if spelled in a text. Recent
-versions
-  of open_clip spell them "<end_of_text>".
+- Mojibake is not guessed at: "cafÃ©" stays and does not become "café" (134 strings with ftfy 6.3.1). Its
+  other repairs are done: NFC, straight quotes, ligatures, full width, control characters, surrogates.
+- A letter or number younger than the running Python's Unicode table counts as a symbol, so a word may be cut
+  elsewhere (1,340 strings for the Unicode 14 of Python 3.11 against regex 2026.11.15).
+- In none of the strings: terminal colour codes stay, except for the escape character; so do entities in
+  capitals ("&EACUTE;") and, in part, those escaped more than three times over ("&amp;amp;amp;lt;").
+- The special tokens are spelled as OpenAI's, "<|endoftext|>", and give their id if spelled in a text; recent
+  versions of open_clip spell them "<end_of_text>".
 """
-
 from __future__ import annotations
 
 import functools
@@ -46,21 +39,20 @@ _ENTITY = re.compile("&#?[0-9A-Za-z]{1,24};")
 
 @functools.cache
 def _vocabulary() -> tuple[dict[int, str], dict[str, int], dict[tuple[str, str], int]]:
-    """Byte -> symbol, symbol -> id and symbol pair -> merge rank. Reads the merges, once, on first use."""
+    """Byte -> symbol, symbol -> id, symbol pair -> merge rank; the merges are read once, on first use."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     symbols = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
     if not MERGES.is_file():
-        raise FileNotFoundError(f"{MERGES} is missing; the tokenizer needs it: copy it along with "
-                                f"tokenizer.py")
+        raise FileNotFoundError(f"{MERGES} is missing; copy it along with tokenizer.py")
     lines = gzip.decompress(MERGES.read_bytes()).decode("utf-8").splitlines()
-    first, second = zip(*(line.split(" ") for line in lines))
+    pairs = [tuple(line.split(" ")) for line in lines]
     assert len(lines) == 48_894, f"{MERGES} holds {len(lines)} merges, CLIP has 48894"
     words = [*symbols.values()]
     words += [symbol + "</w>" for symbol in words]
-    words += map("".join, zip(first, second))
+    words += map("".join, pairs)
     ids = {word: i for i, word in enumerate([*words, START, END])}
-    return symbols, ids, {pair: rank for rank, pair in enumerate(zip(first, second))}
+    return symbols, ids, {(first, second): rank for rank, (first, second) in enumerate(pairs)}
 
 
 @functools.cache
@@ -90,8 +82,7 @@ def _clean(text: str) -> str:
 
 def _kind(char: str) -> str:
     """`L` letter, `N` number, ` ` separator, `S` anything else."""
-    # CLIP's pattern, compiled without regard to case, never matches a lone U+0345: it folds to a letter and
-    # is none.
+    # CLIP's pattern, which ignores case, never matches a lone U+0345: it folds to a letter and is none.
     if char in " \u0345":
         return " "
     category = unicodedata.category(char)[0]
@@ -112,9 +103,7 @@ def _split(text: str) -> list[str]:
 
 @functools.lru_cache(maxsize=2**15)
 def _bpe(word: str) -> tuple[int, ...]:
-    """Ids of one word: merges the pair of the lowest rank, everywhere in the word, until no pair has a
-    rank.
-    """
+    """Ids of one word: merges the pair of the lowest rank, everywhere, until no pair has a rank."""
     symbols, ids, ranks = _vocabulary()
     if word in (START, END):
         return (ids[word],)
@@ -141,14 +130,12 @@ def encode(text: str) -> list[int]:
 
 
 def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: bool = False) -> torch.Tensor:
-    """Ids of one text or several, `[b, L]` int64, padded with 0. `truncate` cuts a text that is too long.
+    """Ids of one text or several, `[b, L]` int64, padded with 0.
 
-    The last id of a truncated row is end-of-text. Raises ValueError for a text of more than `context_length`
-    ids.
+    A text of more than `context_length` ids is a ValueError; with `truncate` it is cut before end-of-text.
     """
     if context_length < 2:
-        raise ValueError(f"context_length is {context_length}; it must be at least 2 to hold the two special "
-                         f"ids")
+        raise ValueError(f"context_length is {context_length}; it must be at least 2, for the special ids")
     rows = [texts] if isinstance(texts, str) else texts
     result = torch.zeros(len(rows), context_length, dtype=torch.long)
     for row, text in zip(result, rows):
@@ -156,10 +143,8 @@ def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: boo
         if len(ids) > context_length:
             if not truncate:
                 shown = text if len(text) <= 80 else text[:77] + "..."
-                raise ValueError(
-                    f"text {shown!r} has {len(ids)} tokens, more than the {context_length} of the context: "
-                    "shorten it or pass truncate=True"
-                )
+                raise ValueError(f"text {shown!r} has {len(ids)} tokens, more than the {context_length} of "
+                                 "the context: shorten it or pass truncate=True")
             ids = ids[: context_length - 1] + ids[-1:]
         row[: len(ids)] = torch.tensor(ids)
     return result

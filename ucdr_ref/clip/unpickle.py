@@ -1,22 +1,27 @@
 """Interpreter of PyTorch's pickles that executes nothing.
 
 A pickle is a program, so none is handed to an unpickler that could import or call what the file names.
-`Pickle` interprets the few instructions that PyTorch's writers use and knows tensors, dicts, lists and inert
-stand-ins for module classes only.
+`unpickle` interprets the few instructions that PyTorch's writers use and knows tensors, dicts, lists and
+inert stand-ins for module classes only.
 """
 from __future__ import annotations
 
 import math
 import pickletools
 from collections.abc import Callable
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-            "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-            "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
+NUMBERS = {"Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
+           "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8,
+           "Byte": torch.uint8, "Bool": torch.bool}
+STORAGES = {f"torch.{name}Storage": dtype for name, dtype in NUMBERS.items()}
+LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "BINSTRING", "SHORT_BINSTRING"}
+CONSTANTS: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}
 MAX_STEPS = 1_000_000  # instructions; ViT-L/14 needs about 15,000
 MAX_NAME, MAX_RANK = 300, 8
 MAX_SIZE, MAX_NESTING = 2_000_000, 64  # of what a pickle builds: values, dicts in dicts; see `bounded`
@@ -36,66 +41,52 @@ class Instance:
         self.attributes: dict[Any, Any] = {}
 
 
-class Pickle:
-    """Interpreter of the pickle instructions that PyTorch's writers use.
+def unpickle(program: Any, storage: LoadStorage) -> Any:
+    """The object that a program (bytes, or a file, read up to the end of the program) builds.
 
-    storage: gives the vector for (key, dtype, elements) of a persistent id; every tensor is a view of such a
-    vector.
+    storage: gives the vector for (key, dtype, elements) of a persistent id; each tensor is a view of one.
     """
-
-    def __init__(self, storage: LoadStorage) -> None:
-        self.storage = storage
-        self.stack: list[Any] = []
-        self.outer: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
-
-    def read(self, stream: IO[bytes]) -> Any:
-        """The object that the program builds; reading stops behind its last instruction."""
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-            if opcode.name == "STOP":
-                return bounded(self.stack.pop())
-            if count > MAX_STEPS:
-                raise FormatError(f"has a pickle of more than {MAX_STEPS} instructions")
-            self.step(opcode.name, argument)
-        raise FormatError("ends inside its pickle")
-
-    def step(self, name: str, argument: Any) -> None:
-        stack = self.stack
-        if name in ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "BINSTRING",
-                    "SHORT_BINSTRING"):
+    stack: list[Any] = []
+    outer: list[list[Any]] = []
+    memo: dict[Any, Any] = {}
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(program)):
+        name = opcode.name
+        if count > MAX_STEPS:
+            raise FormatError(f"has a pickle of more than {MAX_STEPS} instructions")
+        if name == "STOP":
+            return bounded(stack.pop())
+        if name in LITERALS:
             stack.append(argument)
         elif name in CONSTANTS:
             stack.append(CONSTANTS[name]())
         elif name in ("BINPUT", "LONG_BINPUT"):
-            self.memo[argument] = stack[-1]
+            memo[argument] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(self.memo[argument])
+            stack.append(memo[argument])
         elif name == "MARK":
-            self.outer.append(stack)
-            self.stack = []
-        elif name in ("TUPLE", "APPENDS", "SETITEMS"):
-            self.stack = self.outer.pop()
-            if name == "TUPLE":
-                self.stack.append(tuple(stack))
-            else:
-                add(self.stack[-1], stack if name == "APPENDS"
-                    else list(zip(stack[::2], stack[1::2], strict=True)))
+            outer.append(stack)
+            stack = []
+        elif name == "TUPLE":
+            value, stack = tuple(stack), outer.pop()
+            stack.append(value)
         elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            count = int(name[-1])
-            stack[-count:] = [tuple(stack[-count:])]
-        elif name == "APPEND":
-            value = stack.pop()
-            add(stack[-1], [value])
-        elif name == "SETITEM":
-            value, key = stack.pop(), stack.pop()
-            add(stack[-1], [(key, value)])
+            length = int(name[-1])
+            stack[-length:] = [tuple(stack[-length:])]
+        elif name in ("APPENDS", "SETITEMS"):
+            items, stack = stack, outer.pop()
+            add(stack[-1], items)
+        elif name in ("APPEND", "SETITEM"):
+            length = 1 if name == "APPEND" else 2
+            items = stack[-length:]
+            del stack[-length:]
+            add(stack[-1], items)
         elif name == "GLOBAL":
-            stack.append(self.known(argument.replace(" ", ".")))
+            stack.append(known(str(argument).replace(" ", ".")))
         elif name in ("REDUCE", "NEWOBJ"):
             arguments, function = stack.pop(), stack.pop()
-            if not isinstance(function, Known):
+            if not callable(function):  # what `known` gives is all that could be
                 raise FormatError("has a pickle that calls something other than a tensor constructor")
-            stack.append(function.call(*arguments))
+            stack.append(function(*arguments))
         elif name == "BUILD":
             state, target = stack.pop(), stack[-1]
             if isinstance(target, Instance) and isinstance(state, dict):
@@ -103,64 +94,50 @@ class Pickle:
             elif not isinstance(target, dict):  # a state dict carries `_metadata`, which is dropped
                 raise FormatError("has a pickle that sets the state of something other than a module")
         elif name == "BINPERSID":
-            stack.append(self.persistent(*stack.pop()))
+            stack.append(storage(*vector_claim(*stack.pop())))
         elif name != "PROTO":
             raise FormatError(f"has a pickle with the instruction {name}, which no weight file needs")
-
-    def known(self, name: str) -> Known:
-        """What a global of the file stands for; FormatError for anything that is not part of a weight
-        file.
-        """
-        if name in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
-            return Known(lambda vector, offset, size, stride, *_: self.rebuild(vector, offset, size, stride))
-        if name.startswith("torch.jit._pickle.") or name in ("torch.Size", "torch._utils._rebuild_parameter"):
-            return Known(lambda value, *_: value)  # typed lists of TorchScript, shapes, parameters
-        if name == "collections.OrderedDict":
-            return Known(lambda: {})
-        if name.startswith("__torch__."):
-            return Known(lambda *_: Instance())
-        module, _, last = name.rpartition(".")
-        if module == "torch" and last in STORAGES:
-            return Known(None, STORAGES[last])
-        raise FormatError(f"has a pickle that asks for {name[:MAX_NAME]}, which no weight file needs; "
-                          f"nothing was executed")
-
-    def persistent(self, kind: str, storage: Known, key: str, location: str, count: int,
-                   view: None = None) -> Tensor:
-        if kind != "storage" or not isinstance(storage, Known) or storage.dtype is None or view is not None:
-            raise FormatError("has a pickle with an unknown kind of storage")
-        if not (isinstance(key, str) and is_size(count)):
-            raise FormatError("has a pickle with a malformed storage")
-        return self.storage(key, storage.dtype, count)
-
-    def rebuild(self, vector: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
-        """The view of a storage that `_rebuild_tensor_v2` describes, checked against the storage."""
-        well_formed = is_size(offset) and all(map(is_size,
-                                                  size)) and all(map(is_size, stride)) and len(size) == len(stride)
-        if not (well_formed and len(size) <= MAX_RANK):
-            raise FormatError("has a tensor with malformed or negative sizes")
-        count = math.prod(size)
-        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if count else 0
-        if count > len(vector) or (count and last >= len(vector)):
-            raise FormatError(f"has a tensor of sizes {list(size)} that does not fit its storage of "
-                              f"{len(vector)} elements")
-        return vector.as_strided(size, stride, offset) if count else vector.new_empty(size)
+    raise FormatError("ends inside its pickle")
 
 
-class Known:
-    """A global that a pickle may name: a constructor to call, or a storage type."""
+def known(name: str) -> Callable[..., Any] | torch.dtype:
+    """What a global of the file stands for: a constructor of ours, or the numbers of a storage."""
+    if name in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
+        return rebuild
+    if name.startswith("torch.jit._pickle.") or name in ("torch.Size", "torch._utils._rebuild_parameter"):
+        return lambda value, *_: value  # typed lists of TorchScript, shapes, parameters
+    if name == "collections.OrderedDict":
+        return lambda: {}
+    if name.startswith("__torch__."):
+        return lambda *_: Instance()
+    if name in STORAGES:
+        return STORAGES[name]
+    raise FormatError(f"has a pickle that asks for {name[:MAX_NAME]}, which no weight file needs; "
+                      "nothing was executed")
 
-    def __init__(self, call: Callable[..., Any] | None, dtype: torch.dtype | None = None) -> None:
-        self.dtype = dtype
-        self.call = call or self.refuse
 
-    def refuse(self, *_: Any) -> None:
-        raise FormatError("has a pickle that calls a storage type")
+def vector_claim(kind: Any, dtype: Any, key: Any, place: Any, count: Any,
+                 view: Any = None) -> tuple[str, torch.dtype, int]:
+    """(key, dtype, elements) of a persistent id, checked."""
+    if kind != "storage" or not isinstance(dtype, torch.dtype) or view is not None:
+        raise FormatError("has a pickle with an unknown kind of storage")
+    if not (isinstance(key, str) and is_size(count)):
+        raise FormatError("has a pickle with a malformed storage")
+    return key, dtype, count
 
 
-CONSTANTS: dict[str, Callable[[], Any]] = {"NONE": lambda: None, "NEWTRUE": lambda: True,
-                                           "NEWFALSE": lambda: False,
-                                           "EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}
+def rebuild(vector: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+    """The view of a storage that `_rebuild_tensor_v2` describes, checked against the storage."""
+    if not (all(map(is_size, (offset, *size, *stride))) and len(stride) == len(size) <= MAX_RANK):
+        raise FormatError("has a tensor with malformed or negative sizes")
+    count = math.prod(size)
+    if count == 0:
+        return vector.new_empty(size)
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride))
+    if max(count - 1, last) >= len(vector):
+        raise FormatError(f"has a tensor of sizes {list(size)} that does not fit its storage of "
+                          f"{len(vector)} elements")
+    return vector.as_strided(size, stride, offset)
 
 
 def is_size(value: Any) -> bool:
@@ -168,40 +145,42 @@ def is_size(value: Any) -> bool:
 
 
 def is_key(value: Any) -> bool:
-    return isinstance(value, int) and abs(value) < MAX_KEY
+    """Plain keys only: hashing nested tuples can take forever."""
+    return value is None or isinstance(value, str) or (isinstance(value, int) and abs(value) < MAX_KEY)
+
+
+def add(target: Any, items: list[Any]) -> None:
+    """items: of a list; of a dict, keys and values in turn."""
+    if isinstance(target, list):
+        target.extend(items)
+    elif isinstance(target, dict) and all(map(is_key, items[::2])):
+        target.update(zip(items[::2], items[1::2], strict=True))
+    else:
+        raise FormatError("has a pickle that fills something other than a list or a dict with plain keys")
 
 
 def bounded(root: Any) -> Any:
-    """`root`; FormatError when it nests too deeply for the code that walks or prints it, or is too large for
-    that.
+    """`root`; FormatError when it nests too deeply, or is too large, for the code that walks or prints it.
 
     What is reached several times counts as often, for so does whoever walks: sixty lists can print as 2^60
     numbers.
     """
-    todo, size = [iter((root,))], 0
-    while todo:
-        value = next(todo[-1], todo)  # the list of what is left stands for nothing
-        if value is todo:
-            todo.pop()
-            continue
-        size += 1 + (len(value) // 16 if isinstance(value, str) else 0)
-        if isinstance(value, dict):
-            todo.append(iter((*value.keys(), *value.values())))
-        elif isinstance(value, (list, tuple)):
-            todo.append(iter(value))
-        if size > MAX_SIZE:
-            raise FormatError(f"has a pickle of more than {MAX_SIZE} values, each counted as often as it is "
-                              f"there")
-        if len(todo) > MAX_NESTING:
-            raise FormatError(f"has a pickle that nests deeper than {MAX_NESTING}")
-    return root
-
-
-def add(target: Any, items: list[Any]) -> None:
-    if isinstance(target, list):
-        target.extend(items)
-    elif isinstance(target, dict) and all(key is None or isinstance(key, str) or is_key(key)
-                                          for key, _ in items):
-        target.update(items)  # plain keys only: hashing nested tuples can take forever
-    else:
-        raise FormatError("has a pickle that fills something other than a list or a dict with plain keys")
+    level, size = [root], 1
+    for _ in range(MAX_NESTING):
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, Instance):
+                value = value.attributes
+            if isinstance(value, str):
+                size += len(value) // 16
+            elif isinstance(value, (list, tuple)):
+                inner += value
+            elif isinstance(value, dict):
+                inner += (*value.keys(), *value.values())
+            if size + len(inner) > MAX_SIZE:
+                raise FormatError(f"has a pickle of more than {MAX_SIZE} values, each counted as often as "
+                                  "it is met")
+        if not inner:
+            return root
+        level, size = inner, size + len(inner)
+    raise FormatError(f"has a pickle that nests deeper than {MAX_NESTING}")

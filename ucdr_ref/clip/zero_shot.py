@@ -17,14 +17,12 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 def preprocess(image_size: int) -> Transform:
-    """CLIP's evaluation transform: RGB image -> [3, H, W], short side resized (bicubic), centre crop, CLIP's
-    mean and std: `normalised` after `cropped`, in one step.
-    """
+    """CLIP's evaluation transform: RGB image -> [3, H, W]: `cropped`, then `normalised`."""
     return transforms.Compose([cropped(image_size), normalised])
 
 
 def cropped(image_size: int) -> Transform:
-    """The part of `preprocess` that yields bytes: RGB image -> uint8 [3, H, W], a quarter of the size."""
+    """RGB image -> uint8 [3, H, W]: short side resized (bicubic), centre crop."""
     return transforms.Compose([
         transforms.Resize(image_size, transforms.InterpolationMode.BICUBIC, antialias=True),
         transforms.CenterCrop(image_size), transforms.PILToTensor()])
@@ -35,9 +33,9 @@ def normalised(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[
 
     On a CPU the bits are those of torchvision's ToTensor and Normalize, image by image.
     """
-    # All three as tensors: a GPU would multiply by the reciprocal of a number, which differs in the last bit.
-    scale, shift, width = (torch.tensor(numbers, device=images.device).view(-1, 1, 1)
-                           for numbers in ([255.0] * 3, mean, std))
+    # Tensors all three: a GPU would multiply by the reciprocal of a number, which differs in the last bit.
+    numbers = torch.tensor([[255.0] * 3, mean, std], device=images.device)
+    scale, shift, width = numbers.view(3, 3, 1, 1)
     values = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     return values.div_(scale).sub_(shift).div_(width)
 
@@ -48,9 +46,7 @@ def readable(name: str) -> str:
 
 
 def class_text_features(clip: CLIP, class_names: Sequence[str], chunk: int = 256) -> Tensor:
-    """L2-normalised features [c, e] of "a photo of a {name}", without gradient; ValueError when there is no
-    text tower.
-    """
+    """L2-normalised features [c, e] of "a photo of a {name}", no gradient; ValueError for an image tower."""
     clip.require_text()
     ids = tokenize([f"a photo of a {readable(name)}" for name in class_names], clip.context_length)
     with torch.no_grad():
