@@ -188,7 +188,7 @@ def checked(name: str, value: Any) -> Any:
         expected = field.kind.__name__
     elif field.choices and value not in field.choices:
         expected = f"one of {', '.join(map(str, field.choices))}"
-    elif field.rule and not inside(value, field.rule):
+    elif field.rule and not inside(typing.cast(float, value), field.rule):
         expected = f"a finite number x with {field.rule}"
     else:
         return value

@@ -172,7 +172,7 @@ def test_features_are_computed_once_and_strokes_inverted(tmp_path: Path, monkeyp
 
     def compute(weights: str = "a") -> Features:
         config = Config(workers=0, eval_batch=2, weights=str(tmp_path / f"{weights}.pt"))  # its digest is in the key
-        return sre_data.features(scanned, GRAPH, clip, config, tmp_path / "cache", torch.device("cpu"))
+        return sre_data.features(scanned, clip, config, tmp_path / "cache", torch.device("cpu"))
 
     found = compute()
     images = [open_image(path) for path in found.paths]
@@ -197,7 +197,7 @@ def test_unreadable_images_stop_or_are_left_out(tmp_path: Path) -> None:
 
     def compute(bad: str) -> Features:
         config = Config(workers=0, bad_images=bad)
-        return sre_data.features([sre_data.scan_folder("--target", root, GRAPH)], GRAPH, clip, config, tmp_path / "cache",
+        return sre_data.features([sre_data.scan_folder("--target", root, GRAPH)], clip, config, tmp_path / "cache",
                                  torch.device("cpu"))
 
     with pytest.raises(ValueError, match="1 of 3 images could not be read.*--bad-images skip"):
