@@ -211,10 +211,11 @@ def to_json(config: Config) -> str:
 
 def differences(ours: Config, theirs: Config, also: Sequence[str] = ()) -> list[str]:
     """`name: theirs -> ours` where two configs differ; machine fields, and those in `also`, do not count."""
-    return [f"{name}: {getattr(theirs, name)!r} -> {getattr(ours, name)!r}" for name in FIELDS
-            if name not in (*MACHINE, *also) and getattr(ours, name) != getattr(theirs, name)]
+    old, new = asdict(theirs), asdict(ours)
+    return [f"{name}: {old[name]!r} -> {new[name]!r}" for name in FIELDS
+            if name not in (*MACHINE, *also) and old[name] != new[name]]
 
 
 def changes(config: Config) -> dict[str, Any]:
     """The fields that are not at their defaults."""
-    return {name: getattr(config, name) for name in FIELDS if getattr(config, name) != FIELDS[name].default}
+    return {name: value for name, value in asdict(config).items() if value != FIELDS[name].default}

@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from ..images.listing import list_images
 from ..machine.processes import fold
 from ..sre.adapter import EPOCH, Batch, check_unseen
 from ..sre.closed_form import CHUNK
-from ..sre.graph import Graph, canonical, duplicates, load_graph, require_classes
+from ..sre.graph import Graph, canonical, duplicates, load_graph
 from ..sre.wordnet import SYNSET_ID, ClassLine, read_classes
 from ..training.loop import Feed
 from .datasets import folder_key, some
@@ -89,7 +88,7 @@ def graph_and_unseen(config: Config) -> tuple[Graph, list[int]]:
     """The class graph, and the indices of its unseen classes.
 
     `--graph` names a shipped graph, which brings its list, or a file. `--unseen` is a file of names or ids,
-    or a whole class list, `seen|unseen nXXXXXXXX name`, whose classes must be the graph's first nodes.
+    or a whole class list, `seen|unseen nXXXXXXXX name`, whose classes must be the graph's, in their order.
     Raises FileNotFoundError or ValueError in one sentence, also when no class is unseen.
     """
     shipped = sorted(path.stem for path in SHIPPED.glob("*.json"))
@@ -103,18 +102,13 @@ def graph_and_unseen(config: Config) -> tuple[Graph, list[int]]:
     if not unseen_file:
         raise ValueError("no class is unseen: give --unseen FILE, one class name a line")
     lines, graph = read_classes(unseen_file), load_graph(graph_file)
-    names = graph.names[:graph.classes]
-    if any(line.split == "seen" for line in lines):  # a whole list, in which a line may give its id alone
-        listed = [line.name or name for line, name in zip_longest(lines, names[:len(lines)])]
-        require_classes(graph, listed, config.graph)
-        if wrong := [line.id for line, synset in zip(lines, graph.ids) if line.id not in (None, synset)]:
-            raise ValueError(f"{unseen_file}: {wrong[0]} is not the id that {config.graph} has in its place; "
-                             "build the graph from this very list")
-        indices = [k for k, line in enumerate(lines) if line.split == "unseen"]
-    else:
-        indices = listed_classes(lines, graph, unseen_file)
-    check_unseen(torch.tensor(indices, dtype=torch.long), names)
-    return graph, indices
+    listed, whole = listed_classes(lines, graph, unseen_file), any(line.split == "seen" for line in lines)
+    if whole and listed != list(range(graph.classes)):
+        raise ValueError(f"{unseen_file}: its {len(lines)} classes are not the {graph.classes} of "
+                         f"{config.graph}, in their order; build the graph from this very list")
+    unseen = sorted({k for k, line in zip(listed, lines) if line.split == "unseen" or not whole})
+    check_unseen(torch.tensor(unseen, dtype=torch.long), graph.names[:graph.classes])
+    return graph, unseen
 
 
 def class_places(graph: Graph, key: Callable[[str], str]) -> dict[str, int]:
@@ -126,16 +120,16 @@ def class_places(graph: Graph, key: Callable[[str], str]) -> dict[str, int]:
 
 
 def listed_classes(lines: Sequence[ClassLine], graph: Graph, origin: str) -> list[int]:
-    """Indices of listed classes, by WordNet id where a line gives one; ValueError names what is none."""
-    places, names = class_places(graph, canonical), graph.names[:graph.classes]
+    """The class index of each line, by WordNet id where it gives one; ValueError names what is no class."""
+    places = class_places(graph, canonical)
     listed = [line.id or canonical(line.name) for line in lines]
     missing = [name for name in listed if name not in places]
-    if several := set(missing).intersection(map(canonical, names)):
+    if several := set(missing).intersection(map(canonical, graph.names[:graph.classes])):
         raise ValueError(f"{origin}: {some(sorted(several))} names several classes; give the id too, "
                          "`nXXXXXXXX name`")
     if missing:
         raise ValueError(f"{origin}: not among the graph's {graph.classes} classes: {some(missing)}")
-    return sorted({places[name] for name in listed})
+    return [places[name] for name in listed]
 
 
 def digest(content: Any) -> str:
@@ -178,9 +172,9 @@ def scan_folder(flag: str, root: str, graph: Graph, ids: Mapping[str, str] | Non
     """Lists `<root>/<class>/*` (AwA2: `<root>/JPEGImages/<class>/*`) without opening an image.
 
     A folder bears a class's name or WordNet id, or stands in `ids`, {folder: WordNet id}. only: class
-    indices; other folders are left out. before: names that `trees.with_gone` may add.
-    Raises FileNotFoundError for a missing folder, ValueError for one without images or usable ones, images
-    outside a class folder, and, without `only`, folders that are no class of the graph, which it lists.
+    indices; other folders are left out. before: names that `trees.with_gone` may add. Raises
+    FileNotFoundError for a missing folder, ValueError for one without images of wanted classes, images
+    outside a class folder, and, without `only`, folders that are no class of the graph.
     """
     if not os.path.isdir(root):
         raise FileNotFoundError(f"{flag} {root}: no such folder; expected <folder>/<class>/<image>")
@@ -244,10 +238,10 @@ def summary(sources: Sequence[Folder], targets: Sequence[Folder], graph: Graph, 
 
 def features(folders: Sequence[Folder], clip: CLIP, config: Config, cache: Path,
              device: torch.device) -> Features:
-    """Features of the folders' images by the frozen tower, from `cache` or computed now and put there.
+    """Features of the folders' images by the frozen tower, as far as they go from `cache`.
 
-    An entry is used only for the same files (names, sizes, times), weights and preprocessing. Raises
-    ValueError for an unreadable image, unless --bad-images skip.
+    They are of the same files (names, sizes, times), weights and preprocessing. Raises ValueError for an
+    unreadable image, unless --bad-images skip.
     """
     model = [file_digest(config.weights), config.heads, config.precision, sorted(config.stroke_domains)]
     if config.image_reading != "upright":  # D19; without it the key is that of earlier versions
@@ -273,9 +267,9 @@ def shuffled(n: int, seed: int) -> Tensor:
 
 
 def draw(n: int, b: int, iteration: int, *seed: object) -> Tensor:
-    """Indices [min(b, n)] of an iteration: whole batches of shuffled passes over n images.
+    """Indices [min(b, n)] of an iteration, a function of it and the seed: whole batches of shuffled passes.
 
-    They follow from seed and iteration. What a pass leaves over is another part of the images in every pass.
+    What a pass over the n images leaves over is another part of them in every pass.
     """
     b = min(b, n)
     turn, place = divmod(iteration, n // b)

@@ -73,11 +73,8 @@ class Data:
                 for part, folder in parts.items()}
 
 
-def prepare(config: Config, before: Listing | None = None) -> tuple[Config, Data]:
-    """Graph and folders; the drawn data is drawn first where it is absent. before: for `trees.with_gone`.
-
-    Raises ValueError or FileNotFoundError.
-    """
+def prepare(config: Config, before: Listing) -> tuple[Config, Data]:
+    """Graph and folders; the drawn data is drawn first where it is absent. before: for `trees.with_gone`."""
     refuse_torchrun()
     if config.dataset == "toy" and not config.source:
         config = class_folders.drawn(config)
@@ -92,18 +89,18 @@ def refuse_torchrun() -> None:
                          "is enough: start it without torchrun")
 
 
-def target_folder(config: Config, graph: Graph, before: Listing | None) -> Folder:
+def target_folder(config: Config, graph: Graph, before: Listing) -> Folder:
     ids = class_folders.read_folder_ids(config.folder_ids)
-    return class_folders.scan_folder("--target", config.target, graph, ids,
-                                     before=(before or {}).get("target", ()))
+    return class_folders.scan_folder("--target", config.target, graph, ids, before=before.get("target", ()))
 
 
 def made(config: Config, clip: CLIP, graph: Graph, unseen: Sequence[int],
          vectors: Tensor) -> SRECLIP | ClosedFormAdapter:
-    """The method with its initial values; class vectors [N, w], for the closed form [c, w]."""
-    if config.method == "closed-form":  # a ridge of the right shapes, to be filled
-        ridge = Ridge(torch.zeros(clip.embed_dim, vectors.shape[1]), torch.zeros_like(vectors))
-        return ClosedFormAdapter(clip, ZeroShot(clip).encode, ridge)
+    """The method with its initial values; class vectors [N, w] (for the closed form the first c do)."""
+    if config.method == "closed-form":
+        anchors = torch.zeros_like(vectors[:graph.classes])
+        nothing_fitted = Ridge(torch.zeros(clip.embed_dim, vectors.shape[1]), anchors)
+        return ClosedFormAdapter(clip, ZeroShot(clip).encode, nothing_fitted)
     adjacency = normalised_adjacency(graph.edges, len(graph.ids))
     return SRECLIP(clip, graph.names[:graph.classes], vectors, adjacency, unseen, config)
 
@@ -111,9 +108,7 @@ def made(config: Config, clip: CLIP, graph: Graph, unseen: Sequence[int],
 def build(config: Config, data: Data, clip: CLIP, device: torch.device) -> Experiment:
     """A method that starts from its initial values, drawn from torch's global generator."""
     graph, vectors = data.graph, node_vectors(data.graph, clip, config.class_vectors)
-    of_classes = vectors[:graph.classes]
-    method = made(config, clip, graph, data.unseen, of_classes if config.method == "closed-form" else vectors)
-    method = method.to(device)
+    method = made(config, clip, graph, data.unseen, vectors).to(device)
 
     def start(folder: Path) -> Training:
         source, target = (features(folders, clip, config, folder / "features", device)
@@ -122,7 +117,8 @@ def build(config: Config, data: Data, clip: CLIP, device: torch.device) -> Exper
         extra: dict[str, Any] = {"graph": asdict(graph), "unseen_ids": data.unseen, "baseline": name,
                                  "anchors": anchors}
         if isinstance(method, ClosedFormAdapter):
-            method.form, extra["strength"] = fit(source.take, source.labels, of_classes)
+            method.form, extra["strength"] = fit(source.take, source.labels,
+                                                 vectors[:graph.classes])
             return Training({}, None, config, config.sre_iterations, extra)
         validate = None
         if config.sre_report == "best-test":  # S6
@@ -209,7 +205,7 @@ def best_scores(folder: Path) -> tuple[int, dict[str, dict[str, float | None]]]:
     return len(lines), best
 
 
-def tested(config: Config, state: dict[str, Any], before: Listing | None = None) -> Data:
+def tested(config: Config, state: dict[str, Any], before: Listing) -> Data:
     """What a run is evaluated on: the graph it was trained with, and the target images."""
     refuse_torchrun()
     graph = parse_graph(state["graph"])
@@ -262,8 +258,8 @@ def table(rows: list[dict[str, Any]], config: Config) -> str:
         for average in AVERAGES:
             found = [row[average][name] for name in COLUMNS]
             values = "".join(f"{'-':>9}" if value is None else f"{100 * value:9.2f}" for value in found)
-            of = f"{row['images']}, {row['classes']}"
-            lines.append(f"{plain(row['method']):<25} {average:<9}{values}  {of}")
+            lines.append(f"{plain(row['method']):<25} {average:<9}{values}  "
+                         f"{row['images']}, {row['classes']}")
         if row["method"] == PROTOTYPES:
             lines.append(f"{indent}(no text tower: nearest mean of source images, which knows no unseen "
                          "class)")
