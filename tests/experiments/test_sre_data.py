@@ -101,9 +101,11 @@ def test_unseen_file_of_names_or_of_a_whole_class_list(graph_file: str, tmp_path
                  "seen n00000001 Killer_Whale\nseen n00000002 t-shirt\nunseen n00000003 cow\n"):
         unseen.write_text(text)
         assert sre_data.graph_and_unseen(config) == (GRAPH, [2])
-    for text, parts in (("seen n00000002 t-shirt\nseen n00000001 killer whale\nunseen n00000003 cow\n", ("in their order", "build the graph")),
+    for text, parts in (("seen n00000002 t-shirt\nseen n00000001 killer whale\nunseen n00000003 cow\n",
+                         ("in their order", "build the graph")),
                         ("seen n00000001 killer_whale\nunseen n00000003 cow\n", ("2 classes", "the 3 of")),
                         ("seen n00000001 killer_whale\nseen n00000002 t-shirt\nseen n00000003 cow\n", ("no class is unseen",)),
+                        ("seen n00000003 cow\nunseen n00000009\n", ("n00000009",)),
                         ("lion\ntiger\n", ("lion, tiger",)), ("cow\nt-shirt\nkiller whale\n", ("all 3 classes",))):
         unseen.write_text(text)
         with pytest.raises(ValueError) as error:
