@@ -22,14 +22,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--run", type=Path, metavar="DIR",
                         help="folder of a finished run (default: the newest demonstration)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: the run folder)")
-    parser.add_argument("--other-data", action="store_true", help="evaluate although the images are not "
-                                                                  "those of the run")
-    parser.add_argument("--other-weights", action="store_true", help="evaluate although the CLIP weights are "
-                                                                     "not the run's")
-    parser.add_argument("--with-closed-form", action="store_true", help="a row of the closed form of CLIP's "
-                                                                        "features as well")
-    parser.add_argument("--no-verify", action="store_true", help="load weights whose sha256 is not the "
-                                                                 "published one")
+    parser.add_argument("--other-data", action="store_true",
+                        help="evaluate although the images are not those of the run")
+    parser.add_argument("--other-weights", action="store_true",
+                        help="evaluate although the CLIP weights are not the run's")
+    parser.add_argument("--with-closed-form", action="store_true",
+                        help="a row of the closed form of CLIP's features as well")
+    parser.add_argument("--no-verify", action="store_true",
+                        help="load weights whose sha256 is not the published one")
     add_arguments(parser, MAY_DIFFER)
     return parser.parse_args(argv)
 
@@ -38,8 +38,7 @@ def run(argv: list[str] | None) -> None:
     args = parse(argv)
     overrides = {name: value for name, value in vars(args).items() if name in FIELDS}
     experiment.evaluate(args.run or newest_run(), overrides, args.out, args.other_data, args.other_weights,
-                        not args.no_verify,
-                        args.with_closed_form)
+                        not args.no_verify, args.with_closed_form)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,20 +13,18 @@ from ucdr_ref.machine.command import command
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]")
-    parser.add_argument("--run", type=Path, metavar="DIR", help="run folder; the same command again resumes "
-                                                                "it (default: "
-                        "runs/demo; with --fast runs/fast; for sre-clip runs/sre-demo, runs/sre-fast)")
-    preset = parser.add_argument("--preset", metavar="NAME",
-                                 help="row of a published table, as --help-all lists them (default: the "
-                                      "dataset's own)")
-    every = f"row of a published table: {', '.join(PRESETS)} (default: the dataset's own)"
-    preset.whole_help = every  # type: ignore[attr-defined]
-    parser.add_argument("--fast", action="store_true", help="the demonstration in under a minute (default: "
-                                                            "the whole one)")
-    parser.add_argument("--dry-run", action="store_true", help="print config, files, classes and trainable "
-                                                               "parameters, and stop")
-    parser.add_argument("--no-verify", action="store_true", help="load weights whose sha256 is not the "
-                                                                 "published one")
+    parser.add_argument("--run", type=Path, metavar="DIR",
+                        help="run folder; the same command again resumes it (default: runs/demo; with --fast "
+                             "runs/fast; for sre-clip runs/sre-demo, runs/sre-fast)")
+    row, own = "row of a published table", "(default: the dataset's own)"
+    preset = parser.add_argument("--preset", metavar="NAME", help=f"{row}, as --help-all lists them {own}")
+    preset.whole_help = f"{row}: {', '.join(PRESETS)} {own}"  # type: ignore[attr-defined]
+    parser.add_argument("--fast", action="store_true",
+                        help="the demonstration in under a minute (default: the whole one)")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print config, files, classes and trainable parameters, and stop")
+    parser.add_argument("--no-verify", action="store_true",
+                        help="load weights whose sha256 is not the published one")
     add_arguments(parser)
     return parser.parse_args(argv)
 

@@ -91,7 +91,7 @@ def test_json_there_and_back():
     ({"tau": float("nan")}, "tau is nan"), ({"tau": float("inf")}, "tau is inf"), ({"tau": True}, "tau is True"),
     ({"tau": "1"}, "tau is '1', expected float"), ({"source": "folder"}, "source is 'folder', expected tuple"),
     ({"source": [1]}, r"source is \[1\]"), ({"weights": 3}, "weights is 3, expected str"),
-    ({"weights": "x", "data_root": ["\n" * 9000]}, "data_root is")])
+    ({"tau": 10 ** 400}, "tau is 10+, expected float"), ({"weights": "x", "data_root": ["\n" * 9000]}, "data_root is")])
 def test_values_that_cannot_be(values, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
         from_dict(values)

@@ -101,9 +101,11 @@ def test_unseen_file_of_names_or_of_a_whole_class_list(graph_file: str, tmp_path
                  "seen n00000001 Killer_Whale\nseen n00000002 t-shirt\nunseen n00000003 cow\n"):
         unseen.write_text(text)
         assert sre_data.graph_and_unseen(config) == (GRAPH, [2])
-    for text, parts in (("seen n00000002 t-shirt\nseen n00000001 killer whale\nunseen n00000003 cow\n", ("node 0", "t-shirt")),
-                        ("seen n00000001 killer_whale\nunseen n00000003 cow\n", ("3 classes", "expected 2")),
+    for text, parts in (("seen n00000002 t-shirt\nseen n00000001 killer whale\nunseen n00000003 cow\n",
+                         ("in their order", "build the graph")),
+                        ("seen n00000001 killer_whale\nunseen n00000003 cow\n", ("2 classes", "the 3 of")),
                         ("seen n00000001 killer_whale\nseen n00000002 t-shirt\nseen n00000003 cow\n", ("no class is unseen",)),
+                        ("seen n00000003 cow\nunseen n00000009\n", ("n00000009",)),
                         ("lion\ntiger\n", ("lion, tiger",)), ("cow\nt-shirt\nkiller whale\n", ("all 3 classes",))):
         unseen.write_text(text)
         with pytest.raises(ValueError) as error:
@@ -172,7 +174,7 @@ def test_features_are_computed_once_and_strokes_inverted(tmp_path: Path, monkeyp
 
     def compute(weights: str = "a") -> Features:
         config = Config(workers=0, eval_batch=2, weights=str(tmp_path / f"{weights}.pt"))  # its digest is in the key
-        return sre_data.features(scanned, GRAPH, clip, config, tmp_path / "cache", torch.device("cpu"))
+        return sre_data.features(scanned, clip, config, tmp_path / "cache", torch.device("cpu"))
 
     found = compute()
     images = [open_image(path) for path in found.paths]
@@ -197,7 +199,7 @@ def test_unreadable_images_stop_or_are_left_out(tmp_path: Path) -> None:
 
     def compute(bad: str) -> Features:
         config = Config(workers=0, bad_images=bad)
-        return sre_data.features([sre_data.scan_folder("--target", root, GRAPH)], GRAPH, clip, config, tmp_path / "cache",
+        return sre_data.features([sre_data.scan_folder("--target", root, GRAPH)], clip, config, tmp_path / "cache",
                                  torch.device("cpu"))
 
     with pytest.raises(ValueError, match="1 of 3 images could not be read.*--bad-images skip"):

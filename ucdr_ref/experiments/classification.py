@@ -1,12 +1,12 @@
-"""Domain-adaptive zero-shot classification as an experiment: SRE-CLIP beside CLIP as it is, on the same
-target images.
-"""
+"""Domain-adaptive zero-shot classification as an experiment: SRE-CLIP beside CLIP as it is."""
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..machine.files import write_text_atomic
 from ..machine.processes import world
 from ..sre.adapter import SRECLIP, check_unseen
 from ..sre.class_vectors import node_vectors
-from ..sre.closed_form import Ridge, fit
+from ..sre.closed_form import CHUNK, Ridge, fit
 from ..sre.graph import Graph, normalised_adjacency, parse_graph
 from ..training.journal import load_own_state
 from ..ucdr.closed_form import ClosedFormAdapter
@@ -41,6 +41,7 @@ from .trees import Listing, below
 __all__ = ["build", "check", "evaluate", "page", "prepare", "rebuild", "table", "tested", "write_results"]
 
 COLUMNS = {"zsl": "ZSL", "unseen": "unseen", "seen": "seen", "h": "H"}
+AVERAGES = ("instance", "class")
 TEXT, PROTOTYPES = "zero-shot", "prototypes"  # baselines
 SCORES = "test_scores.jsonl"
 PUBLISHED = {"awa2": "published (I2AwA, instance): unseen 69.7, seen 88.0, H 77.7, an ablation line in the "
@@ -54,37 +55,38 @@ class Data:
     graph: Graph
     unseen: list[int]
     sources: list[Folder]
-    targets: list[Folder]
+    target: Folder
 
     def digests(self) -> dict[str, Any]:
-        lists = {part: [folder.files.digest(os.path.realpath(folder.root)) for folder in folders]
-                 for part, folders in (("source", self.sources), ("target", self.targets))}
-        return {**lists, "graph": class_folders.graph_digest(self.graph, self.unseen)}
+        """Of the images' names in each folder, and of what the method takes from the graph."""
+        source, target = ([folder.files.digest(os.path.realpath(folder.root)) for folder in folders]
+                          for folders in (self.sources, [self.target]))
+        graph = self.graph
+        content = [graph.ids, graph.names, graph.edges, graph.classes, self.unseen]
+        return {"source": source, "target": target, "graph": class_folders.digest(content)}
 
     @property
     def listing(self) -> Listing:
         """The images' names below each folder, the sources' first."""
-        parts = {**{f"source {i}": folder for i, folder in enumerate(self.sources)},
-                 "target": self.targets[0]}
+        parts = {**{f"source {i}": folder for i, folder in enumerate(self.sources)}, "target": self.target}
         return {part: below(os.path.realpath(folder.root), folder.files.paths)
                 for part, folder in parts.items()}
 
 
-def prepare(config: Config, before: Listing | None = None) -> tuple[Config, Data]:
-    """Graph and folders; the drawn data is drawn first where it is absent. before: `trees.with_gone` takes
-    it.
-
-    Raises ValueError or FileNotFoundError.
-    """
-    if world() > 1:
-        raise ValueError("--method sre-clip encodes each image once and then trains on features, for which "
-                         "one process is enough: start it without torchrun")
+def prepare(config: Config, before: Listing) -> tuple[Config, Data]:
+    """Graph and folders; the drawn data is drawn first where it is absent. before: for `trees.with_gone`."""
+    refuse_torchrun()
     if config.dataset == "toy" and not config.source:
         config = class_folders.drawn(config)
     graph, unseen = class_folders.graph_and_unseen(config)
-    before = before or {}
     sources = class_folders.scan_sources(config, graph, unseen, before)
-    return config, Data(graph, unseen, sources, [target_folder(config, graph, before)])
+    return config, Data(graph, unseen, sources, target_folder(config, graph, before))
+
+
+def refuse_torchrun() -> None:
+    if world() > 1:
+        raise ValueError("sre-clip encodes each image once and then works on features, for which one process "
+                         "is enough: start it without torchrun")
 
 
 def target_folder(config: Config, graph: Graph, before: Listing) -> Folder:
@@ -92,52 +94,49 @@ def target_folder(config: Config, graph: Graph, before: Listing) -> Folder:
     return class_folders.scan_folder("--target", config.target, graph, ids, before=before.get("target", ()))
 
 
+def made(config: Config, clip: CLIP, graph: Graph, unseen: Sequence[int],
+         vectors: Tensor) -> SRECLIP | ClosedFormAdapter:
+    """The method with its initial values; class vectors [N, w] (for the closed form the first c do)."""
+    if config.method == "closed-form":
+        anchors = torch.zeros_like(vectors[:graph.classes])
+        nothing_fitted = Ridge(torch.zeros(clip.embed_dim, vectors.shape[1]), anchors)
+        return ClosedFormAdapter(clip, ZeroShot(clip).encode, nothing_fitted)
+    adjacency = normalised_adjacency(graph.edges, len(graph.ids))
+    return SRECLIP(clip, graph.names[:graph.classes], vectors, adjacency, unseen, config)
+
+
 def build(config: Config, data: Data, clip: CLIP, device: torch.device) -> Experiment:
     """A method that starts from its initial values, drawn from torch's global generator."""
-    graph, names = data.graph, data.graph.names[:data.graph.classes]
-    vectors = node_vectors(graph, clip, config.class_vectors)
-    method: SRECLIP | ClosedFormAdapter
-    if config.method == "closed-form":
-        method = ClosedFormAdapter(clip, ZeroShot(clip).encode,
-                                   nothing_fitted(clip.embed_dim, vectors[:graph.classes]))
-    else:
-        adjacency = normalised_adjacency(graph.edges, len(graph.ids))
-        method = SRECLIP(clip, names, vectors, adjacency, data.unseen, config).to(device)
+    graph, vectors = data.graph, node_vectors(data.graph, clip, config.class_vectors)
+    method = made(config, clip, graph, data.unseen, vectors).to(device)
 
     def start(folder: Path) -> Training:
-        source, target = (features(folders, graph, clip, config, folder / "features", device)
-                          for folders in (data.sources, data.targets))
+        source, target = (features(folders, clip, config, folder / "features", device)
+                          for folders in (data.sources, [data.target]))
         name, anchors = baseline(clip, graph, source)
         extra: dict[str, Any] = {"graph": asdict(graph), "unseen_ids": data.unseen, "baseline": name,
                                  "anchors": anchors}
         if isinstance(method, ClosedFormAdapter):
-            method.form, extra["strength"] = fit(source.take, source.labels, vectors[:graph.classes])
+            method.form, extra["strength"] = fit(source.take, source.labels,
+                                                 vectors[:graph.classes])
             return Training({}, None, config, config.sre_iterations, extra)
         validate = None
         if config.sre_report == "best-test":  # S6
             validate = partial(test_score, method, target, device, folder)
         feeds = {"sre": class_folders.feed(source, target, config, device)}
-        # No tower runs in this loop, so its arithmetic stays float32; test evaluations are noted, but none
-        # stops it.
+        # No tower runs in this loop, so its arithmetic stays float32; no test evaluation stops it early.
         return Training(feeds, validate, replace(config, precision="fp32"), config.sre_iterations, extra)
 
-    summary = class_folders.summary(data.sources, data.targets, graph, data.unseen)
+    summary = class_folders.summary(data.sources, [data.target], graph, data.unseen)
     if isinstance(method, SRECLIP):
         count = sum(parameter.numel() for parameter in method.trainable("sre").values())
         summary += f"\nphase sre: {count:,} trainable parameters"
     domains = [Path(root).name for root in config.source]
-    return Experiment(method, names, domains, summary, data.digests(), start)
-
-
-def nothing_fitted(e: int, class_vectors: Tensor) -> Ridge:
-    """A ridge regression of the shapes of e-dimensional features and class vectors [c, w], to be filled."""
-    return Ridge(torch.zeros(e, class_vectors.shape[1]), torch.zeros_like(class_vectors))
+    return Experiment(method, graph.names[:graph.classes], domains, summary, data.digests(), start)
 
 
 def check(config: Config, state: dict[str, Any], path: Path) -> None:
-    """Raises Misfit, KeyError, TypeError or ValueError for a checkpoint of other sizes, or a graph that is
-    none.
-    """
+    """Raises Misfit, KeyError, TypeError or ValueError for a checkpoint that `rebuild` could not take."""
     graph, unseen, anchors = parse_graph(state["graph"]), state["unseen_ids"], state["anchors"]
     if not (isinstance(state["baseline"], str) and isinstance(unseen, list)
             and all(type(k) is int for k in unseen)):
@@ -146,29 +145,21 @@ def check(config: Config, state: dict[str, Any], path: Path) -> None:
         raise ValueError(f"{len(state['class_names'])} class names, {graph.classes} classes in the graph")
     check_unseen(torch.tensor(unseen, dtype=torch.long), state["class_names"])
     weights = state["method"]
-    e = len(weights["form.weights"]) if config.method == "closed-form" else weights["adapter.query.weight"].shape[1]
+    if config.method == "closed-form":
+        e, sizes = len(weights["form.weights"]), {"form.anchors": [graph.classes]}
+    else:
+        e = weights["adapter.query.weight"].shape[1]
+        rows = config.sre_bank + (config.sre_batch - 1 if config.bank_ring == "released" else 0)  # S7
+        sizes = {"bank.store": [rows, config.sre_hidden], "class_vectors": [len(graph.ids)]}
     if anchors.shape != (graph.classes, e) or not torch.isfinite(anchors).all():
         raise ValueError(f"the baseline's anchors are {list(anchors.shape)}, or not finite")
-    if config.method == "closed-form":
-        check_sizes(path, weights, {"form.anchors": [graph.classes]})
-        return
-    extra = config.sre_batch - 1 if config.bank_ring == "released" else 0
-    check_sizes(path, weights,
-                {"bank.store": [config.sre_bank + extra, config.sre_hidden],
-                 "class_vectors": [len(graph.ids)]})
+    check_sizes(path, weights, sizes)
 
 
 def rebuild(config: Config, clip: CLIP, state: dict[str, Any], path: Path, device: torch.device) -> Method:
     """The method of a checkpoint, ready to encode."""
-    method: SRECLIP | ClosedFormAdapter
-    if config.method == "closed-form":
-        ridge = nothing_fitted(clip.embed_dim, state["method"]["form.anchors"])
-        method = ClosedFormAdapter(clip, ZeroShot(clip).encode, ridge).to(device)
-    else:
-        graph, vectors = parse_graph(state["graph"]), state["method"]["class_vectors"]
-        adjacency = normalised_adjacency(graph.edges, len(graph.ids))
-        method = SRECLIP(clip, state["class_names"], vectors, adjacency, state["unseen_ids"],
-                         config).to(device)
+    vectors = state["method"]["form.anchors" if config.method == "closed-form" else "class_vectors"]
+    method = made(config, clip, parse_graph(state["graph"]), state["unseen_ids"], vectors).to(device)
     load_own_state(method, state["method"], path)
     return method.eval()
 
@@ -178,24 +169,20 @@ def baseline(clip: CLIP, graph: Graph, source: Features) -> tuple[str, Tensor]:
 
     Weights without a text tower: the mean direction of each class's source images, zero where it has none.
     """
-    names = graph.names[: graph.classes]
     if clip.has_text:
-        return TEXT, class_text_features(clip, names).cpu()
-    chunks = torch.arange(len(source)).split(4096)
-    parts = ((F.normalize(source.take(part), dim=1), source.labels[part]) for part in chunks)
-    return PROTOTYPES, F.normalize(prototypes(parts, len(names)), dim=1)
+        return TEXT, class_text_features(clip, graph.names[:graph.classes]).cpu()
+    parts = ((F.normalize(source.take(rows), dim=1), source.labels[rows])
+             for rows in torch.arange(len(source)).split(CHUNK))
+    return PROTOTYPES, F.normalize(prototypes(parts, graph.classes), dim=1)
 
 
 def test_score(method: SRECLIP, target: Features, device: torch.device, folder: Path) -> float:
-    """H (instance) on the test images, noted in the run folder: the released code's choice of what to report
-    (S6).
-    """
+    """H (instance) on the test images, which the released code reports (S6); noted in the run folder."""
     unseen, c = method.unseen_ids.tolist(), len(method.class_names)
-    found = accuracies(predict(method_scores(method, target, device), len(target), c, unseen), target.labels,
-                       unseen, c)
+    predicted = predict(method_scores(method, target, device), len(target), c, unseen)
+    found = accuracies(predicted, target.labels, unseen, c)
     path = folder / SCORES
-    # The log knows how many evaluations came before; later lines are of a run that was killed and has gone
-    # back.
+    # The log knows how many evaluations came before; later lines are of a run that was killed.
     count = (folder / "log.jsonl").read_bytes().count(b'"validation_mAP"')
     lines = read_lines(path)[:count] if path.exists() else []
     write_text_atomic(path, "".join(json.dumps(line) + "\n" for line in [*lines, found]))
@@ -205,57 +192,54 @@ def test_score(method: SRECLIP, target: Features, device: torch.device, folder: 
 def best_scores(folder: Path) -> tuple[int, dict[str, dict[str, float | None]]]:
     """Number of test evaluations, and each metric's own maximum over them (S6)."""
     lines = read_lines(folder / SCORES)
+    best: dict[str, dict[str, float | None]] = {average: {} for average in AVERAGES}
     try:
-        known = [line[average][name] for line in lines for average in ("instance", "class")
-                 for name in COLUMNS]
-        assert lines and all(value is None or type(value) in (int, float) for value in known)
-    except (KeyError, TypeError, AssertionError):
+        for average, name in product(AVERAGES, COLUMNS):
+            values = [line[average][name] for line in lines if line[average][name] is not None]
+            if not lines or {type(value) for value in values} - {int, float}:
+                raise TypeError
+            best[average][name] = max(values, default=None)
+    except (KeyError, TypeError):
         raise ValueError(f"{show(folder / SCORES)} does not hold accuracies as a training notes them; train "
-                         f"again") from None
-
-    def maximum(average: str, name: str) -> float | None:
-        return max((line[average][name] for line in lines if line[average][name] is not None), default=None)
-
-    return len(lines), {average: {name: maximum(average, name) for name in COLUMNS}
-                        for average in ("instance", "class")}
+                         "again") from None
+    return len(lines), best
 
 
-def tested(config: Config, state: dict[str, Any], before: Listing | None = None) -> Data:
+def tested(config: Config, state: dict[str, Any], before: Listing) -> Data:
     """What a run is evaluated on: the graph it was trained with, and the target images."""
-    if world() > 1:
-        raise ValueError("a run of sre-clip is evaluated by one process: start it without torchrun")
+    refuse_torchrun()
     graph = parse_graph(state["graph"])
-    return Data(graph, list(state["unseen_ids"]), [], [target_folder(config, graph, before or {})])
+    return Data(graph, list(state["unseen_ids"]), [], target_folder(config, graph, before))
 
 
 def evaluate(config: Config, data: Data, method: Any, state: dict[str, Any], folder: Path,
-             device: torch.device,
-             with_closed_form: bool = False) -> list[dict[str, Any]]:
+             device: torch.device, with_closed_form: bool = False) -> list[dict[str, Any]]:
     """Rows of baseline, closed form and method, each as it is and calibrated, with `details` for the files.
 
     Accuracies in 0..1 under `instance` and `class`. Calibration takes kappa as the share of unseen
     predictions.
     """
-    graph, unseen = data.graph, data.unseen
-    names = graph.names[: graph.classes]
-    target = features(data.targets, graph, method.clip, config, folder / "features", device)
-    about = {"images": len(target), "classes": len(target.labels.unique()), "unreadable": target.skipped}
+    graph, unseen, names = data.graph, data.unseen, data.graph.names[:data.graph.classes]
+
+    def features_of(folders: list[Folder]) -> Features:
+        return features(folders, method.clip, config, folder / "features", device)
+
+    target = features_of([data.target])
     scores = {state["baseline"]: scores_of(partial(baseline_logits, state["anchors"]), target)}
     if config.method == "closed-form":
         scores["closed-form"] = scores_of(method.form.cpu().logits, target)
     elif with_closed_form:
-        sources = class_folders.scan_sources(config, graph, unseen)
-        source = features(sources, graph, method.clip, config, folder / "features", device)
-        vectors = state["method"]["class_vectors"][:graph.classes]
-        scores["closed-form"] = scores_of(fit(source.take, source.labels, vectors)[0].logits, target)
+        source = features_of(class_folders.scan_sources(config, graph, unseen))
+        ridge, _ = fit(source.take, source.labels, state["method"]["class_vectors"][:graph.classes])
+        scores["closed-form"] = scores_of(ridge.logits, target)
     if config.method == "sre-clip":
         scores["sre-clip"] = method_scores(method, target, device)
+    about = {"images": len(target), "classes": len(target.labels.unique()), "unreadable": target.skipped}
     rows: list[dict[str, Any]] = []
     for name, parts in scores.items():
-        as_is = predict(parts, len(target), len(names), unseen)
-        tried = {name: as_is}
-        if as_is.zsl:  # prototypes know no unseen class: nothing to calibrate
-            tried[f"{name}, calibrated"] = as_is.calibrated(config.sre_kappa)
+        tried = {name: predict(parts, len(target), len(names), unseen)}
+        if tried[name].zsl:  # prototypes know no unseen class: nothing to calibrate
+            tried[f"{name}, calibrated"] = tried[name].calibrated(config.sre_kappa)
         for title, predicted in tried.items():
             details = {"predicted": predicted, "labels": target.labels, "names": names, "unseen": unseen}
             rows.append({"method": title, **about, **accuracies(predicted, target.labels, unseen, len(names)),
@@ -268,20 +252,20 @@ def evaluate(config: Config, data: Data, method: Any, state: dict[str, Any], fol
 
 def table(rows: list[dict[str, Any]], config: Config) -> str:
     """The rows as text, in per cent."""
-    lines = [f"{'method':<25} {'average':<9}" + "".join(f"{title:>9}" for title in COLUMNS.values())
-             + "  images, classes"]
+    titles = "".join(f"{title:>9}" for title in COLUMNS.values())
+    lines, indent = [f"{'method':<25} {'average':<9}{titles}  images, classes"], " " * 14
     for row in rows:
-        for average in ("instance", "class"):
+        for average in AVERAGES:
             found = [row[average][name] for name in COLUMNS]
-            values = "".join("        -" if value is None else f"{100 * value:9.2f}" for value in found)
-            lines.append(f"{plain(row['method']):<25} {average:<9}{values}  {row['images']}, "
-                         f"{row['classes']}")
+            values = "".join(f"{'-':>9}" if value is None else f"{100 * value:9.2f}" for value in found)
+            lines.append(f"{plain(row['method']):<25} {average:<9}{values}  "
+                         f"{row['images']}, {row['classes']}")
         if row["method"] == PROTOTYPES:
-            lines.append("              (no text tower: nearest mean of source images, which knows no unseen "
+            lines.append(f"{indent}(no text tower: nearest mean of source images, which knows no unseen "
                          "class)")
         if "evaluations" in row:
-            lines.append(f"              (each metric's maximum over {row['evaluations']} evaluations on the "
-                         f"test images, S6)")
+            lines.append(f"{indent}(each metric's maximum over {row['evaluations']} evaluations on the test "
+                         "images, S6)")
     # Published numbers stand beside the whole target alone, and OpenAI's weights.
     whole = config.graph in PUBLISHED and rows[0]["classes"] == 50
     if whole and file_digest(config.weights) in OPENAI_SHA256.values():

@@ -15,9 +15,7 @@ from ..training.loop import Feed
 
 
 class Method(typing.Protocol):
-    """What training, evaluation and search need of a method; PHASES is empty for one that is not trained by
-    steps.
-    """
+    """What evaluation and search need of a method; PHASES is empty for one that is not trained by steps."""
 
     PHASES: tuple[str, ...]
     clip: CLIP

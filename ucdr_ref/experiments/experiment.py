@@ -1,13 +1,13 @@
-"""One contract for every experiment: built from a config, trained, found again in its run folder, evaluated.
+"""Every experiment: built from a config, trained, found again in its run folder, evaluated.
 
 A task is a module: `retrieval` for UCDR, `classification` for domain-adaptive zero-shot classification. A
-third one is a module with the same functions and an entry in `TASKS`:
+third one is a module with the same functions, which `task_of` chooses:
 
-    prepare(config, before) -> config, data  scans the images of a training, draws the drawn ones;
-    data.listing are all of them build(config, data, clip, device)        -> Experiment
-    check(config, state, path)               raises ValueError and the like for a checkpoint that rebuild
-    could not take rebuild(config, clip, state, path, device)  -> the method of a checkpoint
-    tested(config, state, before) -> data    what a run is evaluated on, with `digests()`
+    prepare(config, before) -> config, data     scans the images of a training (all are in data.listing)
+    build(config, data, clip, device) -> Experiment
+    check(config, state, path)                  raises where rebuild could not take the checkpoint
+    rebuild(config, clip, state, path, device) -> the method of a checkpoint
+    tested(config, state, before) -> data       what a run is evaluated on, with digests()
     evaluate(config, data, method, state, folder, device, with_closed_form) -> rows
     table(rows, config) -> text;  write_results(rows, folder, about);  page(rows, log_lines, about) -> HTML
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -34,19 +34,10 @@ from .page import log_lines
 from .report import plain
 from .run_folder import describe, first_gone, open_run, recorded_files, remembered, restore_state, versions
 
-TASKS = {"retrieval": retrieval, "classification": classification}
-
-
-class Restored(NamedTuple):
-    config: Config
-    method: Method
-    state: dict[str, Any]  # the checkpoint's content
-
 
 def task_of(config: Config) -> Any:
     """The module of a config's task: a class graph or a target folder makes it classification."""
-    classes = config.method == "sre-clip" or config.graph or config.target
-    return TASKS["classification" if classes else "retrieval"]
+    return classification if config.method == "sre-clip" or config.graph or config.target else retrieval
 
 
 def load_tower(config: Config, verify: bool, device: torch.device) -> CLIP:
@@ -58,31 +49,28 @@ def load_tower(config: Config, verify: bool, device: torch.device) -> CLIP:
 
 
 def train(config: Config, folder: Path, verify: bool = True, dry_run: bool = False) -> None:
-    """Trains in the run folder, from where it stands, and evaluates; a dry run prints what it would do and
-    stops.
+    """Trains in the run folder, from where it stands, and evaluates; a dry run prints what it would do.
 
-    verify: whether weights named as OpenAI's must have the published digest. Raises FileNotFoundError or
-    ValueError when data, weights or folder do not fit, Stopped after SIGINT or SIGTERM.
+    verify: weights named as OpenAI's must have the published digest. Raises FileNotFoundError or ValueError
+    when data, weights or folder do not fit, Stopped after SIGINT or SIGTERM.
     """
-    device = pick_device(config.device)
-    before = remembered(folder) if config.bad_images == "skip" else {}
-    config, data = task_of(config).prepare(config, before)
+    device, task = pick_device(config.device), task_of(config)
+    config, data = task.prepare(config, remembered(folder) if config.bad_images == "skip" else {})
     clip = load_tower(config, verify, device)
     torch.manual_seed(fold(config.seed, "initial values"))
-    experiment = task_of(config).build(config, data, clip, device)
+    experiment = task.build(config, data, clip, device)
     print(f"config   {json.dumps(changes(config))} (all else at its default)")
     print(experiment.summary)
     if dry_run:
         return
     weights = file_digest(config.weights)
+    made_of = {"weights_sha256": weights, "files": experiment.files, "versions": versions(device)}
     with main_first():
-        held = open_run(folder, config,
-                        {"weights_sha256": weights, "files": experiment.files, "versions": versions(device)},
-                        data.listing)
+        held = open_run(folder, config, made_of, data.listing)
     with held:
-        extra = describe(config, experiment.class_names, experiment.domain_names, weights)
         training = experiment.start(folder)
-        run = Run(folder, training.options, device, {**extra, **training.extra}, training.patience)
+        about = describe(config, experiment.class_names, experiment.domain_names, weights)
+        run = Run(folder, training.options, device, {**about, **training.extra}, training.patience)
         if experiment.method.PHASES:
             train_phases(experiment.method, training.feeds, training.validate, run)
         else:
@@ -92,51 +80,43 @@ def train(config: Config, folder: Path, verify: bool = True, dry_run: bool = Fal
 
 
 def restore(folder: Path, overrides: dict[str, Any], device: torch.device, verify: bool = True,
-            other_weights: bool = False) -> Restored:
-    """The config, the best method and the checkpoint's other contents of a run folder, ready to encode
-    images.
+            other_weights: bool = False) -> tuple[Config, Method, dict[str, Any]]:
+    """The config of a run folder, its best method, ready to encode images, and the checkpoint's content.
 
-    `overrides` may give other paths of weights and data, and machine fields. No text tower is needed: what
-    text there was in training is in the trained weights. Raises FileNotFoundError or ValueError when the
-    folder holds no finished run, or the weights' digest is not the run's, unless `other_weights`.
+    overrides: other paths of weights and data, and machine fields. The weights need no text tower: what text
+    there was in training is in the checkpoint. Raises FileNotFoundError or ValueError when the folder holds
+    no finished run, or the weights' digest is not the run's, unless `other_weights`.
     """
-    def check(config: Config, state: dict[str, Any], path: Path) -> None:
-        task_of(config).check(config, state, path)
-
-    config, state = restore_state(folder, overrides, other_weights, check)
+    config, state = restore_state(folder, overrides, other_weights,
+                                  lambda config, state, path: task_of(config).check(config, state, path))
     clip = load_tower(config, verify, device)
-    return Restored(config, task_of(config).rebuild(config, clip, state, folder / "best.pt", device), state)
+    return config, task_of(config).rebuild(config, clip, state, folder / "best.pt", device), state
 
 
 def evaluate(folder: Path, overrides: dict[str, Any], out: Path | None = None, other_data: bool = False,
              other_weights: bool = False, verify: bool = True, with_closed_form: bool = False) -> None:
     """Writes the results of a finished run into `out` (the run folder), then prints its table.
 
-    Raises ValueError when image lists or weights are not those of the run, unless `other_data` or
-    `other_weights` says that they need not be: then the table and results.json say so, and they go into a
-    folder of their own.
+    Raises ValueError when image lists or weights are not the run's, unless `other_data` or `other_weights`
+    is given: then table and results.json say so, and they go into a folder of their own.
     """
     wait()  # until the main process has written best.pt
     device = pick_device(overrides.get("device", "auto"))
     config, method, state = restore(folder, overrides, device, verify, other_weights)
-    task = task_of(config)
+    task, weights = task_of(config), file_digest(config.weights)
     data = task.tested(config, state, remembered(folder) if config.bad_images == "skip" else {})
-    other = []
-    if file_digest(config.weights) != state["weights_sha256"]:
-        other.append("weights")
-    before = recorded_files(folder)
-    if changed := [name for name, digest in data.digests().items() if digest and before.get(name) != digest]:
-        if not other_data:
-            gone = first_gone(folder, data.listing)
-            raise ValueError(f"the image lists are not those that {folder} was trained with "
-                             f"({', '.join(changed)}){gone}; give the "
-                             "run's own --data-root, --target or --class-split, or accept other data with "
-                             "--other-data")
-        other.append("data")
+    digests, before = data.digests(), recorded_files(folder)
+    changed = [name for name, digest in digests.items() if digest and before.get(name) != digest]
+    if changed and not other_data:
+        raise ValueError(f"the image lists are not those that {folder} was trained with "
+                         f"({', '.join(changed)}){first_gone(folder, data.listing)}; give the run's own "
+                         "--data-root, --target or --class-split, or accept others with --other-data")
+    differs = {"weights": weights != state["weights_sha256"], "data": bool(changed)}
+    other = [what for what in differs if differs[what]]
     out = out or folder.joinpath(*(f"other-{what}" for what in other))
     rows = task.evaluate(config, data, method, state, folder, device, with_closed_form)
     about = {"run": str(folder), "config": state["config"], "versions": versions(device), "other": other,
-             "weights_sha256": file_digest(config.weights), "files": data.digests()}
+             "weights_sha256": weights, "files": digests}
     out.mkdir(parents=True, exist_ok=True)
     task.write_results(rows, out, about)
     text = "\n".join([task.table(rows, config),
