@@ -29,7 +29,8 @@ class Dataset:
         """train, val and test classes, in the order of the lists."""
         val, test = class_list(self.val), class_list(self.test)
         others = {*val, *test}
-        return {"train": [name for name in class_list(self.train) if name not in others], "val": val, "test": test}
+        train = [name for name in class_list(self.train) if name not in others]
+        return {"train": train, "val": val, "test": test}
 
 
 def class_list(name: str) -> list[str]:
@@ -96,7 +97,8 @@ DATASETS = {
                   "cleaned": dict(clipart=48129, infograph=51605, painting=72266, quickdraw=172500,
                                   real=172947, sketch=69128)}),
     "sketchy/eccv": SKETCHY,
-    "sketchy/random": replace(SKETCHY, val="sketchy-val-random", test="sketchy-test-random", metric="mAP@all"),
+    "sketchy/random": replace(SKETCHY, val="sketchy-val-random", test="sketchy-test-random",
+                              metric="mAP@all"),
     "tuberlin": Dataset(
         "TU-Berlin", {"sketches": ("sketches", "png"), "images": ("images", "ImageResized")},
         "images", ("sketches",), "tuberlin-train", "tuberlin-val", "tuberlin-test", "mAP@all",
