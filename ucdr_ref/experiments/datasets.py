@@ -18,19 +18,16 @@ class Dataset:
     domains: dict[str, tuple[str, ...]]  # domain: folders below the root that may be it, the first is taken
     gallery: str
     seen: tuple[str, ...]  # domain of the validation queries: the first that is not held out
-    train: str  # lists of `splits/`; what stands in `val` or `test` is no training class
-    val: str
-    test: str
+    lists: tuple[str, str, str]  # of `splits/`: train, without what stands in the others, val, test
     metric: str = "mAP@200"  # as published, and by which epochs are chosen (D5)
     aliases: dict[str, str] = field(default_factory=dict)  # domain: list of `aliases/`
     versions: dict[str, dict[str, int]] = field(default_factory=dict)  # version: images of each domain
 
     def splits(self) -> dict[str, list[str]]:
         """train, val and test classes, in the order of the lists."""
-        val, test = class_list(self.val), class_list(self.test)
+        train, val, test = map(class_list, self.lists)
         others = {*val, *test}
-        train = [name for name in class_list(self.train) if name not in others]
-        return {"train": train, "val": val, "test": test}
+        return {"train": [name for name in train if name not in others], "val": val, "test": test}
 
 
 def class_list(name: str) -> list[str]:
@@ -62,18 +59,18 @@ def some(names: Iterable[str], count: int = 8) -> str:
 
 def compared(found: Mapping[str, tuple[int, int]], dataset: Dataset | None) -> list[str]:
     """A line per domain: its (images, classes) beside the published counts, which inform and never refuse."""
-    versions = dataset.versions if dataset else {}
+    versions = {name: {**counts, "total": sum(counts[domain] for domain in found)}
+                for name, counts in (dataset.versions if dataset else {}).items()}
     total = sum(images for images, _ in found.values())
     lines = []
     for domain, (images, classes) in [*found.items(), ("total", (total, 0))]:
-        published = {version: sum(counts[part] for part in (found if domain == "total" else [domain]))
-                     for version, counts in versions.items()}
+        published = {name: counts[domain] for name, counts in versions.items()}
         line = f"data     {domain:<14} {images:>7,} images" + (f", {classes} classes" if classes else "")
-        if same := [version for version, count in published.items() if count == images]:
+        if same := [name for name, count in published.items() if count == images]:
             line += f"; as published ({', '.join(same)})"
         elif published:
-            line += "; differs from " + ", ".join(f"{version} {count:,} ({images - count:+,})"
-                                                  for version, count in published.items())
+            differences = [f"{name} {count:,} ({images - count:+,})" for name, count in published.items()]
+            line += f"; differs from {', '.join(differences)}"
         lines.append(line)
     return lines
 
@@ -84,24 +81,24 @@ SKETCHY = Dataset(
     {"sketch": ("sketch", "256x256/sketch"),
      "extended_photo": ("extended_photo", "EXTEND_image_sketchy", "256x256/extended_photo",
                         "256x256/EXTEND_image_sketchy")},
-    "extended_photo", ("sketch",), "sketchy-all", "sketchy-val-eccv", "sketchy-test-eccv",
+    "extended_photo", ("sketch",), ("sketchy-all", "sketchy-val-eccv", "sketchy-test-eccv"),
     versions={"download": dict(sketch=75481, extended_photo=73002),
               "papers": dict(sketch=75471, extended_photo=73002)})
 DATASETS = {
     "domainnet": Dataset(
         "DomainNet",
         {name: (name,) for name in ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")},
-        "real", ("painting", "infograph"), "domainnet-train", "domainnet-val", "domainnet-test",
+        "real", ("painting", "infograph"), ("domainnet-train", "domainnet-val", "domainnet-test"),
         versions={"original": dict(clipart=48837, infograph=53201, painting=75759, quickdraw=172500,
                                    real=175327, sketch=70386),
                   "cleaned": dict(clipart=48129, infograph=51605, painting=72266, quickdraw=172500,
                                   real=172947, sketch=69128)}),
     "sketchy/eccv": SKETCHY,
-    "sketchy/random": replace(SKETCHY, val="sketchy-val-random", test="sketchy-test-random",
-                              metric="mAP@all"),
+    "sketchy/random": replace(
+        SKETCHY, lists=("sketchy-all", "sketchy-val-random", "sketchy-test-random"), metric="mAP@all"),
     "tuberlin": Dataset(
         "TU-Berlin", {"sketches": ("sketches", "png"), "images": ("images", "ImageResized")},
-        "images", ("sketches",), "tuberlin-train", "tuberlin-val", "tuberlin-test", "mAP@all",
+        "images", ("sketches",), ("tuberlin-train", "tuberlin-val", "tuberlin-test"), "mAP@all",
         aliases={"sketches": "tuberlin-sketches", "images": "tuberlin-images"},
         versions={"download": dict(sketches=20000, images=204070),
                   "papers": dict(sketches=20000, images=204489)}),

@@ -45,8 +45,7 @@ class Protocol:
     validation: Test | None
     tests: list[Test]
     gallery_domain: str
-    # The gallery and metric of `validation` that choose the epoch (D5); None: the last epoch is kept.
-    selected: tuple[str, str] | None = None
+    selected: tuple[str, str] | None = None  # `validation`'s gallery and metric that choose the epoch (D5)
     notes: list[str] = field(default_factory=list)  # what was found and what is not used, for people
     listing: Listing = field(default_factory=dict)  # every image that was found
 
@@ -105,10 +104,7 @@ def ud_sample(config: Config, name: str, place: int, paths: list[str]) -> list[s
 
 
 def build(config: Config, before: Listing | None = None) -> Protocol:
-    """The protocol of the config's dataset. before: `trees.restore` takes it.
-
-    Raises ValueError or FileNotFoundError when the data does not fit.
-    """
+    """ValueError or FileNotFoundError when the data does not fit the config. before: for `trees.restore`."""
     root, notes = config.data_root, list[str]()
     sketchy = config.dataset == "sketchy"
     row = DATASETS.get(f"sketchy/{config.sketchy_split}" if sketchy else config.dataset)

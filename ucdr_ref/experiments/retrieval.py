@@ -27,7 +27,7 @@ from . import protocols
 from .contract import Experiment, Method, Training
 from .page import retrieval_page as page
 from .protocols import Protocol
-from .ranking import FeatureTable, formed, rank, table, validation_score
+from .ranking import FeatureTable, Rows, formed, rank, table, validation_score
 from .report import plain
 from .report import write_retrieval as write_results
 from .run_folder import check_sizes
@@ -81,23 +81,21 @@ def build(config: Config, protocol: Protocol, clip: CLIP, device: torch.device) 
     for phase_feed in feeds.values():
         phase_feed.order(0)  # a batch that cannot be balanced is refused before anything is written
 
-    def features(encoder: Method) -> FeatureTable:
-        return FeatureTable(Extractor(encoder, config, device))
-
     def validate() -> float:
         assert protocol.validation is not None and protocol.selected is not None
-        return validation_score(features(method).of, protocol.validation, protocol.selected)
+        return validation_score(encoded(method, config, device).of, protocol.validation, protocol.selected)
 
     def start(folder: Path) -> Training:
         if config.method == "closed-form":
-            method.form = fit_form(config, protocol, features(ZeroShot(clip)))
+            method.form = fit_form(config, protocol, encoded(ZeroShot(clip), config, device))
         return Training(feeds, validate if protocol.selected is not None else None, config, config.patience)
 
     def finish(folder: Path) -> None:
         """--closed-form 1: the form of the trained adapter's own features goes into best.pt."""
         path = folder / "best.pt"
         if config.closed_form and "form" not in (state := load_state(path)):
-            form = fit_form(config, protocol, features(rebuild(config, clip, state, path, device)))
+            trained = rebuild(config, clip, state, path, device)
+            form = fit_form(config, protocol, encoded(trained, config, device))
             save_atomic({**state, "form": form.state_dict()}, path)
 
     return Experiment(method, protocol.class_names, protocol.domain_names, summary(protocol, method),
@@ -130,7 +128,6 @@ def rebuild(config: Config, clip: CLIP, state: dict[str, Any], path: Path, devic
 
 
 def summary(protocol: Protocol, method: Any) -> str:
-    """Files, classes and trainable parameters, in lines."""
     domains = protocol.domain_names
     lines = [*protocol.notes, f"train    {len(protocol.train)} images, {len(protocol.class_names)} classes, "
                               f"{len(domains)} domains ({', '.join(domains)})"]
@@ -221,6 +218,10 @@ def cut(batch: Batch, phase: str, config: Config) -> list[tuple[Batch, float]]:
     return [(Batch(*part), len(part[0]) / b) for part in zip(*(rows.split(size) for rows in batch))]
 
 
+def encoded(method: Any, config: Config, device: torch.device) -> FeatureTable:
+    return FeatureTable(Extractor(method, config, device))
+
+
 def measured_form(protocol: Protocol, table: FeatureTable) -> Measured:
     """The closed form of the features of the training images, before lambda is chosen."""
     features, files = table.of(protocol.train)
@@ -242,18 +243,18 @@ def fit_form(config: Config, protocol: Protocol, table: FeatureTable) -> ClosedF
 
 def evaluate(config: Config, protocol: Protocol, method: Any, state: dict[str, Any], folder: Path,
              device: torch.device, with_closed_form: bool = False) -> list[dict[str, Any]]:
-    """`ranking.rank`'s rows of zero-shot CLIP and of the method, each with a closed form where there is one."""
-    clip_table = FeatureTable(Extractor(zero_shot(config, method.clip), config, device))
-    methods = {"zero-shot": clip_table.of}
-    own_form = isinstance(method, ClosedFormAdapter)
+    """`ranking.rank`'s rows of zero-shot CLIP and of the method, and of closed forms of their features."""
+    clip = encoded(zero_shot(config, method.clip), config, device)
+    methods: dict[str, Rows] = {"zero-shot": clip.of}
+    form: Any = method.form if isinstance(method, ClosedFormAdapter) else None
     if config.method == "closed-form":
-        methods["closed-form"] = formed(clip_table, method.form)
+        methods["closed-form"] = formed(clip, form)
     elif with_closed_form:
-        methods["closed-form"] = formed(clip_table, fit_form(config, protocol, clip_table).to(device))
+        methods["closed-form"] = formed(clip, fit_form(config, protocol, clip).to(device))
     if config.method == "ucdr-adapter":
-        base = SimpleNamespace(clip=method.clip, encode=method.base) if own_form else method
-        table = FeatureTable(Extractor(base, config, device))
-        methods["ucdr-adapter"] = table.of
-        if own_form:
-            methods["ucdr-adapter, closed form"] = formed(table, method.form)
+        without = SimpleNamespace(clip=method.clip, encode=method.base) if form else method
+        adapter = encoded(without, config, device)
+        methods["ucdr-adapter"] = adapter.of
+        if form:
+            methods["ucdr-adapter, closed form"] = formed(adapter, form)
     return rank(methods, protocol.tests)

@@ -79,17 +79,14 @@ class Search:
 
 def run_model(folder: Path, overrides: dict[str, Any], verify: bool = True,
               other_weights: bool = False) -> Model:
-    """The best model of a finished run.
-
-    Raises as `experiment.restore`, and ValueError for a run with --sre-center 1.
-    """
+    """The best model of a finished run. Raises as `experiment.restore`; ValueError with --sre-center 1."""
     device = pick_device(overrides.get("device", "auto"))
     config, method, _ = restore(folder, overrides, device, verify, other_weights)
     if config.sre_center:
         raise ValueError(f"{folder} was trained with --sre-center 1, where features depend on an image's "
                          "folder: it cannot search; name another --run, or --weights alone for CLIP")
-    return Model(f"run {folder}", config, method, device,
-                 (file_digest(folder / "best.pt"), file_digest(config.weights)))
+    digests = file_digest(folder / "best.pt"), file_digest(config.weights)
+    return Model(f"run {folder}", config, method, device, digests)
 
 
 def clip_model(overrides: dict[str, Any], verify: bool = True) -> Model:
@@ -97,8 +94,8 @@ def clip_model(overrides: dict[str, Any], verify: bool = True) -> Model:
     config = from_dict({"method": "zero-shot", **overrides, "weights": located(overrides["weights"])})
     device = pick_device(config.device)
     method = ZeroShot(load_tower(config, verify, device))
-    return Model(f"zero-shot CLIP of {config.weights}", config, method, device,
-                 ("", file_digest(config.weights)))
+    digests = "", file_digest(config.weights)
+    return Model(f"zero-shot CLIP of {config.weights}", config, method, device, digests)
 
 
 def own_gallery(config: Config) -> Path:
@@ -137,7 +134,7 @@ def encode_texts(model: Model, texts: Sequence[str]) -> Tensor:
     """
     method, clip = model.method, model.method.clip
     if not isinstance(method, (ZeroShot, UCDRAdapter)) or model.config.evaluation_features != "normalized":
-        raise ValueError(f"the features of {model.title} do not lie at unit length in CLIP's space, so --text "
+        raise ValueError(f"the features of {model.title} are not in CLIP's space at unit length, so --text "
                          "cannot search them; name --weights alone for CLIP, or --query images")
     clip.require_text()
     with torch.no_grad():

@@ -53,21 +53,19 @@ def images_below(folder: Folder) -> list[str]:
 
 def scan(root: str, domains: Mapping[str, Sequence[str]] | None = None,
          notes: list[str] | None = None) -> Tree:
-    """Images of `<root>/<domain>/<class>/*`, sorted: of all domain folders, or of those in `domains`,
-    {domain: folders that may be it}.
+    """Sorted images of `<root>/<domain>/<class>/*`; domains: {domain: folders that may be it}, or all.
 
-    Links are followed. `notes` gets a line for images that lie deeper, files with unknown endings, and
-    Sketchy's augmented copies, none of which are used. Raises FileNotFoundError for a missing root or domain,
-    ValueError for a class folder without images and a link to a folder that it lies in, naming them.
+    Links are followed. `notes` gets a line for what is not used: images that lie deeper, files with unknown
+    endings, Sketchy's augmented copies. Raises FileNotFoundError for a missing root or domain, ValueError for
+    a class folder without images or a link to a folder that it lies in.
     """
     if not os.path.isdir(root):
         raise FileNotFoundError(f"--data-root {root}: no such folder; expected "
                                 "<root>/<domain>/<class>/<image>")
     notes = [] if notes is None else notes
     top = opened(root)
-    places = {os.path.basename(path): path for path in top.folders}
-    if domains:
-        places = {name: locate(root, candidates, places) for name, candidates in domains.items()}
+    present = {os.path.basename(path): path for path in top.folders}
+    places = {name: locate(root, may_be, present) for name, may_be in (domains or {}).items()} or present
     tree: Tree = {}
     nested: list[str] = []
     unknown: list[str] = []
@@ -95,12 +93,12 @@ def scan(root: str, domains: Mapping[str, Sequence[str]] | None = None,
     return tree
 
 
-def locate(root: str, candidates: Sequence[str], present: Iterable[str]) -> str:
-    """The first candidate that is a folder below the root."""
-    for candidate in candidates:
-        if os.path.isdir(path := os.path.join(root, *candidate.split("/"))):
+def locate(root: str, may_be: Sequence[str], present: Iterable[str]) -> str:
+    """The first that is a folder below the root."""
+    for name in may_be:
+        if os.path.isdir(path := os.path.join(root, *name.split("/"))):
             return path
-    wanted = " or ".join(map(repr, candidates))
+    wanted = " or ".join(map(repr, may_be))
     raise FileNotFoundError(f"{root}: no domain folder {wanted}; there are {some(present) or 'none'}; {DEEP}")
 
 
@@ -162,9 +160,9 @@ def merge_spellings(tree: Tree, notes: list[str]) -> Tree:
 
 def match(tree: Tree, expected: Sequence[str], title: str, notes: list[str],
           aliases: Mapping[str, Mapping[str, str]]) -> Tree:
-    """The tree with folders renamed to the benchmark's class names; other folders are left out, with a line.
+    """The tree under the benchmark's class names; other folders are left out, with a line.
 
-    aliases: {domain: {folder: class}}. Raises ValueError with the names, of each domain, that have no folder.
+    aliases: {domain: {folder: class}}. ValueError names the classes of each domain that have no folder.
     """
     keys = {folder_key(name): name for name in expected}
     renamed: Tree = {}
@@ -189,8 +187,8 @@ def match(tree: Tree, expected: Sequence[str], title: str, notes: list[str],
 def only_listed(tree: Tree, root: str, lists: str) -> Tree:
     """The tree without images that `<lists>/<domain>_{train,test}.txt` do not name (the cleaned DomainNet).
 
-    A line is `<domain>/<class>/<image> <number>`. Raises FileNotFoundError for a missing list, ValueError for
-    a line of another form and for listed images that are not there.
+    Raises FileNotFoundError for a missing list, ValueError for a line other than
+    `<domain>/<class>/<image> <number>` and for listed images that are not there.
     """
     kept: Tree = {}
     for domain, classes in tree.items():
