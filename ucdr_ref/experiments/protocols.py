@@ -104,15 +104,19 @@ def ud_sample(config: Config, name: str, place: int, paths: list[str]) -> list[s
 
 
 def build(config: Config, before: Listing | None = None) -> Protocol:
-    """ValueError or FileNotFoundError when the data does not fit the config. before: for `trees.restore`."""
+    """The protocol of the config's dataset; ValueError or FileNotFoundError where the data does not fit.
+
+    before: as `trees.restore` takes it.
+    """
     root, notes = config.data_root, list[str]()
     sketchy = config.dataset == "sketchy"
     row = DATASETS.get(f"sketchy/{config.sketchy_split}" if sketchy else config.dataset)
     tree, splits, listing = read(config, row, before or {}, notes)
     if config.per_class:
-        tree = {domain: {name: drawn(paths, min(len(paths), config.per_class),
-                                     f"{config.split_seed}/thin/{domain}/{name}")
-                         for name, paths in classes.items()} for domain, classes in tree.items()}
+        for domain, classes in tree.items():
+            for name, paths in classes.items():
+                seed = f"{config.split_seed}/thin/{domain}/{name}"
+                classes[name] = drawn(paths, min(len(paths), config.per_class), seed)
     held_out, gallery, seen = roles(config, row, tree)
     train, val, test = splits["train"], splits["val"], splits["test"]
     if config.train_classes == "train+val":  # D10
@@ -120,17 +124,18 @@ def build(config: Config, before: Listing | None = None) -> Protocol:
             raise ValueError("--train-classes train+val leaves no validation classes; add --selection last")
         train, val = train + val, []
 
-    unseen, kept = pick(tree, gallery, test), Files([], [], [])
+    images = partial(pick, tree)
+    unseen, kept = images(gallery, test), Files([], [], [])
     if held_out is None:
-        tests = [Test("UcCDR", seen, pick(tree, seen, test), {"unseen": unseen})]
+        tests = [Test("UcCDR", seen, images(seen, test), {"unseen": unseen})]
     else:
         hold, sample, first = partial(held_back, config), partial(ud_sample, config), train[:UD_CLASSES]
-        kept = pick(tree, gallery, train, hold)
+        kept = images(gallery, train, hold)
         galleries = {"unseen": unseen, "mixed": unseen + kept}
-        tests = [Test("UCDR", held_out, pick(tree, held_out, test), galleries)]
+        tests = [Test("UCDR", held_out, images(held_out, test), galleries)]
         released = config.ud_gallery == "trained"  # D7
-        ud_query = pick(tree, held_out, first, sample)
-        ud_gallery = pick(tree, gallery, first, sample if released else hold)
+        ud_query = images(held_out, first, sample)
+        ud_gallery = images(gallery, first, sample if released else hold)
         if released and not (ud_query and ud_gallery):
             notes.append("note     UdCDR is left out: int(p n), the released draw from a class, is 0 here")
         else:
@@ -141,14 +146,14 @@ def build(config: Config, before: Listing | None = None) -> Protocol:
     sources = sorted(domain for domain in tree if domain != held_out)
     trained, not_trained = Files([], [], []), set(kept.paths)
     for domain in sources:
-        trained += pick(tree, domain, train)
+        trained += images(domain, train)
     trained = trained.keep([i for i, path in enumerate(trained.paths) if path not in not_trained])
     present = set(trained.classes)
     names = [name for name in train if name in present]
     if len(names) < 2:
-        raise ValueError(f"{root}: {len(names)} training classes have images in {', '.join(sources)}; at "
-                         "least two are needed")
-    of_val = Test("validation", seen, pick(tree, seen, val), {"unseen": pick(tree, gallery, val)})
+        there = ", ".join(sources)
+        raise ValueError(f"{root}: {len(names)} training classes have images in {there}; give two or more")
+    of_val = Test("validation", seen, images(seen, val), {"unseen": images(gallery, val)})
     validation, selected = select(config, tests, of_val, row.metric if row else "mAP@200", notes)
     if config.variant == "released" and config.prompt_length > 1:
         notes.append(f"note     the released code cannot run with p = {config.prompt_length} (D16): here a "
@@ -162,9 +167,8 @@ def read(config: Config, row: Dataset | None, before: Listing,
     root = config.data_root
     for flag, given, where in (("--domains", " ".join(config.domains), "folder"),
                                ("--file-lists", config.file_lists, "domainnet")):
-        if given and config.dataset != where:
-            raise ValueError(f"{flag} {given} is for --dataset {where}, and this is {config.dataset}; leave "
-                             "the flag out")
+        if given and (dataset := config.dataset) != where:
+            raise ValueError(f"{flag} {given} is for --dataset {where}, and this is {dataset}; leave it out")
     tree = scan(root, row.domains if row else {name: (name,) for name in config.domains}, notes)
     listing = restore(tree, root, before)
     if config.file_lists:
@@ -187,22 +191,21 @@ def read(config: Config, row: Dataset | None, before: Listing,
 
 def roles(config: Config, row: Dataset | None, tree: Tree) -> tuple[str | None, str, str]:
     """The held-out domain, if any, the gallery's, and that of the validation's queries."""
-    held_out, there = None if config.held_out == "none" else config.held_out, sorted(tree)
-    usual = [name for name in ("real", "photo", "photos", "images", *there) if name in tree]
+    held_out = None if config.held_out == "none" else config.held_out
+    usual = [name for name in ("real", "photo", "photos", "images", *sorted(tree)) if name in tree]
     gallery = config.gallery or (row.gallery if row else usual[0])
-    others = row.seen if row else [name for name in there if name != gallery]
+    others = row.seen if row else sorted({*tree} - {gallery})
     seen = config.seen or next((name for name in others if name != held_out), gallery)
+    there = ", ".join(sorted(tree))
     for flag, domain in (("--held-out", held_out), ("--gallery", gallery), ("--seen", seen)):
         if domain is not None and domain not in tree:
-            raise ValueError(f"{flag} {domain}: no such domain in {config.data_root}; there are "
-                             f"{', '.join(there)}")
+            raise ValueError(f"{flag} {domain}: no such domain in {config.data_root}; there are {there}")
     if held_out == gallery:
-        raise ValueError(f"--held-out {held_out} is the gallery domain; hold out another one of "
-                         f"{', '.join(there)}")
+        raise ValueError(f"--held-out {held_out} is the gallery domain; hold out another one of {there}")
     if seen == held_out:
         raise ValueError(f"--seen {seen} is held out; name a source domain for the validation queries")
     if held_out is None and len(tree) < 2:
-        raise ValueError(f"{config.data_root}: only the domain {there}; at least two are needed")
+        raise ValueError(f"{config.data_root}: only the domain {there}; give two or more")
     return held_out, gallery, seen
 
 
@@ -213,8 +216,7 @@ def select(config: Config, tests: list[Test], validation: Test, metric: str,
         return None, None
     chosen = {"validation": validation, "test": tests[0], "test-ud": tests[-1]}[config.selection]
     if config.selection == "test-ud" and chosen.protocol != "UdCDR":
-        raise ValueError("--selection test-ud: this protocol has no U^dCDR queries; choose test, validation "
-                         "or last")
+        raise ValueError("--selection test-ud: this protocol has no U^dCDR queries; choose validation or test")
     name = "mixed" if "mixed" in chosen.galleries else next(iter(chosen.galleries))  # D5
     chosen = replace(chosen, galleries={name: chosen.galleries[name]})
     check(chosen)
@@ -222,8 +224,7 @@ def select(config: Config, tests: list[Test], validation: Test, metric: str,
     if classes < 2:
         notes.append(f"note     {classes} class cannot choose an epoch, since every ranking of it is right: "
                      "the last is kept")
-        return chosen, None
-    return chosen, (name, metric)
+    return chosen, None if classes < 2 else (name, metric)
 
 
 def check(test: Test) -> None:
@@ -231,19 +232,19 @@ def check(test: Test) -> None:
     galleries = {f"{name} gallery": files for name, files in test.galleries.items()}
     for what, files in {"query": test.query, **galleries}.items():
         if not files:
-            raise ValueError(f"{test.protocol} with queries of {test.query_domain}: no {what} left; the "
-                             "class split and the domain's folders have no class in common")
+            where = f"{test.protocol} with queries of {test.query_domain}"
+            raise ValueError(f"{where}: no {what} left; class split and folders have no class in common")
 
 
 def folder_split(config: Config, tree: Tree) -> Splits:
     """Classes of a folder dataset: of --class-split, or 70/10/20 % drawn by --split-seed."""
     present = sorted({name for classes in tree.values() for name in classes})
     if not config.class_split:
-        order = random.Random(f"{config.split_seed}/classes").sample(present, len(present))
-        if len(order) < 4:
-            raise ValueError(f"{config.data_root}: {len(order)} classes cannot be split in three; at least 4 "
-                             "are needed")
-        test, val = max(1, len(order) // 5), max(1, len(order) // 10)
+        count = len(present)
+        if count < 4:
+            raise ValueError(f"{config.data_root}: {count} classes cannot be split in three; give 4 or more")
+        order = random.Random(f"{config.split_seed}/classes").sample(present, count)
+        test, val = max(1, count // 5), max(1, count // 10)
         return {"test": sorted(order[:test]), "val": sorted(order[test:test + val]),
                 "train": sorted(order[test + val:])}
     where = f"--class-split {config.class_split}"

@@ -86,10 +86,11 @@ def score(rows: Rows, test: Test, center: bool = False) -> dict[str, dict[str, A
                                   for part in (queries, found))
         metrics = retrieval(query, query_ids, gallery, gallery_ids)
         nearest = search(query[shown], gallery, min(HITS, len(found)))[1].tolist()
-        results[name] = {"metrics": metrics, "names": names, "queries": queries, "gallery": found,
-                         "unreadable": len(test.query) - len(queries) + len(files) - len(found),
-                         "shown": list(zip(shown, nearest)),
-                         "query_features": query.cpu(), "gallery_features": gallery.cpu()}
+        results[name] = {
+            "metrics": metrics, "names": names, "queries": queries, "gallery": found,
+            "unreadable": len(test.query) - len(queries) + len(files) - len(found),
+            "shown": list(zip(shown, nearest)),
+            "query_features": query.cpu(), "gallery_features": gallery.cpu()}
     return results
 
 
@@ -116,10 +117,10 @@ def rank(methods: Mapping[str, Rows], tests: list[Test]) -> list[dict[str, Any]]
                 details = found[gallery]
                 numbers = {key: value for key, value in details["metrics"].items()
                            if isinstance(value, (int, float))}
-                rows.append({"protocol": test.protocol, "query_domain": test.query_domain,
-                             "gallery_name": gallery, "method": f"{name}, centred" if center else name,
-                             "transductive": center, **numbers, "unreadable": details["unreadable"],
-                             "details": details})
+                rows.append({
+                    "protocol": test.protocol, "query_domain": test.query_domain, "gallery_name": gallery,
+                    "method": f"{name}, centred" if center else name, "transductive": center, **numbers,
+                    "unreadable": details["unreadable"], "details": details})
     return rows
 
 

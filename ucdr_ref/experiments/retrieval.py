@@ -25,6 +25,7 @@ from ..ucdr.adapter import Batch, UCDRAdapter
 from ..ucdr.closed_form import ClosedForm, ClosedFormAdapter, Measured, choose_strength, measure
 from . import protocols
 from .contract import Experiment, Method, Training
+from .datasets import some
 from .page import retrieval_page as page
 from .protocols import Protocol
 from .ranking import FeatureTable, Rows, formed, rank, table, validation_score
@@ -106,8 +107,8 @@ def check(config: Config, state: dict[str, Any], path: Path) -> None:
     """Raises Misfit when the sizes that the config asks for are not those of the checkpoint's tensors."""
     p, (c, s) = config.prompt_length, (len(state[key]) for key in ("class_names", "domain_names"))
     if config.method == "ucdr-adapter":
-        check_sizes(path, state["method"], {"domain_prompts": [s, p], "class_prompts": [c, p],
-                                            "queues.rows": [c + 1, config.queue_size]})
+        sizes = {"domain_prompts": [s, p], "class_prompts": [c, p], "queues.rows": [c + 1, config.queue_size]}
+        check_sizes(path, state["method"], sizes)
     form = state.get("form", {})
     if not all(isinstance(value, Tensor) and torch.isfinite(value).all() for value in form.values()):
         raise ValueError("its closed form is something else")
@@ -128,14 +129,14 @@ def rebuild(config: Config, clip: CLIP, state: dict[str, Any], path: Path, devic
 
 
 def summary(protocol: Protocol, method: Any) -> str:
-    domains = protocol.domain_names
-    lines = [*protocol.notes, f"train    {len(protocol.train)} images, {len(protocol.class_names)} classes, "
-                              f"{len(domains)} domains ({', '.join(domains)})"]
+    classes, domains = protocol.class_names, protocol.domain_names
+    of_domains = f"{len(domains)} domains ({', '.join(domains)})"
+    lines = [*protocol.notes,
+             f"train    {len(protocol.train)} images, {len(classes)} classes, {of_domains}"]
     for test in protocol.all_tests:
         galleries = ", ".join(f"{name} {len(files)}" for name, files in test.galleries.items())
-        classes = len(set(test.query.classes))
-        lines.append(f"{test.protocol:<10} {len(test.query)} queries ({test.query_domain}, {classes} "
-                     f"classes); gallery {galleries} ({protocol.gallery_domain})")
+        asked = f"{len(test.query)} queries ({test.query_domain}, {len(set(test.query.classes))} classes)"
+        lines.append(f"{test.protocol:<10} {asked}; gallery {galleries} ({protocol.gallery_domain})")
     if isinstance(method, UCDRAdapter):
         for phase in method.PHASES:
             count = sum(parameter.numel() for parameter in method.trainable(phase).values())
@@ -162,7 +163,7 @@ def class_anchors(config: Config, protocol: Protocol, zero_shot: Extractor) -> T
         files = train.keep([i for i, name in enumerate(train.domains) if name == protocol.gallery_domain])
         if missing := sorted(set(names) - set(files.classes)):
             raise ValueError(f"--class-features prototypes: no training image in {protocol.gallery_domain} "
-                             f"for {', '.join(missing[:5])}")
+                             f"for {some(missing, 5)}")
         features, kept = zero_shot.features(files)
         class_ids, _ = label_ids(protocol, files.keep(kept))
         return prototypes([(features, class_ids)], len(names)).to(zero_shot.device)

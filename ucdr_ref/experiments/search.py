@@ -155,7 +155,7 @@ def search(model: Model, gallery: Path, images: Sequence[str], texts: Sequence[s
         if centre and 0 < len(asked) < FEW:
             raise ValueError(f"--center needs {FEW} {what}, to know their mean; got {len(asked)}")
     features: list[Tensor] = []
-    queries: list[tuple[str, str, bool]] = []
+    answers: list[Answer] = []
     about = ["the gallery less its mean"] if centre else []
     if images:
         found, flags = encode_images(model, images, invert_query)
@@ -167,23 +167,22 @@ def search(model: Model, gallery: Path, images: Sequence[str], texts: Sequence[s
             about.append(f"query images less the mean of {whose}")
             found = centred(found, mean)
         features.append(found)
-        queries += [(path, "image", flag) for path, flag in zip(images, flags)]
+        answers += [Answer(path, "image", flag, []) for path, flag in zip(images, flags)]
     if texts:
         found = encode_texts(model, texts)
         if centre:
             about.append(f"texts less the mean of these {len(texts)}")
             found = centred(found)
         features.append(found)
-        queries += [(text, "text", False) for text in texts]
+        answers += [Answer(text, "text", False, []) for text in texts]
     index, inverted = encode_folder(model, gallery, invert_gallery, cache)
     if centre:
         index = replace(index, features=centred(rows(index)).numpy())
-    answers = []
-    if queries:
+    if answers:
         distances, nearest = index.search(torch.cat(features), k)
-        for query, lengths, places in zip(queries, distances.tolist(), nearest.tolist()):
-            hits = [Hit(index.path(j), length, bool(inverted[j])) for j, length in zip(places, lengths)]
-            answers.append(Answer(*query, hits))
+        for answer, lengths, places in zip(answers, distances.tolist(), nearest.tolist()):
+            answer.results.extend(Hit(index.path(j), length, bool(inverted[j]))
+                                  for j, length in zip(places, lengths))
     return Search(model.title, str(gallery), index, int(inverted.sum()), "; ".join(about), answers)
 
 

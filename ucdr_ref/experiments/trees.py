@@ -60,8 +60,7 @@ def scan(root: str, domains: Mapping[str, Sequence[str]] | None = None,
     a class folder without images or a link to a folder that it lies in.
     """
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"--data-root {root}: no such folder; expected "
-                                "<root>/<domain>/<class>/<image>")
+        raise FileNotFoundError(f"--data-root {root}: no such folder; expected <domain>/<class>/* in it")
     notes = [] if notes is None else notes
     top = opened(root)
     present = {os.path.basename(path): path for path in top.folders}
@@ -195,8 +194,7 @@ def only_listed(tree: Tree, root: str, lists: str) -> Tree:
         wanted: set[str] = set()
         for file in (Path(lists, f"{domain}_{part}.txt") for part in ("train", "test")):
             if not file.is_file():
-                raise FileNotFoundError(f"--file-lists {lists}: no {file.name}; expected <domain>_train.txt "
-                                        "and <domain>_test.txt of every domain")
+                raise FileNotFoundError(f"--file-lists {lists}: no {file.name}; expected it of every domain")
             lines = regular_file(file).read_text(encoding="utf-8").splitlines()
             for number, line in enumerate(lines, start=1):
                 name, _, label = line.rpartition(" ")
