@@ -45,9 +45,9 @@ class Protocol:
     validation: Test | None
     tests: list[Test]
     gallery_domain: str
-    selected: tuple[str, str] | None = None  # `validation`'s gallery and metric that choose the epoch (D5)
+    selected: tuple[str, str] | None = None  # gallery and metric that choose the epoch (D5); None: the last
     notes: list[str] = field(default_factory=list)  # what was found and what is not used, for people
-    listing: Listing = field(default_factory=dict)  # every image that was found
+    listing: Listing = field(default_factory=dict)
 
     @property
     def all_tests(self) -> list[Test]:
@@ -216,7 +216,7 @@ def select(config: Config, tests: list[Test], validation: Test, metric: str,
         return None, None
     chosen = {"validation": validation, "test": tests[0], "test-ud": tests[-1]}[config.selection]
     if config.selection == "test-ud" and chosen.protocol != "UdCDR":
-        raise ValueError("--selection test-ud: this protocol has no U^dCDR queries; choose validation or test")
+        raise ValueError("--selection test-ud: this protocol has no U^dCDR queries; give validation or test")
     name = "mixed" if "mixed" in chosen.galleries else next(iter(chosen.galleries))  # D5
     chosen = replace(chosen, galleries={name: chosen.galleries[name]})
     check(chosen)

@@ -112,9 +112,10 @@ def with_gone(names: list[str], before: Sequence[str]) -> list[str]:
 
     Only where nothing else has changed: no name is new, and every folder still holds an image.
     """
+    if not set(names) <= set(before):
+        return names
     folders = {os.path.dirname(name) for name in names}
-    gone = [name for name in set(before).difference(names) if os.path.dirname(name) in folders]
-    return sorted([*names, *gone]) if gone and set(names) <= set(before) else names
+    return sorted(name for name in set(before) if os.path.dirname(name) in folders)
 
 
 def restore(tree: Tree, root: str, before: Listing) -> Listing:
