@@ -156,10 +156,11 @@ def class_anchors(config: Config, protocol: Protocol, zero_shot: Extractor) -> T
     A prototype is the mean of the frozen tower's normalised features of a class's gallery-domain training
     images. Raises ValueError for a file of another shape or with a zero row, or a class without such images.
     """
-    names, kind, train = protocol.class_names, config.class_features, protocol.train
+    names, kind = protocol.class_names, config.class_features
     if kind in ("template", "plain"):
         return None
     if kind == "prototypes":
+        train = protocol.train
         files = train.keep([i for i, name in enumerate(train.domains) if name == protocol.gallery_domain])
         if missing := sorted(set(names) - set(files.classes)):
             raise ValueError(f"--class-features prototypes: no training image in {protocol.gallery_domain} "
