@@ -131,7 +131,7 @@ def test_mismatches_are_named_in_every_domain(archives, tmp_path):
     assert "expected 250" not in said and "too deep" not in said
     put(tmp_path / "deep", "tuberlin/png", raw_names("sketches"), 1)
     put(tmp_path / "deep", "tuberlin/ImageResized", raw_names("images"), 1)
-    with pytest.raises(FileNotFoundError, match="no domain folder 'sketches' or 'png'; there are tuberlin. Did the archive"):
+    with pytest.raises(FileNotFoundError, match="no domain folder 'sketches' or 'png'; there are tuberlin; did the archive"):
         build(resolve({"data_root": str(tmp_path / "deep")}, "tuberlin"))
 
 

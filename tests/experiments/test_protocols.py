@@ -8,6 +8,7 @@ import pytest
 
 from tests.helpers import touch_images
 from ucdr_ref.config import resolve
+from ucdr_ref.experiments.datasets import DATASETS
 from ucdr_ref.experiments.protocols import DOMAINNET_DOMAINS, build, class_list, scan
 
 
@@ -81,6 +82,23 @@ def test_sketchy(tmp_path, split, train, val, test, metric):
         assert set(released.class_names) == set(protocol.class_names) | published
         assert released.selected == (None if "selection" in flags else ("unseen", metric))
     assert len(build(config("sketchy", root, sketchy_split=split, selection="last")).class_names) == train
+
+
+@pytest.mark.parametrize("dataset,sizes", [("domainnet", (245, 55, 45)), ("sketchy/eccv", (93, 11, 21)),
+                                           ("sketchy/random", (90, 10, 25)), ("tuberlin", (200, 20, 30))])
+def test_the_lists_have_the_published_numbers_of_classes(dataset, sizes):
+    splits = DATASETS[dataset].splits()
+    assert tuple(len(splits[part]) for part in ("train", "val", "test")) == sizes
+    assert len(set(sum(splits.values(), []))) == sum(sizes)
+
+
+def test_the_sketches_of_two_domains_can_be_held_out(tmp_path):
+    root = touch_images(tmp_path, ("sketch", "extended_photo"), class_list("sketchy-all"), 2)
+    protocol = build(config("sketchy", root, held_out="sketch"))
+    assert protocol.domain_names == ["extended_photo"] and protocol.tests[0].protocol == "UCDR"
+    assert protocol.validation.query_domain == "extended_photo"  # no other is seen
+    with pytest.raises(ValueError, match="--held-out extended_photo is the gallery domain"):
+        build(config("sketchy", root, held_out="extended_photo"))
 
 
 def test_tuberlin_accepts_other_spellings(tmp_path):

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -18,22 +18,16 @@ class Dataset:
     domains: dict[str, tuple[str, ...]]  # domain: folders below the root that may be it, the first is taken
     gallery: str
     seen: tuple[str, ...]  # domain of the validation queries: the first that is not held out
-    train: str  # lists of `splits/`; what stands in `val` or `test` is no training class
-    val: str
-    test: str
-    sizes: tuple[int, int, int]  # classes of the three
+    lists: tuple[str, str, str]  # of `splits/`: train, without what stands in the others, val, test
     metric: str = "mAP@200"  # as published, and by which epochs are chosen (D5)
     aliases: dict[str, str] = field(default_factory=dict)  # domain: list of `aliases/`
     versions: dict[str, dict[str, int]] = field(default_factory=dict)  # version: images of each domain
 
     def splits(self) -> dict[str, list[str]]:
         """train, val and test classes, in the order of the lists."""
-        val, test = class_list(self.val), class_list(self.test)
+        train, val, test = map(class_list, self.lists)
         others = {*val, *test}
-        train = [name for name in class_list(self.train) if name not in others]
-        splits = {"train": train, "val": val, "test": test}
-        assert tuple(map(len, splits.values())) == self.sizes, f"{self.title}: {[*map(len, splits.values())]}"
-        return splits
+        return {"train": [name for name in train if name not in others], "val": val, "test": test}
 
 
 def class_list(name: str) -> list[str]:
@@ -65,49 +59,46 @@ def some(names: Iterable[str], count: int = 8) -> str:
 
 def compared(found: Mapping[str, tuple[int, int]], dataset: Dataset | None) -> list[str]:
     """A line per domain: its (images, classes) beside the published counts, which inform and never refuse."""
-    versions = dataset.versions if dataset else {}
+    versions = {name: {**counts, "total": sum(counts[domain] for domain in found)}
+                for name, counts in (dataset.versions if dataset else {}).items()}
     total = sum(images for images, _ in found.values())
     lines = []
     for domain, (images, classes) in [*found.items(), ("total", (total, 0))]:
-        published = {name: counts[domain] if domain != "total" else sum(counts[part] for part in found)
-                     for name, counts in versions.items()}
-        same = [name for name, count in published.items() if count == images]
+        published = {name: counts[domain] for name, counts in versions.items()}
         line = f"data     {domain:<14} {images:>7,} images" + (f", {classes} classes" if classes else "")
-        if same:
+        if same := [name for name, count in published.items() if count == images]:
             line += f"; as published ({', '.join(same)})"
         elif published:
-            line += "; differs from " + ", ".join(f"{name} {count:,} ({images - count:+,})"
-                                                  for name, count in published.items())
+            differences = [f"{name} {count:,} ({images - count:+,})" for name, count in published.items()]
+            line += f"; differs from {', '.join(differences)}"
         lines.append(line)
     return lines
 
 
 # Images: DomainNet's own pages; Sketchy and TU-Berlin: what the downloads hold, and what papers write.
-DOMAINNET = Dataset(
-    "DomainNet",
-    {name: (name,) for name in ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")},
-    "real", ("painting", "infograph"), "domainnet-train", "domainnet-val", "domainnet-test", (245, 55, 45),
-    versions={"original": dict(clipart=48837, infograph=53201, painting=75759, quickdraw=172500, real=175327,
-                               sketch=70386),
-              "cleaned": dict(clipart=48129, infograph=51605, painting=72266, quickdraw=172500, real=172947,
-                              sketch=69128)})
-SKETCHY_FOLDERS = {
-    "sketch": ("sketch", "256x256/sketch"),
-    "extended_photo": ("extended_photo", "EXTEND_image_sketchy", "256x256/extended_photo",
-                       "256x256/EXTEND_image_sketchy")}
-SKETCHY_VERSIONS = {"download": dict(sketch=75481, extended_photo=73002),
-                    "papers": dict(sketch=75471, extended_photo=73002)}
+SKETCHY = Dataset(
+    "Sketchy",
+    {"sketch": ("sketch", "256x256/sketch"),
+     "extended_photo": ("extended_photo", "EXTEND_image_sketchy", "256x256/extended_photo",
+                        "256x256/EXTEND_image_sketchy")},
+    "extended_photo", ("sketch",), ("sketchy-all", "sketchy-val-eccv", "sketchy-test-eccv"),
+    versions={"download": dict(sketch=75481, extended_photo=73002),
+              "papers": dict(sketch=75471, extended_photo=73002)})
 DATASETS = {
-    "domainnet": DOMAINNET,
-    "sketchy/eccv": Dataset(
-        "Sketchy", SKETCHY_FOLDERS, "extended_photo", ("sketch",), "sketchy-all", "sketchy-val-eccv",
-        "sketchy-test-eccv", (93, 11, 21), versions=SKETCHY_VERSIONS),
-    "sketchy/random": Dataset(
-        "Sketchy", SKETCHY_FOLDERS, "extended_photo", ("sketch",), "sketchy-all", "sketchy-val-random",
-        "sketchy-test-random", (90, 10, 25), "mAP@all", versions=SKETCHY_VERSIONS),
+    "domainnet": Dataset(
+        "DomainNet",
+        {name: (name,) for name in ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")},
+        "real", ("painting", "infograph"), ("domainnet-train", "domainnet-val", "domainnet-test"),
+        versions={"original": dict(clipart=48837, infograph=53201, painting=75759, quickdraw=172500,
+                                   real=175327, sketch=70386),
+                  "cleaned": dict(clipart=48129, infograph=51605, painting=72266, quickdraw=172500,
+                                  real=172947, sketch=69128)}),
+    "sketchy/eccv": SKETCHY,
+    "sketchy/random": replace(
+        SKETCHY, lists=("sketchy-all", "sketchy-val-random", "sketchy-test-random"), metric="mAP@all"),
     "tuberlin": Dataset(
-        "TU-Berlin", {"sketches": ("sketches", "png"), "images": ("images", "ImageResized")}, "images",
-        ("sketches",), "tuberlin-train", "tuberlin-val", "tuberlin-test", (200, 20, 30), "mAP@all",
+        "TU-Berlin", {"sketches": ("sketches", "png"), "images": ("images", "ImageResized")},
+        "images", ("sketches",), ("tuberlin-train", "tuberlin-val", "tuberlin-test"), "mAP@all",
         aliases={"sketches": "tuberlin-sketches", "images": "tuberlin-images"},
         versions={"download": dict(sketches=20000, images=204070),
                   "papers": dict(sketches=20000, images=204489)}),

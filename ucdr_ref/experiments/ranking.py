@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -18,14 +20,16 @@ from .protocols import Test
 from .report import plain
 
 COLUMNS = ("mAP@200", "Prec@200", "mAP@all", "Prec@100")
+SHOWN, HITS = 8, 10  # queries and results of the picture
 # As published (ViT-B/32), by dataset, protocol and gallery.
 PUBLISHED = {
-    ("domainnet", "UCDR", "unseen"): "mean of 5 query domains: CLIP mAP@200 0.4435 Prec@200 0.3840, ProS "
-                                     "0.6052 0.5626, "
-                                     "UCDR-Adapter 0.6071 0.5655; query sketch: UCDR-Adapter mAP@200 0.6591",
-    ("domainnet", "UCDR", "mixed"): "mean of 5 query domains: ProS mAP@200 0.5546 Prec@200 0.5195, "
-                                    "UCDR-Adapter 0.5660 0.5311",
-    ("domainnet", "UdCDR", "seen"): "mean of 5 query domains: ProS mAP@200 0.6332, UCDR-Adapter 0.6370",
+    ("domainnet", "UCDR", "unseen"):
+        "mean of 5 query domains: CLIP mAP@200 0.4435 Prec@200 0.3840, ProS 0.6052 0.5626, "
+        "UCDR-Adapter 0.6071 0.5655; query sketch: UCDR-Adapter mAP@200 0.6591",
+    ("domainnet", "UCDR", "mixed"):
+        "mean of 5 query domains: ProS mAP@200 0.5546 Prec@200 0.5195, UCDR-Adapter 0.5660 0.5311",
+    ("domainnet", "UdCDR", "seen"):
+        "mean of 5 query domains: ProS mAP@200 0.6332, UCDR-Adapter 0.6370",
     ("sketchy", "UcCDR", "unseen"): "ProS mAP@200 0.6991, UCDR-Adapter 0.7285",
     ("tuberlin", "UcCDR", "unseen"): "ProS mAP@all 0.6675, UCDR-Adapter 0.6581",
 }
@@ -43,15 +47,14 @@ class FeatureTable:
     def of(self, files: Files) -> tuple[Tensor, Files]:
         """Features [n, e] on the device of the n readable files, and these files."""
         new = files.keep([i for i, path in enumerate(files.paths) if path not in self.rows])
-        if len(new):
+        if new:
             rows, kept = self.extractor.features(new)
             self.rows |= dict.fromkeys(new.paths)
             self.rows |= dict(zip(new.keep(kept).paths, rows))
-        found = files.keep([i for i, path in enumerate(files.paths) if self.rows[path] is not None])
-        if not len(found):
+        features = {i: row for i, path in enumerate(files.paths) if (row := self.rows[path]) is not None}
+        if not features:
             raise ValueError(f"none of the {len(files)} images could be read; the first is {files.paths[0]}")
-        features = [row for path in found.paths if (row := self.rows[path]) is not None]
-        return torch.stack(features).to(self.extractor.device), found
+        return torch.stack([*features.values()]).to(self.extractor.device), files.keep([*features])
 
 
 def formed(table: FeatureTable, form: ClosedForm) -> Rows:
@@ -65,29 +68,29 @@ def formed(table: FeatureTable, form: ClosedForm) -> Rows:
 
 
 def score(rows: Rows, test: Test, center: bool = False) -> dict[str, dict[str, Any]]:
-    """For each gallery of a test: the metrics of `metrics.retrieval`, with the files and the first ten
-    results per query.
+    """For each gallery of a test: the numbers of `metrics.retrieval`, and what report and picture need.
 
     center: queries and gallery each lose their own mean first (transductive).
     """
-    adjust: Callable[[Tensor], Tensor] = centred if center else lambda features: features
-    query, queries = rows(test.query)
-    query, results = adjust(query), {}
+    def moved(files: Files) -> tuple[Tensor, Files]:
+        features, found = rows(files)
+        return centred(features) if center else features, found
+
+    query, queries = moved(test.query)
+    shown, results = shown_queries(queries), {}
     for name, files in test.galleries.items():
-        gallery, found = rows(files)
-        gallery = adjust(gallery)
-        names = sorted(set(queries.classes) | set(found.classes))
+        gallery, found = moved(files)
+        names = sorted({*queries.classes, *found.classes})
         number = {label: i for i, label in enumerate(names)}
         query_ids, gallery_ids = (torch.tensor([number[label] for label in part.classes], device=query.device)
                                   for part in (queries, found))
         metrics = retrieval(query, query_ids, gallery, gallery_ids)
-        shown = shown_queries(queries)
-        nearest = search(query[shown], gallery, min(10, len(found)))[1].tolist()
-        left_out = len(test.query) - len(queries) + len(files) - len(found)
-        results[name] = {"metrics": metrics, "names": names, "queries": queries, "gallery": found,
-                         "unreadable": left_out,
-                         "shown": list(zip(shown, nearest)), "query_features": query.cpu(),
-                         "gallery_features": gallery.cpu()}
+        nearest = search(query[shown], gallery, min(HITS, len(found)))[1].tolist()
+        results[name] = {
+            "metrics": metrics, "names": names, "queries": queries, "gallery": found,
+            "unreadable": len(test.query) - len(queries) + len(files) - len(found),
+            "shown": list(zip(shown, nearest)),
+            "query_features": query.cpu(), "gallery_features": gallery.cpu()}
     return results
 
 
@@ -97,33 +100,27 @@ def validation_score(rows: Rows, test: Test, selected: tuple[str, str]) -> float
     return score(rows, test)[gallery]["metrics"][metric]
 
 
-def shown_queries(queries: Files, count: int = 8) -> list[int]:
-    """Indices of queries of as many different classes as `count` allows, for the picture."""
-    first: dict[str, int] = {}
-    for i, label in enumerate(queries.classes):
-        first.setdefault(label, i)
-    indices = list(first.values())
-    return indices[:: max(1, -(-len(indices) // count))][:count]
+def shown_queries(queries: Files) -> list[int]:
+    """Indices of queries of different classes, for the picture."""
+    first = [queries.classes.index(label) for label in dict.fromkeys(queries.classes)]
+    return first[::-(-len(first) // SHOWN)]
 
 
 def rank(methods: Mapping[str, Rows], tests: list[Test]) -> list[dict[str, Any]]:
-    """Two rows per test, gallery and method, the second one centred: numbers, and under `details` what the
-    files need.
-    """
+    """Two rows per test, gallery and method, the second centred: numbers, and `details` for the files."""
     rows = []
     for test in tests:
-        scored = {(name, center): score(features, test, center) for name, features in methods.items()
-                  for center in (False, True)}
+        scored = {(name, center): score(features, test, center)
+                  for name, features in methods.items() for center in (False, True)}
         for gallery in test.galleries:
             for (name, center), found in scored.items():
                 details = found[gallery]
                 numbers = {key: value for key, value in details["metrics"].items()
                            if isinstance(value, (int, float))}
-                title = f"{name}, centred" if center else name
-                rows.append({"protocol": test.protocol, "query_domain": test.query_domain,
-                             "gallery_name": gallery,
-                             "method": title, "transductive": center, **numbers, "unreadable": details["unreadable"],
-                             "details": details})
+                rows.append({
+                    "protocol": test.protocol, "query_domain": test.query_domain, "gallery_name": gallery,
+                    "method": f"{name}, centred" if center else name, "transductive": center, **numbers,
+                    "unreadable": details["unreadable"], "details": details})
     return rows
 
 
@@ -133,31 +130,27 @@ def published(config: Config, protocol: str, gallery: str) -> str:
     That is the whole dataset with its split and galleries, and OpenAI's ViT-B/32, told by its digest.
     """
     text = PUBLISHED.get((config.dataset, protocol, gallery), "")
-    same = not config.per_class and config.holdback == 0.08 and not config.file_lists
-    if protocol == "UdCDR":
-        same = same and config.ud_gallery == "trained"  # D7
-    if config.dataset == "sketchy":
-        same = same and config.sketchy_split == "eccv"
+    same = (not config.per_class and config.holdback == 0.08 and not config.file_lists
+            and (protocol != "UdCDR" or config.ud_gallery == "trained")  # D7
+            and (config.dataset != "sketchy" or config.sketchy_split == "eccv"))
     return text if text and same and file_digest(config.weights) == OPENAI_SHA256["ViT-B-32.pt"] else ""
 
 
 def table(rows: list[dict[str, Any]], config: Config) -> str:
     """The rows as text, percentages, with the paper's numbers under the row they belong to."""
-    lines = [f"{'protocol':<9} {'query':<11} {'gallery':<8} {'method':<24} "
-             + " ".join(f"{name:>9}" for name in COLUMNS)
-             + "  queries x gallery"]
-    for i, row in enumerate(rows):
-        key = (row["protocol"], row["query_domain"], row["gallery_name"])
-        lines.append(f"{key[0]:<9} {plain(key[1]):<11} {key[2]:<8} {plain(row['method']):<24} "
-                     + " ".join(f"{100 * row[name]:9.2f}" for name in COLUMNS) + f"  {row['queries']} x "
-                                                                                 f"{row['gallery']}"
-                     + ("; transductive" if row["transductive"] else "")
-                     + (f"; k cut to {row['k_used']}" if row["k_used"] < row["k"] else "")
-                     + (f"; {row['unreadable']} unreadable images left out" if row["unreadable"] else "")
-                     + (f"; {row['no_relevant']} queries without a relevant image" if row["no_relevant"]
-                        else ""))
-        last = i + 1 == len(rows) or key != tuple(rows[i + 1][part]
-                                                  for part in ("protocol", "query_domain", "gallery_name"))
-        if last and (text := published(config, key[0], key[2])):
+    titles = " ".join(f"{name:>9}" for name in COLUMNS)
+    lines = [f"{'protocol':<9} {'query':<11} {'gallery':<8} {'method':<24} {titles}  queries x gallery"]
+    key = itemgetter("protocol", "query_domain", "gallery_name")
+    for (protocol, domain, gallery), group in groupby(rows, key):
+        for row in group:
+            numbers = " ".join(f"{100 * row[name]:9.2f}" for name in COLUMNS)
+            remarks = {f"{row['queries']} x {row['gallery']}": True, "transductive": row["transductive"],
+                       f"k cut to {row['k_used']}": row["k_used"] < row["k"],
+                       f"{row['unreadable']} unreadable images left out": row["unreadable"],
+                       f"{row['no_relevant']} queries without a relevant image": row["no_relevant"]}
+            told = "; ".join(remark for remark, holds in remarks.items() if holds)
+            lines.append(f"{protocol:<9} {plain(domain):<11} {gallery:<8} {plain(row['method']):<24} "
+                         f"{numbers}  {told}")
+        if text := published(config, protocol, gallery):
             lines.append(f"          published (ViT-B/32): {text}")
     return "\n".join(lines)

@@ -22,7 +22,7 @@ from ..clip.tensorfile import file_digest
 from ..clip.tokenizer import tokenize
 from ..clip.zero_shot import ZeroShot
 from ..config import Config, from_dict, located
-from ..images.cache import Index, build_index
+from ..images.cache import EncodePaths, Index, build_index
 from ..images.features import Extractor
 from ..machine.processes import pick_device
 from ..ucdr.adapter import UCDRAdapter
@@ -41,7 +41,11 @@ class Model(NamedTuple):
     config: Config
     method: Method
     device: torch.device
-    digests: tuple[str, ...]  # of the files it was made of
+    digests: tuple[str, str]  # of best.pt, empty for CLIP as it is, and of the weights
+
+    def encoder(self, invert: str) -> EncodePaths:
+        """Of paths; the last column of the features tells which images were inverted."""
+        return Extractor(self.method, self.config, self.device).of_paths(invert, flags=True)
 
 
 @dataclass(frozen=True)
@@ -75,17 +79,12 @@ class Search:
 
 def run_model(folder: Path, overrides: dict[str, Any], verify: bool = True,
               other_weights: bool = False) -> Model:
-    """The best model of a finished run.
-
-    Raises as `experiment.restore`, and ValueError for a run with --sre-center 1.
-    """
+    """The best model of a finished run. Raises as `experiment.restore`; ValueError with --sre-center 1."""
     device = pick_device(overrides.get("device", "auto"))
     config, method, _ = restore(folder, overrides, device, verify, other_weights)
     if config.sre_center:
-        raise ValueError(f"{folder} was trained with --sre-center 1, where features depend on the folder "
-                         f"that "
-                         "an image came with: it cannot search; name another --run, or --weights alone for "
-                         "CLIP")
+        raise ValueError(f"{folder} was trained with --sre-center 1, where features depend on an image's "
+                         "folder: it cannot search; name another --run, or --weights alone for CLIP")
     digests = file_digest(folder / "best.pt"), file_digest(config.weights)
     return Model(f"run {folder}", config, method, device, digests)
 
@@ -114,36 +113,29 @@ def encode_folder(model: Model, folder: Path, invert: str, cache: Path) -> tuple
     config = model.config
     made_of = [*model.digests, config.precision, config.image_reading, invert]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
-    encode = Extractor(model.method, config, model.device).of_paths(invert, flags=True)
-    index = build_index(folder, encode, key, cache, config.bad_images)
+    index = build_index(folder, model.encoder(invert), key, cache, config.bad_images)
     return replace(index, features=index.features[:, :-1]), index.features[:, -1] > 0
 
 
 def encode_images(model: Model, paths: Sequence[str], invert: str) -> tuple[Tensor, list[bool]]:
     """Features [q, e] of query images and which were inverted; ValueError for one that cannot be read."""
-    encode = Extractor(model.method, model.config, model.device).of_paths(invert, flags=True)
-    found = list(encode(list(paths)))
-    indices = {int(i) for part, _ in found for i in part}
-    for i, path in enumerate(paths):
-        if i not in indices:
-            raise ValueError(f"{os.fsencode(path)!r}: not a readable query image")
-    rows = torch.cat([part for _, part in found]).cpu()
+    found = list(model.encoder(invert)(list(paths)))
+    if unread := sorted(set(range(len(paths))).difference(*(indices.tolist() for indices, _ in found))):
+        raise ValueError(f"{os.fsencode(paths[unread[0]])!r}: not a readable query image")
+    rows = torch.cat([features for _, features in found]).cpu()
     return rows[:, :-1], (rows[:, -1] > 0).tolist()
 
 
 def encode_texts(model: Model, texts: Sequence[str]) -> Tensor:
     """CLIP's features [q, e] of the texts as they are, L2-normalised.
 
-    A trained adapter is searched by them too, since L-align pulled its features towards text. Raises
-    ValueError where features are elsewhere (SRE-CLIP, a closed form) or not of unit length, and without a
-    text tower.
+    A trained adapter is searched by them too, since L-align pulled its features towards text. ValueError
+    where features are elsewhere (SRE-CLIP, a closed form) or of other lengths, and without a text tower.
     """
     method, clip = model.method, model.method.clip
     if not isinstance(method, (ZeroShot, UCDRAdapter)) or model.config.evaluation_features != "normalized":
-        raise ValueError(f"the features of {model.title} do not lie, at unit length, in CLIP's space of "
-                         f"images "
-                         "and texts, so --text cannot search them; name --weights alone for CLIP, or --query "
-                         "images")
+        raise ValueError(f"the features of {model.title} are not in CLIP's space at unit length, so --text "
+                         "cannot search them; name --weights alone for CLIP, or --query images")
     clip.require_text()
     with torch.no_grad():
         ids = tokenize(list(texts), clip.context_length).to(model.device)
@@ -155,45 +147,42 @@ def search(model: Model, gallery: Path, images: Sequence[str], texts: Sequence[s
            like: Path | None = None) -> Search:
     """The k nearest images of a gallery folder to each query image and text.
 
-    centre (transductive): the gallery loses its mean, images that of the unlabelled ones in the folder
-    `like`, or their own when they are FEW or more, and so do texts. Raises ValueError for fewer, and as
-    those above.
+    centre (transductive): the gallery loses its mean, query images that of the folder `like` or, as texts
+    do, their own when they are FEW or more. Raises ValueError for fewer, and as those above.
     """
-    if centre and texts and len(texts) < FEW:
-        raise ValueError(f"--center needs {FEW} texts or more, to know their mean; got {len(texts)}")
-    if centre and images and like is None and len(images) < FEW:
-        raise ValueError("--center needs the mean of images like the queries: name a folder of such as "
-                         f"--queries-like DIR, or give {FEW} queries or more; got {len(images)}")
-    parts: list[Tensor] = []
-    asked: list[tuple[str, str, bool]] = []
+    for what, asked in (("texts or more", texts),
+                        ("query images or more, or --queries-like DIR", () if like else images)):
+        if centre and 0 < len(asked) < FEW:
+            raise ValueError(f"--center needs {FEW} {what}, to know their mean; got {len(asked)}")
+    features: list[Tensor] = []
+    answers: list[Answer] = []
     about = ["the gallery less its mean"] if centre else []
     if images:
         found, flags = encode_images(model, images, invert_query)
-        if centre and like is not None:
+        mean, whose = None, f"these {len(images)}"
+        if centre and like:
             others, _ = encode_folder(model, like, invert_query, cache)
-            about.append(f"query images less the mean of {len(others.paths)} images in {like}")
-            found = centred(found, center(rows(others)))
-        elif centre:
-            about.append(f"query images less the mean of these {len(images)}")
-            found = centred(found)
-        parts.append(found)
-        asked += [(path, "image", flag) for path, flag in zip(images, flags)]
+            mean, whose = center(rows(others)), f"{len(others.paths)} images in {like}"
+        if centre:
+            about.append(f"query images less the mean of {whose}")
+            found = centred(found, mean)
+        features.append(found)
+        answers += [Answer(path, "image", flag, []) for path, flag in zip(images, flags)]
     if texts:
         found = encode_texts(model, texts)
         if centre:
             about.append(f"texts less the mean of these {len(texts)}")
             found = centred(found)
-        parts.append(found)
-        asked += [(text, "text", False) for text in texts]
+        features.append(found)
+        answers += [Answer(text, "text", False, []) for text in texts]
     index, inverted = encode_folder(model, gallery, invert_gallery, cache)
     if centre:
         index = replace(index, features=centred(rows(index)).numpy())
-    answers = []
-    if parts:
-        distances, nearest = index.search(torch.cat(parts), k)
-        for query, lengths, places in zip(asked, distances.tolist(), nearest.tolist()):
-            hits = [Hit(index.path(j), d, bool(inverted[j])) for j, d in zip(places, lengths)]
-            answers.append(Answer(*query, hits))
+    if answers:
+        distances, nearest = index.search(torch.cat(features), k)
+        for answer, lengths, places in zip(answers, distances.tolist(), nearest.tolist()):
+            answer.results.extend(Hit(index.path(j), length, bool(inverted[j]))
+                                  for j, length in zip(places, lengths))
     return Search(model.title, str(gallery), index, int(inverted.sum()), "; ".join(about), answers)
 
 
