@@ -7,6 +7,7 @@ classes, never on test classes.
 """
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -78,13 +79,30 @@ def frozen_rows(config: Config, weights: Path, out: Path, device: torch.device) 
 
 
 def adapter_rows(folder: Path, device: torch.device, form: bool) -> list[dict[str, Any]]:
-    """Rows of a finished run's adapter and, with `form`, of the closed form of its features: a pass of all
-    training images.
+    """Rows of a finished run's adapter, those it wrote itself unless its features are at hand; with `form`,
+    also of the closed form of its features, which costs a pass of all training images.
     """
+    if not form and not (folder / "features.pt").exists():
+        return written_rows(folder)
     config, method, _ = restore(folder, {}, device)
     key = file_digest(folder / "best.pt")
     return rows_of({"ucdr-adapter": Stored(Extractor(method, config, device), folder / "features.pt", key)},
                    config, form)
+
+
+def written_rows(folder: Path) -> list[dict[str, Any]]:
+    """The adapter's rows of a run's results.json, as `rows_of` has them."""
+    results = json.loads((folder / "results.json").read_text())
+    found = []
+    for transductive in (False, True):
+        mine = {row["gallery_name"]: row for row in results["rows"] if row["protocol"] == "UCDR"
+                and row["method"].startswith("ucdr-adapter") and row["transductive"] == transductive}
+        numbers = {gallery: {metric: round(100 * mine[gallery][metric], 3) for metric in METRICS}
+                   for gallery in ("unseen", "mixed")}
+        config = results["config"]
+        found.append({"held_out": config["held_out"], "seed": config["seed"], "method": "ucdr-adapter",
+                      "transductive": transductive, "lambda": None, **numbers})
+    return found
 
 
 def rows_of(tables: Mapping[str, Stored], config: Config, form: bool = True) -> list[dict[str, Any]]:
