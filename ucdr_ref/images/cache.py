@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -44,9 +44,7 @@ EncodePaths = Callable[[list[str]], Batches]
 
 @dataclass(frozen=True)
 class Index:
-    """Row i of `features` [g, e] (float32, memory-mapped) belongs to `paths[i]`, relative to `folder`,
-    sorted.
-    """
+    """Row i of `features` [g, e] (float32, memory-mapped) is of `paths[i]`, relative to `folder`, sorted."""
 
     folder: str
     paths: list[str]
@@ -58,19 +56,16 @@ class Index:
     def path(self, i: int) -> str:
         return os.path.join(self.folder, self.paths[i])
 
-    def search(self, query: Tensor, k: int, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-        """query [q, e] -> (Euclidean distances [q, k], rows [q, k]), exact, nearest first; see
-        `metrics.search`.
-        """
-        return search(query, self.features, k, chunk)
+    def search(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """query [q, e] -> (Euclidean distances [q, k], rows [q, k]), nearest first, as `metrics.search`."""
+        return search(query, self.features, k)
 
     def export(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the vectors to `path` (.npy, float32 [g, e]) and beside it `<path without .npy>.paths.txt`,
-        returned.
+        """Writes the vectors to `path` (.npy, float32 [g, e]); returns `<path without .npy>.paths.txt` beside it.
 
-        Line i of the text is the relative path of row i, its bytes unchanged except that backslash, newline
-        and carriage return are written as two characters, as in C. Raises ValueError for another ending,
-        WriteError when a file cannot be written.
+        Its line i is the relative path of row i, its bytes unchanged but for backslash, newline and carriage
+        return, written as two characters as in C. Raises ValueError for another ending, WriteError when a
+        file cannot be written.
         """
         target = Path(path)
         if target.suffix != ".npy":
@@ -96,17 +91,16 @@ class Entry:
 def build_index(folder: str | os.PathLike[str], encode_paths: EncodePaths, key: str,
                 cache_dir: str | os.PathLike[str], bad: str = "error",
                 say: Callable[[str], None] | None = None) -> Index:
-    """The index of all images below `folder`, from the cache as far as it goes; the rest is encoded now and
-    put there.
+    """The index of all images below `folder`: from the cache as far as it goes, the rest encoded now.
 
     encode_paths(absolute paths) yields (indices into them [b], features [b, e]) in any order; an index that
     never comes is an image that it could not read: an error, once the others are cached, or left out with
-    bad="skip", and not tried again before it changes. `key` identifies model and preprocessing. What is
-    cached is used only for the same folder, relative path, size, times of modification and change, and `key`,
-    out of an entry whose checksum holds. What stops the encoding, such as KeyboardInterrupt, leaves in the
-    cache what was encoded before. `say` gets one-line notices about broken entries and, now and then, about
-    how far it is (default: stderr). Raises FileNotFoundError for a missing folder; ValueError for one without
-    images, an unreadable image, or features that are not finite; WriteError when the cache cannot be written.
+    bad="skip", and not tried again before it changes. `key` identifies model and preprocessing. Features are
+    reused only for the same folder, relative path, size, times of modification and change, and `key`, out of
+    an entry whose checksum holds. What stops the encoding, such as KeyboardInterrupt, leaves in the cache what
+    was encoded before. `say` gets lines about broken entries and about how far it is (default: stderr).
+    Raises FileNotFoundError for a missing folder; ValueError for one without images, an unreadable image, or
+    features that are not finite; WriteError when the cache cannot be written.
     """
     if bad not in ("error", "skip"):
         raise ValueError(f'bad must be "error" or "skip"; got {bad!r}')
@@ -119,18 +113,16 @@ def build_index(folder: str | os.PathLike[str], encode_paths: EncodePaths, key: 
     cached, encoded = entry is not None, 0
     if entry is None:
         entry, encoded = renew(cache, digest, root, files, entries, encode_paths, say)
-    skipped = [name for name, *_ in entry.skipped]
-    if skipped and bad == "error":
-        raise unreadable(skipped, len(files))
-    return Index(root, [name for name, *_ in entry.files], entry.features, skipped, cached, encoded)
+    if bad == "error" and entry.skipped:
+        raise unreadable(entry.skipped, len(files))
+    paths, skipped = ([name for name, *_ in part] for part in (entry.files, entry.skipped))
+    return Index(root, paths, entry.features, skipped, cached, encoded)
 
 
 def sound_entries(cache: Path, digest: str, say: Callable[[str], None]) -> list[Entry]:
     """The entries of an index; broken ones are removed with a notice, since none is ever repaired."""
     entries = []
-    for folder in sorted(cache.glob(f"{digest[:16]}-*")):
-        if not ENTRY_NAME.fullmatch(folder.name) or not folder.is_dir() or folder.is_symlink():
-            continue
+    for folder in own_folders(cache, f"{digest[:16]}-*", ENTRY_NAME):
         try:
             entries.append(read_entry(folder, digest))
         except Exception as error:  # whatever is wrong with an entry, it can be built anew
@@ -141,24 +133,25 @@ def sound_entries(cache: Path, digest: str, say: Callable[[str], None]) -> list[
     return entries
 
 
+def own_folders(cache: Path, pattern: str, name: re.Pattern[str]) -> list[Path]:
+    """Folders that this module made; what else a user keeps there, and links, are left alone."""
+    return sorted(folder for folder in cache.glob(pattern)
+                  if name.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink())
+
+
 def read_entry(folder: Path, digest: str) -> Entry:
-    """Raises an exception of any kind unless the entry is whole; no size in it is believed before the file's
-    own.
-    """
+    """Raises an exception of any kind unless the entry is whole."""
     content = json.loads(regular_file(folder / "files.json").read_text(encoding="ascii"))
-    crc = content.pop("crc32")
-    if content["index"] != digest:
-        raise ValueError("it is of another index")
+    crc, width = content.pop("crc32"), content["width"]
     files, skipped = ([(name, *state) for name, *state in content[part]] for part in ("files", "skipped"))
-    path, header = regular_file(folder / "features.npy"), npy_header(len(files), content["width"])
-    if not files or os.stat(path).st_size != HEADER_BYTES + len(files) * content["width"] * 4:
-        raise ValueError(f"it holds {os.stat(path).st_size} bytes for {len(files)} images")
+    path = regular_file(folder / "features.npy")
     with open(path, "rb") as file:
-        if file.read(HEADER_BYTES) != header:
-            raise ValueError("the header of its features is another one")
-    if crc != checksum(content, path):
-        raise ValueError("the checksum differs")
-    return Entry(folder, files, skipped, map_rows(path, len(files), content["width"], HEADER_BYTES))
+        header, size = file.read(HEADER_BYTES), file.seek(0, os.SEEK_END)
+    # In this order: no size is believed, and no file read to its end, before header and size are right.
+    if not (content["index"] == digest and files and header == npy_header(len(files), width)
+            and size == HEADER_BYTES + len(files) * width * 4 and crc == checksum(content, path)):
+        raise ValueError("index, header, size or checksum is another one")
+    return Entry(folder, files, skipped, map_rows(path, len(files), width, HEADER_BYTES))
 
 
 def renew(cache: Path, digest: str, root: str, files: list[File], entries: list[Entry],
@@ -170,23 +163,16 @@ def renew(cache: Path, digest: str, root: str, files: list[File], entries: list[
     rows: dict[File, np.ndarray | None] = {}  # the features of each image; None for one that cannot be read
     for old in entries:
         rows = {**dict.fromkeys(old.skipped), **rows, **dict(zip(old.files, np.asarray(old.features)))}
-    rows = {file: rows[file] for file in files if file in rows}
     new = [file for file in files if file not in rows]
     done: list[File] = []  # in the order of their rows in the file `new`
-    width = 0
+    width = entries[0].features.shape[1] if entries else 0
+    stop: BaseException | None = None  # what ended the encoding early
     with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
         sweep(cache)
         temporary = Path(tempfile.mkdtemp(prefix=f".{digest[:16]}-", suffix=".tmp", dir=cache))
     try:
-        with opened(temporary / "new", cache) as store:
-            def publish() -> Entry:
-                if done:
-                    with writing(cache):
-                        store.flush()
-                    rows.update(zip(done, np.asarray(map_rows(temporary / "new", len(done), width, 0))))
-                return write_entry(temporary, digest, {file: rows[file] for file in files if file in rows})
-
+        with writing(cache), open(temporary / "new", "wb") as store:
             try:
                 batches = encode_paths([os.path.join(root, name) for name, *_ in new]) if new else []
                 for part, features in encoded_rows(batches, new, say):
@@ -195,14 +181,19 @@ def renew(cache: Path, digest: str, root: str, files: list[File], entries: list[
                     with writing(cache):
                         store.write(features.tobytes())
                     done += part
-                rows.update(dict.fromkeys(set(new).difference(done)))
-                entry = publish()
             except WriteError:
                 raise
-            except BaseException:
-                if done:
-                    publish()
-                raise
+            except BaseException as error:
+                stop = error
+        if stop and not done:
+            raise stop
+        if not stop:
+            rows |= dict.fromkeys(new)
+        if done:
+            rows |= zip(done, np.asarray(map_rows(temporary / "new", len(done), width, 0)))
+        entry = write_entry(temporary, digest, {file: rows[file] for file in files if file in rows})
+        if stop:
+            raise stop
         for old in entries:
             discard(old.folder)
     finally:
@@ -221,10 +212,10 @@ def encoded_rows(batches: Batches, new: list[File],
             continue
         rows = features.detach().to("cpu").float().numpy().astype("<f4", copy=False)
         assert rows.ndim == 2 and len(rows) == len(part), f"features {rows.shape} for {len(part)} images"
-        if not np.isfinite(rows).all():
-            name = part[int(np.flatnonzero(~np.isfinite(rows).all(1))[0])][0]
-            raise ValueError(f"{show(Path(name))}: its features are not finite; check the weights and the "
-                             "precision")
+        finite = np.isfinite(rows).all(1)
+        if not finite.all():
+            name = show(Path(part[int(finite.argmin())][0]))
+            raise ValueError(f"{name}: its features are not finite; check the weights and the precision")
         yield part, rows
         done, now = done + len(part), time.monotonic()
         if now - last >= SAY_SECONDS:
@@ -239,23 +230,20 @@ def write_entry(temporary: Path, digest: str, rows: dict[File, np.ndarray | None
     kept = {file: row for file, row in rows.items() if row is not None}
     skipped = [file for file in rows if file not in kept]
     if not kept:
-        raise unreadable([name for name, *_ in skipped], len(rows))
+        raise unreadable(skipped, len(rows))
     width, path = len(next(iter(kept.values()))), folder / "features.npy"
     with writing(cache):
-        folder.mkdir(exist_ok=True)
-    with opened(path, cache) as file, writing(cache):
-        file.write(npy_header(len(kept), width))
-        for row in kept.values():
-            assert len(row) == width, f"features of width {len(row)} and {width} under one key"
-            file.write(row.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    content = {"index": digest, "width": width, "files": list(kept), "skipped": skipped}
-    content["crc32"] = checksum(content, path)
-    write_atomic(folder / "files.json", lambda file: file.write(json.dumps(content).encode("ascii")))
-    features = map_rows(path, len(kept), width, HEADER_BYTES)  # once it is moved, a newer one may replace it
-    final = cache / temporary.name[1:-len(".tmp")]
-    with writing(cache):
+        folder.mkdir()
+        with open(path, "wb") as file:
+            file.write(npy_header(len(kept), width))
+            file.writelines(row.tobytes() for row in kept.values())
+            file.flush()
+            os.fsync(file.fileno())
+        content = {"index": digest, "width": width, "files": list(kept), "skipped": skipped}
+        content["crc32"] = checksum(content, path)
+        write_atomic(folder / "files.json", lambda file: file.write(json.dumps(content).encode("ascii")))
+        features = map_rows(path, len(kept), width, HEADER_BYTES)  # before a newer entry may replace it
+        final = cache / temporary.name[1:-len(".tmp")]
         os.rename(folder, final)
     return Entry(final, list(kept), skipped, features)
 
@@ -290,9 +278,7 @@ def discard(folder: Path) -> None:
 
 def sweep(cache: Path) -> None:
     """Removes what killed processes left half-written, known by the names that `mkdtemp` gives."""
-    for folder in cache.glob(".*.tmp"):
-        if not TEMPORARY_NAME.fullmatch(folder.name) or not folder.is_dir() or folder.is_symlink():
-            continue
+    for folder in own_folders(cache, ".*.tmp", TEMPORARY_NAME):
         with suppress(OSError):  # its owner is removing it
             touched = max(file.stat().st_mtime for file in (folder, *folder.rglob("*")))
             if time.time() - touched > STALE_SECONDS:
@@ -300,25 +286,17 @@ def sweep(cache: Path) -> None:
 
 
 @contextmanager
-def opened(path: Path, cache: Path) -> Iterator[BinaryIO]:
-    with writing(cache):
-        file = open(path, "w+b")
-    try:
-        yield file
-    finally:
-        with writing(cache):  # closing flushes, so it fails once more on a full disk
-            file.close()
-
-
-@contextmanager
 def writing(cache: Path) -> Iterator[None]:
+    """Around writes: a full disk or a blocked cache becomes a WriteError with the next step."""
     try:
         yield
+    except WriteError:
+        raise
     except OSError as error:
         raise WriteError(f"could not write the index in {show(cache)} ({error.strerror or error}); free "
                          "space or choose another folder for it") from error
 
 
-def unreadable(skipped: list[str], count: int) -> ValueError:
+def unreadable(skipped: list[File], count: int) -> ValueError:
     return ValueError(f"{len(skipped)} of {count} images could not be read, the first is "
-                      f"{show(Path(skipped[0]))}; remove them, or leave them out with --bad-images skip")
+                      f"{show(Path(skipped[0][0]))}; remove them, or leave them out with --bad-images skip")
