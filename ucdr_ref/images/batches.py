@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -30,8 +31,8 @@ from ..machine.processes import fold
 # Mean and standard deviation of the training images' normalisation (D4).
 STATISTICS = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 MAX_PIXELS = 120_000_000  # more is taken for a decompression bomb
-STOPS = (signal.SIGINT, signal.SIGTERM)
 TILE = 1024  # side in pixels of what is converted at once
+STOPS = (signal.SIGINT, signal.SIGTERM)
 # Raster formats alone: Pillow would hand an EPS, whatever its name, to Ghostscript.
 FORMATS = ("JPEG", "MPO", "JPEG2000", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "ICO")
 ENDINGS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".apng", ".webp", ".avif", ".gif",
@@ -56,7 +57,7 @@ class Files:
         return Files(*([column[i] for i in indices] for column in (self.paths, self.classes, self.domains)))
 
     def digest(self, root: str) -> str:
-        """sha256 over the paths below `root`, so that two runs can be seen to use the same list."""
+        """sha256 over the paths below `root`: two runs can be seen to use the same list."""
         names = "\n".join(os.path.relpath(path, root) for path in self.paths)
         return hashlib.sha256(os.fsencode(names)).hexdigest()
 
@@ -82,8 +83,8 @@ def open_image(path: str, as_is: bool = False) -> Image.Image:
                 ImageOps.exif_transpose(image, in_place=True)
                 return to_rgb(image)
     except Exception as error:  # decoders raise anything on damaged files
-        raise ValueError(f"{os.fsencode(path)!r}: not a readable image ({tidy(error)}); remove it or run with "
-                         "--bad-images skip") from None
+        raise ValueError(f"{os.fsencode(path)!r}: not a readable image ({tidy(error)}); remove it or run "
+                         "with --bad-images skip") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -91,28 +92,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy()
-    (w, h), scale = image.size, 0.0
-    tiles = [(x, y, min(x + TILE, w), min(y + TILE, h)) for y in range(0, h, TILE) for x in range(0, w, TILE)]
+    scale = 0.0  # what takes the values of deep grey images to 0..255
     if image.mode.startswith("I"):
         scale = 1 / 257  # 16-bit files come as I or I;16
     elif image.mode == "F":  # spans 0..1 or 0..255
-        largest = np.max([np.asarray(image.crop(tile)).max() for tile in tiles], initial=0)
-        scale = 255.0 if largest <= 1 else 1.0
+        scale = 255.0 if np.max(image.getextrema()) <= 1 else 1.0
     result = Image.new("RGB", image.size)
-    for tile in tiles:
-        result.paste(tile_to_rgb(image.crop(tile), scale), tile)
+    for x, y in product(range(0, image.width, TILE), range(0, image.height, TILE)):
+        tile = image.crop((x, y, min(x + TILE, image.width), min(y + TILE, image.height)))
+        if scale:
+            values = np.nan_to_num(np.asarray(tile, dtype=np.float64)) * scale
+            tile = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+        if {"A", "a"}.intersection(tile.getbands()) or "transparency" in tile.info:
+            tile = tile.convert("RGBA")
+            tile = Image.alpha_composite(Image.new("RGBA", tile.size, "white"), tile)
+        result.paste(tile.convert("RGB"), (x, y))
     return result
-
-
-def tile_to_rgb(image: Image.Image, scale: float) -> Image.Image:
-    """`scale`, unless 0, takes the values of a grey image to 0..255."""
-    if scale:
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64)) * scale
-        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def augment(image_size: int) -> Transform:

@@ -19,7 +19,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,10 @@ import numpy as np
 from torch import Tensor
 
 from ..clip.tensorfile import regular_file, show, tidy
-from ..machine.files import STALE_SECONDS, WriteError, write_atomic
+from ..machine.files import STALE_SECONDS, WriteError, write_atomic, writing
 from ..metrics import search
 from .listing import File, list_images
 
-HEADER_BYTES = 128  # of a .npy file that holds a float32 matrix of any size
 BLOCK = 1 << 24  # bytes read at once
 SAY_SECONDS = 10  # between two lines about how far the encoding is
 ENTRY_NAME = re.compile("[0-9a-f]{16}-[a-z0-9_]{8}")
@@ -61,11 +60,10 @@ class Index:
         return search(query, self.features, k)
 
     def export(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the vectors to `path` (.npy, float32 [g, e]); returns `<path without .npy>.paths.txt` beside it.
+        """Writes the vectors to `path` (.npy, float32 [g, e]) and returns the `.paths.txt` written beside it.
 
         Its line i is the relative path of row i, its bytes unchanged but for backslash, newline and carriage
-        return, written as two characters as in C. Raises ValueError for another ending, WriteError when a
-        file cannot be written.
+        return, written as two characters as in C. Raises ValueError for another ending, WriteError.
         """
         target = Path(path)
         if target.suffix != ".npy":
@@ -96,10 +94,10 @@ def build_index(folder: str | os.PathLike[str], encode_paths: EncodePaths, key: 
     encode_paths(absolute paths) yields (indices into them [b], features [b, e]) in any order; an index that
     never comes is an image that it could not read: an error, once the others are cached, or left out with
     bad="skip", and not tried again before it changes. `key` identifies model and preprocessing. Features are
-    reused only for the same folder, relative path, size, times of modification and change, and `key`, out of
-    an entry whose checksum holds. What stops the encoding, such as KeyboardInterrupt, leaves in the cache what
-    was encoded before. `say` gets lines about broken entries and about how far it is (default: stderr).
-    Raises FileNotFoundError for a missing folder; ValueError for one without images, an unreadable image, or
+    reused only for the same folder, path, size, times of modification and change, and `key`, from an entry
+    whose checksum holds. What stops the encoding, such as KeyboardInterrupt, leaves in the cache what was
+    encoded before. `say` gets lines about broken entries and about how far it is (default: stderr). Raises
+    FileNotFoundError for a missing folder; ValueError for one without images, an unreadable image, or
     features that are not finite; WriteError when the cache cannot be written.
     """
     if bad not in ("error", "skip"):
@@ -142,16 +140,16 @@ def own_folders(cache: Path, pattern: str, name: re.Pattern[str]) -> list[Path]:
 def read_entry(folder: Path, digest: str) -> Entry:
     """Raises an exception of any kind unless the entry is whole."""
     content = json.loads(regular_file(folder / "files.json").read_text(encoding="ascii"))
-    crc, width = content.pop("crc32"), content["width"]
+    crc = content.pop("crc32")
     files, skipped = ([(name, *state) for name, *state in content[part]] for part in ("files", "skipped"))
     path = regular_file(folder / "features.npy")
-    with open(path, "rb") as file:
-        header, size = file.read(HEADER_BYTES), file.seek(0, os.SEEK_END)
-    # In this order: no size is believed, and no file read to its end, before header and size are right.
-    if not (content["index"] == digest and files and header == npy_header(len(files), width)
-            and size == HEADER_BYTES + len(files) * width * 4 and crc == checksum(content, path)):
-        raise ValueError("index, header, size or checksum is another one")
-    return Entry(folder, files, skipped, map_rows(path, len(files), width, HEADER_BYTES))
+    features = np.load(path, mmap_mode="r", allow_pickle=False)
+    # In this order: the file is read to its end only where its size is right.
+    if not (content["index"] == digest and files and features.dtype == "<f4"
+            and features.shape == (len(files), content["width"])
+            and path.stat().st_size == features.offset + features.nbytes and crc == checksum(content, path)):
+        raise ValueError("index, type, shape, size or checksum is another one")
+    return Entry(folder, files, skipped, features)
 
 
 def renew(cache: Path, digest: str, root: str, files: list[File], entries: list[Entry],
@@ -167,18 +165,18 @@ def renew(cache: Path, digest: str, root: str, files: list[File], entries: list[
     done: list[File] = []  # in the order of their rows in the file `new`
     width = entries[0].features.shape[1] if entries else 0
     stop: BaseException | None = None  # what ended the encoding early
-    with writing(cache):
+    with filling(cache):
         cache.mkdir(parents=True, exist_ok=True)
         sweep(cache)
         temporary = Path(tempfile.mkdtemp(prefix=f".{digest[:16]}-", suffix=".tmp", dir=cache))
     try:
-        with writing(cache), open(temporary / "new", "wb") as store:
+        with filling(cache), open(temporary / "new", "wb") as store:
             try:
                 batches = encode_paths([os.path.join(root, name) for name, *_ in new]) if new else []
                 for part, features in encoded_rows(batches, new, say):
                     assert width in (0, features.shape[1]), f"features of width {width}, {features.shape[1]}"
                     width = features.shape[1]
-                    with writing(cache):
+                    with filling(cache):
                         store.write(features.tobytes())
                     done += part
             except WriteError:
@@ -190,7 +188,7 @@ def renew(cache: Path, digest: str, root: str, files: list[File], entries: list[
         if not stop:
             rows |= dict.fromkeys(new)
         if done:
-            rows |= zip(done, np.asarray(map_rows(temporary / "new", len(done), width, 0)))
+            rows |= zip(done, np.asarray(np.memmap(store.name, "<f4", "r", shape=(len(done), width))))
         entry = write_entry(temporary, digest, {file: rows[file] for file in files if file in rows})
         if stop:
             raise stop
@@ -232,31 +230,21 @@ def write_entry(temporary: Path, digest: str, rows: dict[File, np.ndarray | None
     if not kept:
         raise unreadable(skipped, len(rows))
     width, path = len(next(iter(kept.values()))), folder / "features.npy"
-    with writing(cache):
+    with filling(cache):
         folder.mkdir()
         with open(path, "wb") as file:
-            file.write(npy_header(len(kept), width))
+            about = {"descr": "<f4", "fortran_order": False, "shape": (len(kept), width)}
+            np.lib.format.write_array_header_1_0(file, about)
             file.writelines(row.tobytes() for row in kept.values())
             file.flush()
             os.fsync(file.fileno())
         content = {"index": digest, "width": width, "files": list(kept), "skipped": skipped}
         content["crc32"] = checksum(content, path)
         write_atomic(folder / "files.json", lambda file: file.write(json.dumps(content).encode("ascii")))
-        features = map_rows(path, len(kept), width, HEADER_BYTES)  # before a newer entry may replace it
+        features = np.load(path, mmap_mode="r")  # before a newer entry may replace this one
         final = cache / temporary.name[1:-len(".tmp")]
         os.rename(folder, final)
     return Entry(final, list(kept), skipped, features)
-
-
-def npy_header(rows: int, width: int) -> bytes:
-    """HEADER_BYTES that make a .npy file of the float32 matrix [rows, width] after them."""
-    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {width}), }}"
-    start = b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little")
-    return start + text.ljust(HEADER_BYTES - 11).encode() + b"\n"
-
-
-def map_rows(path: Path, rows: int, width: int, offset: int) -> np.ndarray:
-    return np.memmap(path, "<f4", "r", offset, (rows, width))
 
 
 def checksum(content: dict[str, Any], path: Path) -> int:
@@ -285,16 +273,8 @@ def sweep(cache: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def writing(cache: Path) -> Iterator[None]:
-    """Around writes: a full disk or a blocked cache becomes a WriteError with the next step."""
-    try:
-        yield
-    except WriteError:
-        raise
-    except OSError as error:
-        raise WriteError(f"could not write the index in {show(cache)} ({error.strerror or error}); free "
-                         "space or choose another folder for it") from error
+def filling(cache: Path) -> AbstractContextManager[None]:
+    return writing(f"the index in {show(cache)}", "free space or choose another folder for it")
 
 
 def unreadable(skipped: list[File], count: int) -> ValueError:

@@ -29,7 +29,7 @@ def list_images(root: str) -> list[File]:
             with os.scandir(folder) as listed:
                 entries = list(listed)
         except OSError as error:
-            raise ValueError(f"{show(Path(folder))}: this folder cannot be listed ({error.strerror})") from error
+            raise ValueError(f"{show(Path(folder))}: cannot be listed ({error.strerror})") from error
         for entry in entries:
             if entry.name.startswith("."):
                 continue
@@ -39,12 +39,11 @@ def list_images(root: str) -> list[File]:
                 continue
             if stat.S_ISDIR(status.st_mode):
                 if any(os.path.samestat(status, parent) for parent in parents):
-                    raise ValueError(f"{show(Path(entry.path))}: this link leads back to a folder it lies in; "
-                                     "remove it")
+                    raise ValueError(f"{show(Path(entry.path))} leads back to a folder it lies in; remove it")
                 ahead.append((entry.path, (*parents, status)))
             elif stat.S_ISREG(status.st_mode) and os.path.splitext(entry.name)[1].lower() in ENDINGS:
                 name = os.path.relpath(entry.path, root)
                 found.append((name, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
     if not found:
-        raise ValueError(f"{show(Path(root))}: no images below this folder; expected names such as x.jpg")
+        raise ValueError(f"{show(Path(root))}: no images below this folder, such as x.jpg")
     return sorted(found)
