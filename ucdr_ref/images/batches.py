@@ -1,7 +1,6 @@
-"""Images from disk to batches: reading, transforms, stroke inversion, domain-balanced batches.
+"""Images from disk to batches: reading, transforms, stroke inversion, domain-balanced order.
 
-Nothing here keeps a random state: images and orders follow from seed, phase, epoch and index, so that a run
-that was interrupted goes on exactly as it would have.
+Nothing here keeps a random state, so that an interrupted run goes on exactly as it would have.
 """
 from __future__ import annotations
 
@@ -63,18 +62,17 @@ class Files:
 
 
 def open_image(path: str, as_is: bool = False) -> Image.Image:
-    """Any image that Pillow reads as RGB: first frame, upright, transparency over white, 16 bits scaled to 8.
+    """An image as RGB: first frame, upright, transparency over white, 16 bits scaled to 8.
 
-    `as_is` (D19): Pillow's own conversion, neither turned by EXIF nor composited: what is transparent shows.
-    Raises ValueError that names the file when it is not a readable image.
+    `as_is` (D19): Pillow's own conversion, neither turned by EXIF nor composited. Raises ValueError that
+    names the file when it is not a readable image.
     """
     try:
         regular_file(path)
         Image.init()
         known = [name for name in FORMATS if name in Image.OPEN]  # as this Pillow was built
         with warnings.catch_warnings():
-            # Pillow's warning about size is an error below; broken EXIF is no reason to speak.
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # of size, an error below, and of broken EXIF
             with Image.open(path, formats=known) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
@@ -120,9 +118,9 @@ def augment(image_size: int) -> Transform:
 def is_strokes(image: Image.Image) -> bool:
     """Whether an RGB image is drawn in dark strokes on a light ground, judged on a thumbnail of 64 x 64.
 
-    It is without colour (at most 2 % of the pixels have channels that differ by more than 32), its ground is
-    light (above 200 are 70 % of the pixels and 85 % of those at the border), and its ink is little but there
-    (below 128 are 0.2 to 16 %). Clip art in outlines and thin black icons are strokes to this rule as well.
+    It has no colour (2 % of the pixels may have channels that differ by more than 32), a light ground (70 %
+    of the pixels and 85 % of the border are above 200) and a little ink (0.2 to 16 % are below 128). Clip art
+    in outlines and thin black icons are strokes to this rule as well.
     """
     pixels = np.asarray(image.resize((64, 64), Image.Resampling.BOX)).astype(np.int16)
     grey, coloured = pixels.mean(2), np.ptp(pixels, axis=2) > 32
@@ -137,8 +135,8 @@ Item = tuple[int, Tensor, bool] | str
 class ImageDataset(Dataset):
     """Item i: i, the transformed image and whether it was inverted; or a sentence why it cannot be read.
 
-    invert: "domain" turns images of the stroke domains into light strokes on a dark ground (D14), "auto"
-    those that look like strokes (`is_strokes`), "yes" all, "no" none. as_is: as `open_image` takes it.
+    invert: "domain" inverts the colours of images of the stroke domains (D14), "auto" of those that look like
+    strokes (`is_strokes`), "yes" of all, "no" of none. as_is: as `open_image` takes it.
     """
 
     def __init__(self, files: Files, transform: Transform, stroke_domains: Sequence[str], seed: int = 0,
@@ -176,9 +174,8 @@ def load(dataset: ImageDataset, batches: Sequence[Sequence[int]], workers: int, 
          device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yields (indices [b], images uint8 [b, 3, H, W], inverted bool [b]) for each list of indices.
 
-    They are on the CPU, pinned for a GPU; `normalised` makes of the bytes what a tower takes. Unreadable
-    images raise ValueError, or are left out with one line on stderr when `skip_bad`. The workers end with the
-    generator, and with this process.
+    They are on the CPU, pinned for a GPU. Unreadable images raise ValueError, or are left out with a line on
+    stderr when `skip_bad`. The workers end with the generator, and with this process.
     """
     workers = min(workers, len(batches))
     loader = DataLoader(dataset, batch_sampler=[list(batch) for batch in batches], num_workers=workers,
@@ -241,9 +238,9 @@ def chunks(count: int, size: int) -> list[range]:
 
 
 def balanced_batches(domain_ids: Sequence[int], batch: int, seed: int, epoch: int) -> list[list[int]]:
-    """Domain-balanced order of one epoch: as many batches as the smallest domain allows.
+    """An epoch's batches, as many as the smallest of the s domains allows, with batch // s images of each.
 
-    Each holds batch // s images of each of the s domains. Raises ValueError for a batch smaller than s.
+    Raises ValueError for a batch smaller than s.
     """
     members, share, rounds = domain_shares(domain_ids, batch)
     orders = []
@@ -258,7 +255,7 @@ def released_batches(domain_ids: Sequence[int], sampled: int, batch: int, turn: 
 
     Each domain is shuffled once, with seed 0 whatever the run's. A stream takes sampled // s images of each
     of the s domains in turn, going on where the pass before stopped and from a domain's end to its start, and
-    is cut at `batch`. `sampled` is phase 2's batch in both phases. Raises as `balanced_batches` does.
+    is cut at `batch`. `sampled` is phase 2's batch in both phases. Raises as `balanced_batches`.
     """
     members, share, rounds = domain_shares(domain_ids, sampled)
     orders = [np.random.RandomState(0).permutation(indices).tolist() for indices in members.values()]

@@ -1,11 +1,10 @@
 """A gallery folder encoded once, later only what is new or changed in it, and only by one and the same model.
 
 An entry is a folder `<first 16 digits of the index's digest>-<random>/` below the cache folder, with
-`features.npy` and `files.json`, which lists each image's path, size and times. It is built under another name
-and renamed when complete, its name is never used twice, and nothing in it changes afterwards; once a newer
-one holds all of it, it is renamed again and removed. So a reader sees a whole entry or none, and processes
-that index one gallery at once leave, at worst, two equal entries until the next change. The entries of other
-folders and models stay until they are deleted by hand.
+`features.npy` and `files.json`, which lists each image's path, size and times. It is built under another
+name, renamed when complete, never changed, and renamed again and removed once a newer one holds all of it. So
+a reader sees a whole entry or none, and processes that index one gallery at once leave, at worst, two equal
+entries until the next change. Entries of other folders and models stay until they are deleted by hand.
 """
 from __future__ import annotations
 
@@ -92,13 +91,12 @@ def build_index(folder: str | os.PathLike[str], encode_paths: EncodePaths, key: 
     """The index of all images below `folder`: from the cache as far as it goes, the rest encoded now.
 
     encode_paths(absolute paths) yields (indices into them [b], features [b, e]) in any order; an index that
-    never comes is an image that it could not read: an error, once the others are cached, or left out with
-    bad="skip", and not tried again before it changes. `key` identifies model and preprocessing. Features are
-    reused only for the same folder, path, size, times of modification and change, and `key`, from an entry
-    whose checksum holds. What stops the encoding, such as KeyboardInterrupt, leaves in the cache what was
-    encoded before. `say` gets lines about broken entries and about how far it is (default: stderr). Raises
-    FileNotFoundError for a missing folder; ValueError for one without images, an unreadable image, or
-    features that are not finite; WriteError when the cache cannot be written.
+    never comes is an image that it could not read: an error, once the others are cached, or with bad="skip"
+    left out and not tried again before it changes. `key` identifies model and preprocessing. Features are
+    reused only for the same folder, path, size, times and `key`. What stops the encoding, such as
+    KeyboardInterrupt, leaves in the cache what was encoded before. `say` gets lines about broken entries and
+    about how far it is (default: stderr). Raises FileNotFoundError for a missing folder, ValueError for one
+    without images, an unreadable image or features that are not finite, WriteError for a blocked cache.
     """
     if bad not in ("error", "skip"):
         raise ValueError(f'bad must be "error" or "skip"; got {bad!r}')
@@ -154,10 +152,7 @@ def read_entry(folder: Path, digest: str) -> Entry:
 
 def renew(cache: Path, digest: str, root: str, files: list[File], entries: list[Entry],
           encode_paths: EncodePaths, say: Callable[[str], None]) -> tuple[Entry, int]:
-    """A new entry with what the old ones hold of `files` and the rest, encoded now; and the rest's number.
-
-    Plain writes, mapped only for reading: on a full disk they raise; one to a map would kill the process.
-    """
+    """A new entry with what the old ones hold of `files` and the rest, encoded now; and the rest's number."""
     rows: dict[File, np.ndarray | None] = {}  # the features of each image; None for one that cannot be read
     for old in entries:
         rows = {**dict.fromkeys(old.skipped), **rows, **dict(zip(old.files, np.asarray(old.features)))}
@@ -170,6 +165,7 @@ def renew(cache: Path, digest: str, root: str, files: list[File], entries: list[
         sweep(cache)
         temporary = Path(tempfile.mkdtemp(prefix=f".{digest[:16]}-", suffix=".tmp", dir=cache))
     try:
+        # Plain writes: on a full disk they raise, where one to a map would kill the process.
         with filling(cache), open(temporary / "new", "wb") as store:
             try:
                 batches = encode_paths([os.path.join(root, name) for name, *_ in new]) if new else []

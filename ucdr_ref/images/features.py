@@ -37,8 +37,7 @@ class Extractor:
                invert: str = "domain") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(indices [b], features [b, e], inverted [b]) of the readable images of each batch of indices.
 
-        invert: as `ImageDataset` takes it. Unreadable images raise ValueError unless `skip_bad`. The consumer
-        runs outside inference mode and autocast.
+        invert: as `ImageDataset` takes it. Unreadable images raise ValueError unless `skip_bad`.
         """
         options, transform = self.options, cropped(self.method.clip.image_size)
         dataset = ImageDataset(files, transform, options.stroke_domains, invert=invert,
@@ -48,7 +47,8 @@ class Extractor:
                 with torch.inference_mode(), autocast(options.precision, self.device):
                     inputs = normalised(images.to(self.device, non_blocking=True))
                     features = self.method.encode(inputs).float()
-                yield indices, features.clone(), inverted  # a usual tensor, not an inference one
+                # The consumer runs outside of both, with a usual tensor, not an inference one.
+                yield indices, features.clone(), inverted
 
     def features(self, files: Files) -> tuple[Tensor, list[int]]:
         """Features [n, e] on the CPU and the indices of the n readable files, in every process.
@@ -65,9 +65,9 @@ class Extractor:
         return rows, indices.tolist()
 
     def of_paths(self, invert: str = "domain", flags: bool = False) -> EncodePaths:
-        """encode_paths(paths) -> (indices [b], features [b, e]) batch by batch, without unreadable images.
+        """encode_paths(paths) -> (indices [b], features [b, e]) of each batch's readable images.
 
-        invert: as in `stream`; an image's domain is a folder on its path with a stroke domain's name (D14).
+        invert: as in `stream`; an image is of a stroke domain when a folder on its path has its name (D14).
         flags: one more column tells which images were inverted, [b, e + 1].
         """
         def domain(path: str) -> str:

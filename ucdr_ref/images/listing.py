@@ -12,11 +12,10 @@ File = tuple[str, int, int, int]  # path below the folder, size, time of modific
 
 
 def list_images(root: str) -> list[File]:
-    """Each image below `root`, sorted by path: a regular file, or a link to one, with one of ENDINGS.
+    """Each regular file below `root` with one of ENDINGS, sorted by path; hidden names are passed over.
 
-    Links to folders are followed; other kinds of file and hidden names are passed over. Raises
-    FileNotFoundError, or ValueError when there is no image, a folder cannot be listed, or a link leads back
-    to a folder that it lies in.
+    Links are followed. Raises FileNotFoundError for a missing folder, ValueError for one without images or
+    that cannot be listed, and for a link to a folder that it lies in.
     """
     if not os.path.isdir(root):
         raise FileNotFoundError(f"{show(Path(root))}: no such folder; give a folder of images")

@@ -41,23 +41,20 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     no deeper than 64. Raises FileNotFoundError, or ValueError when it is broken or another file.
     """
     file = regular_file(path)
-    advice = "expected a checkpoint that this package wrote; use another one, or remove it to start again"
     try:
         state = read_any(file, copy=True)
+        if not isinstance(state, dict):
+            raise FormatError(f"holds a {type(state).__name__}, not a dict")
     except FormatError as error:
-        raise ValueError(f"{show(file)} {tidy(error)}; {advice}") from error
+        raise ValueError(f"{show(file)} {tidy(error)}; expected a checkpoint that this package wrote: use "
+                         "another one, or remove it to start again") from error
     except OSError as error:
         raise ValueError(f"{show(file)} cannot be read ({error.strerror or error})") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{show(file)} holds a {type(state).__name__}, not a dict; {advice}")
     return state
 
 
 def save_atomic(obj: Any, path: str | os.PathLike[str]) -> None:
-    """torch.save such that `path` is the old file or the whole new one, even after a power cut.
-
-    Raises WriteError (an OSError and a ValueError) when the folder is read-only, the disk full, ...
-    """
+    """torch.save; `path` is the old file or the whole new one, even after a power cut. Raises WriteError."""
     def fill(file: BinaryIO) -> None:
         sink = Sink(file)
         torch.save(obj, sink)  # type: ignore[arg-type]

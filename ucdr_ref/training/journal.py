@@ -145,10 +145,12 @@ class Misfit(ValueError):
 
 def read_last(path: Path, phases: int) -> tuple[dict[str, Tensor], Progress, dict[str, Any]]:
     """Weights, progress and the optimizer's state of a last.pt; ValueError when it is no such file."""
+    def kinds(values: dict[str, Any]) -> dict[str, type]:
+        return {name: type(value) for name, value in values.items()}
+
     state = load_state(path)
-    found, fresh = state.get("progress"), asdict(Progress())
-    if not (isinstance(found, dict) and found.keys() == fresh.keys()
-            and all(type(found[name]) is type(value) for name, value in fresh.items())
+    found = state.get("progress")
+    if not (isinstance(found, dict) and kinds(found) == kinds(asdict(Progress()))
             and all(0 <= value < 2**53 for name, value in found.items() if name != "best")
             and found["phase"] < phases and math.isfinite(found["best"])):
         raise ValueError(f"{show(path)}: its progress is {str(found)[:200]!r}, not where a run of {phases} "
@@ -161,7 +163,7 @@ def read_last(path: Path, phases: int) -> tuple[dict[str, Tensor], Progress, dic
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> None:
     """Takes over the moments in `state`; rates and other settings stay the config's.
 
-    Raises ValueError unless every parameter's moments are what this optimizer keeps for one of its shape.
+    Raises ValueError unless they are what a step of this optimizer leaves for parameters of these shapes.
     """
     probes = [nn.Parameter(torch.zeros_like(parameter)) for group in optimizer.param_groups
               for parameter in group["params"]]
@@ -169,28 +171,29 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
         probe.grad = torch.zeros_like(probe)
     trial = type(optimizer)(probes, **optimizer.defaults)
     trial.step()
-    expected, moments = trial.state_dict()["state"], state.get("state")
+    expected = trial.state_dict()["state"]
 
-    def fits(name: str, value: Any, like: Tensor) -> bool:
-        return (isinstance(value, Tensor) and value.shape == like.shape and value.dtype == like.dtype
-                and bool(value.isfinite().all()) and (name != "step" or bool(value >= 0)))
+    def kinds(moments: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        return {name: (value.shape, value.dtype) for name, value in moments.items()}
 
-    if not (isinstance(moments, dict) and moments.keys() <= expected.keys() and all(
-            isinstance(entry, dict) and entry.keys() == expected[index].keys()
-            and all(fits(name, value, expected[index][name]) for name, value in entry.items())
-            for index, entry in moments.items())):
+    try:
+        sound = all(kinds(moments) == kinds(expected[index]) and moments.get("step", 0) >= 0
+                    and all(value.isfinite().all() for value in moments.values())
+                    for index, moments in state["state"].items())
+    except (AttributeError, KeyError, TypeError):  # no tensors by name and number
+        sound = False
+    if not sound:
         raise ValueError(f"{show(path)}: the optimizer's state does not fit the {len(probes)} parameters "
                          f"that are trained; {ADVICE}")
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
 @contextmanager
 def open_log(path: Path, size: int) -> Iterator[BinaryIO]:
     """The log, cut to the `size` that last.pt knows of: later steps are done, and written, again.
 
-    Not buffered: a line is in the file once `record` returns. Raises ValueError when the file is shorter,
-    WriteError when it cannot be written.
+    Not buffered: a line is in the file once `record` returns. Raises ValueError for a shorter file.
     """
     if not is_main():
         yield io.BytesIO()
