@@ -179,10 +179,10 @@ def renew(cache: Path, digest: str, root: str, files: list[File], entries: list[
                 raise
             except BaseException as error:
                 stop = error
-        if stop and not done:
+        if stop is None:
+            rows |= dict.fromkeys(new)  # what never came cannot be read
+        elif not done:
             raise stop
-        if not stop:
-            rows |= dict.fromkeys(new)
         if done:
             rows |= zip(done, np.asarray(np.memmap(store.name, "<f4", "r", shape=(len(done), width))))
         entry = write_entry(temporary, digest, {file: rows[file] for file in files if file in rows})

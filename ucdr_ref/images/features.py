@@ -56,9 +56,8 @@ class Extractor:
         Raises ValueError when no file can be read, or one cannot and --bad-images is error.
         """
         batches = share(chunks(len(files), self.options.eval_batch))
-        parts = [(indices, rows.cpu())
-                 for indices, rows, _ in self.stream(files, batches, self.options.bad_images == "skip")]
-        parts = gather(parts)
+        found = self.stream(files, batches, self.options.bad_images == "skip")
+        parts = gather([(indices, rows.cpu()) for indices, rows, _ in found])
         if not parts:
             raise ValueError(f"none of the {len(files)} images could be read; the first is {files.paths[0]}")
         indices, rows = map(torch.cat, zip(*parts))
