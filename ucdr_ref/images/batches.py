@@ -1,7 +1,6 @@
-"""Images from disk to batches: reading, transforms, stroke inversion, domain-balanced batches.
+"""Images from disk to batches: reading, transforms, stroke inversion, domain-balanced order.
 
-Nothing here keeps a random state: what an image or an order looks like follows from the seed, the phase, the
-epoch and the index, so a run that was interrupted goes on exactly as it would have.
+Nothing here keeps a random state, so that an interrupted run goes on exactly as it would have.
 """
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from itertools import product
 
 import numpy as np
 import torch
@@ -31,8 +30,8 @@ from ..machine.processes import fold
 # Mean and standard deviation of the training images' normalisation (D4).
 STATISTICS = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 MAX_PIXELS = 120_000_000  # more is taken for a decompression bomb
-STOPS = (signal.SIGINT, signal.SIGTERM)
 TILE = 1024  # side in pixels of what is converted at once
+STOPS = (signal.SIGINT, signal.SIGTERM)
 # Raster formats alone: Pillow would hand an EPS, whatever its name, to Ghostscript.
 FORMATS = ("JPEG", "MPO", "JPEG2000", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "ICO")
 ENDINGS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".apng", ".webp", ".avif", ".gif",
@@ -57,43 +56,33 @@ class Files:
         return Files(*([column[i] for i in indices] for column in (self.paths, self.classes, self.domains)))
 
     def digest(self, root: str) -> str:
-        """sha256 over the paths below `root`, so that two runs can be seen to use the same list."""
+        """sha256 over the paths below `root`: two runs can be seen to use the same list."""
         names = "\n".join(os.path.relpath(path, root) for path in self.paths)
         return hashlib.sha256(os.fsencode(names)).hexdigest()
 
 
-@cache
-def known_formats() -> tuple[str, ...]:
-    """FORMATS as far as this build of Pillow has them."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
 def open_image(path: str, as_is: bool = False) -> Image.Image:
-    """Any image that Pillow reads as RGB: first frame, upright, transparency over white, 16 bits scaled to 8.
+    """An image as RGB: first frame, upright, transparency over white, 16 bits scaled to 8.
 
-    `as_is` (D19): Pillow's own conversion, neither turned by EXIF nor composited: what is transparent shows.
-    Raises ValueError that names the file when it is not a readable image.
+    `as_is` (D19): Pillow's own conversion, neither turned by EXIF nor composited. Raises ValueError that
+    names the file when it is not a readable image.
     """
     try:
         regular_file(path)
+        Image.init()
+        known = [name for name in FORMATS if name in Image.OPEN]  # as this Pillow was built
         with warnings.catch_warnings():
-            # Pillow's warning about size is an error below; broken EXIF is no reason to speak.
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=known_formats()) as image:
+            warnings.simplefilter("ignore")  # of size, an error below, and of broken EXIF
+            with Image.open(path, formats=known) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
                 if as_is:  # D19
                     return image.convert("RGB")
                 ImageOps.exif_transpose(image, in_place=True)
                 return to_rgb(image)
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, ArithmeticError,
-            AttributeError, MemoryError, RuntimeError, AssertionError, Image.DecompressionBombError) as error:
-        # Pillow's decoders raise all of these on damaged files.
-        name = os.fsencode(path)
-        raise ValueError(f"{name!r}: not a readable image ({tidy(error)}); remove it or run with "
-                         f"--bad-images "
-                         "skip") from None
+    except Exception as error:  # decoders raise anything on damaged files
+        raise ValueError(f"{os.fsencode(path)!r}: not a readable image ({tidy(error)}); remove it or run "
+                         "with --bad-images skip") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -101,28 +90,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy()
-    (w, h), scale = image.size, 0.0
-    tiles = [(x, y, min(x + TILE, w), min(y + TILE, h)) for y in range(0, h, TILE) for x in range(0, w, TILE)]
+    scale = 0.0  # what takes the values of deep grey images to 0..255
     if image.mode.startswith("I"):
         scale = 1 / 257  # 16-bit files come as I or I;16
     elif image.mode == "F":  # spans 0..1 or 0..255
-        largest = np.max([np.asarray(image.crop(tile)).max() for tile in tiles], initial=0)
-        scale = 255.0 if largest <= 1 else 1.0
+        scale = 255.0 if np.max(image.getextrema()) <= 1 else 1.0
     result = Image.new("RGB", image.size)
-    for tile in tiles:
-        result.paste(tile_to_rgb(image.crop(tile), scale), tile)
+    for x, y in product(range(0, image.width, TILE), range(0, image.height, TILE)):
+        tile = image.crop((x, y, min(x + TILE, image.width), min(y + TILE, image.height)))
+        if scale:
+            values = np.nan_to_num(np.asarray(tile, dtype=np.float64)) * scale
+            tile = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+        if {"A", "a"}.intersection(tile.getbands()) or "transparency" in tile.info:
+            tile = tile.convert("RGBA")
+            tile = Image.alpha_composite(Image.new("RGBA", tile.size, "white"), tile)
+        result.paste(tile.convert("RGB"), (x, y))
     return result
-
-
-def tile_to_rgb(image: Image.Image, scale: float) -> Image.Image:
-    """`scale`, unless 0, takes the values of a grey image to 0..255."""
-    if scale:
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64)) * scale
-        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def augment(image_size: int) -> Transform:
@@ -133,13 +116,11 @@ def augment(image_size: int) -> Transform:
 
 
 def is_strokes(image: Image.Image) -> bool:
-    """Whether an RGB image is drawn in dark strokes on a light ground, by a simple rule on a thumbnail of 64
-    x 64.
+    """Whether an RGB image is drawn in dark strokes on a light ground, judged on a thumbnail of 64 x 64.
 
-    It is without colour (at most 2 % of the pixels have channels that differ by more than 32), its ground is
-    light (above 200 are 70 % of the pixels and 85 % of those at the border), and its ink is little but there
-    (below 128 are 0.2 to 16 %). Black-and-white clip art in outlines and thin black icons are strokes to this
-    rule as well.
+    It has no colour (2 % of the pixels may have channels that differ by more than 32), a light ground (70 %
+    of the pixels and 85 % of the border are above 200) and a little ink (0.2 to 16 % are below 128). Clip art
+    in outlines and thin black icons are strokes to this rule as well.
     """
     pixels = np.asarray(image.resize((64, 64), Image.Resampling.BOX)).astype(np.int16)
     grey, coloured = pixels.mean(2), np.ptp(pixels, axis=2) > 32
@@ -148,15 +129,14 @@ def is_strokes(image: Image.Image) -> bool:
     return bool(coloured.mean() <= 0.02 and light and 0.002 <= (grey < 128).mean() <= 0.16)
 
 
-Item = tuple[int, Tensor | str, bool]
+Item = tuple[int, Tensor, bool] | str
 
 
 class ImageDataset(Dataset):
-    """Item i: i, the transformed image or the sentence that says why it cannot be read, whether it was
-    inverted.
+    """Item i: i, the transformed image and whether it was inverted; or a sentence why it cannot be read.
 
-    invert: "domain" turns images of the stroke domains into light strokes on a dark ground (D14), "auto"
-    those that look like strokes (`is_strokes`), "yes" all, "no" none. as_is: as `open_image` takes it.
+    invert: "domain" inverts the colours of images of the stroke domains (D14), "auto" of those that look like
+    strokes (`is_strokes`), "yes" of all, "no" of none. as_is: as `open_image` takes it.
     """
 
     def __init__(self, files: Files, transform: Transform, stroke_domains: Sequence[str], seed: int = 0,
@@ -171,38 +151,31 @@ class ImageDataset(Dataset):
         try:
             image = open_image(self.files.paths[i], self.as_is)  # D19
         except ValueError as error:
-            return i, str(error), False
-        inverted = self.invert == "yes"
-        if self.invert == "domain":
-            inverted = self.files.domains[i] in self.stroke_domains  # D14
-        elif self.invert == "auto":
-            inverted = is_strokes(image)
+            return str(error)
+        inverted = (self.invert == "yes" or self.invert == "auto" and is_strokes(image)
+                    or self.invert == "domain" and self.files.domains[i] in self.stroke_domains)  # D14
         if inverted:
             image = ImageOps.invert(image)
-        with torch.random.fork_rng(devices=[]):
-            # The CPU's generator alone: a fifth of an item's time is saved.
+        with torch.random.fork_rng(devices=[]):  # of the CPU alone, as the next line: a fifth of the time
             torch.default_generator.manual_seed(fold(self.seed, i))
             return i, self.transform(image), inverted
 
 
 def collate(items: list[Item]) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-    """-> of readable images, indices [b], images uint8 [b, 3, H, W], inverted bool [b]; a sentence for
-    others.
-    """
-    good = [(i, image, inverted) for i, image, inverted in items if isinstance(image, Tensor)]
-    images = torch.stack([image for _, image, _ in good]) if good else torch.empty(0, dtype=torch.uint8)
+    """Indices [b], images uint8 [b, 3, H, W] and inverted [b] of readable images; the others' sentences."""
+    good = [item for item in items if not isinstance(item, str)]
     indices = torch.tensor([i for i, _, _ in good], dtype=torch.long)
+    images = torch.stack([image for _, image, _ in good]) if good else torch.empty(0, dtype=torch.uint8)
     inverted = torch.tensor([flag for _, _, flag in good], dtype=torch.bool)
-    return indices, images, inverted, [text for _, text, _ in items if isinstance(text, str)]
+    return indices, images, inverted, [item for item in items if isinstance(item, str)]
 
 
 def load(dataset: ImageDataset, batches: Sequence[Sequence[int]], workers: int, skip_bad: bool,
          device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yields (indices [b], images uint8 [b, 3, H, W], inverted bool [b]) for each list of indices.
 
-    They are on the CPU, pinned for a GPU. Bytes, since they cross from process to process: `normalised` on
-    the device makes of them what a tower takes. Unreadable images raise ValueError, or are left out with one
-    line on stderr when `skip_bad`. The workers end with the generator, and with this process.
+    They are on the CPU, pinned for a GPU. Unreadable images raise ValueError, or are left out with a line on
+    stderr when `skip_bad`. The workers end with the generator, and with this process.
     """
     workers = min(workers, len(batches))
     loader = DataLoader(dataset, batch_sampler=[list(batch) for batch in batches], num_workers=workers,
@@ -237,11 +210,9 @@ def signals_held() -> Iterator[None]:
 
 
 def leave_signals(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach every process of a terminal or job; the main one finishes its step, so workers
-    go on.
+    """Ctrl-C and SIGTERM reach workers too, but the main process finishes its step, so they go on.
 
-    On Linux they end when it is gone, whatever they wait for, and when it sends them SIGTERM, as it does at
-    its exit.
+    On Linux they end when it is gone, whatever they wait for, and when it sends them SIGTERM at its exit.
     """
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
@@ -257,7 +228,7 @@ def end_with_main(parent: int) -> None:
     # Workers started later hold the pipe by which `is_alive` knows; the parent's number changes at once.
     while os.getppid() == parent and main.is_alive():
         sent = signal.sigtimedwait([signal.SIGTERM], 1)
-        if sent is not None and sent.si_pid == main.pid:
+        if sent and sent.si_pid == main.pid:
             break
     os._exit(0)
 
@@ -267,17 +238,15 @@ def chunks(count: int, size: int) -> list[range]:
 
 
 def balanced_batches(domain_ids: Sequence[int], batch: int, seed: int, epoch: int) -> list[list[int]]:
-    """Domain-balanced order of one epoch: as many batches as the smallest domain allows, each with as many
-    images per domain.
+    """An epoch's batches, as many as the smallest of the s domains allows, with batch // s images of each.
 
-    With s domains a batch holds (batch // s) * s images. Raises ValueError when the batch is smaller than the
-    number of domains.
+    Raises ValueError for a batch smaller than s.
     """
     members, share, rounds = domain_shares(domain_ids, batch)
     orders = []
     for domain, indices in members.items():
         generator = torch.Generator().manual_seed(fold(seed, "order", epoch, domain))
-        orders.append([indices[j] for j in torch.randperm(len(indices), generator=generator).tolist()])
+        orders.append(torch.tensor(indices)[torch.randperm(len(indices), generator=generator)].tolist())
     return [[i for order in orders for i in order[g * share:(g + 1) * share]] for g in range(rounds)]
 
 
@@ -285,14 +254,11 @@ def released_batches(domain_ids: Sequence[int], sampled: int, batch: int, turn: 
     """The released order of the run's pass number `turn`, phase 1's passes counted first (D15).
 
     Each domain is shuffled once, with seed 0 whatever the run's. A stream takes sampled // s images of each
-    of the s domains in turn, going on in a domain where the pass before stopped and from its end to its
-    start, and is cut at `batch`. `sampled` is phase 2's batch in both phases. Raises ValueError as
-    `balanced_batches` does.
+    of the s domains in turn, going on where the pass before stopped and from a domain's end to its start, and
+    is cut at `batch`. `sampled` is phase 2's batch in both phases. Raises as `balanced_batches`.
     """
     members, share, rounds = domain_shares(domain_ids, sampled)
-    orders = []
-    for indices in members.values():
-        orders.append([indices[j] for j in np.random.RandomState(0).permutation(len(indices))])
+    orders = [np.random.RandomState(0).permutation(indices).tolist() for indices in members.values()]
     first = turn * rounds * share  # images taken of each domain before this pass
     stream = [order[k % len(order)] for start in range(first, first + rounds * share, share)
               for order in orders for k in range(start, start + share)]
@@ -300,16 +266,13 @@ def released_batches(domain_ids: Sequence[int], sampled: int, batch: int, turn: 
 
 
 def domain_shares(domain_ids: Sequence[int], batch: int) -> tuple[dict[int, list[int]], int, int]:
-    """{domain: its indices}, the images of each domain in a round of at most `batch`, and the rounds that the
-    smallest domain allows; ValueError when the batch is smaller than the number of domains."""
-    members: dict[int, list[int]] = {}
+    """{domain: its indices}, each domain's images in a round, the rounds that the smallest domain allows."""
+    members: dict[int, list[int]] = {domain: [] for domain in sorted(set(domain_ids))}
     for i, domain in enumerate(domain_ids):
-        members.setdefault(domain, []).append(i)
-    share = batch // len(members)
-    if share == 0:
+        members[domain].append(i)
+    if batch < len(members):
         raise ValueError(f"a batch of {batch} cannot hold the {len(members)} source domains; raise "
-                         f"--source-batch and "
-                         f"--target-batch to {len(members)} or more")
-    smallest = min(len(indices) for indices in members.values())
-    share = min(share, smallest)
-    return dict(sorted(members.items())), share, smallest // share
+                         f"--source-batch and --target-batch to {len(members)} or more")
+    smallest = min(map(len, members.values()))
+    share = min(batch // len(members), smallest)
+    return members, share, smallest // share

@@ -1,11 +1,10 @@
 """A gallery folder encoded once, later only what is new or changed in it, and only by one and the same model.
 
 An entry is a folder `<first 16 digits of the index's digest>-<random>/` below the cache folder, with
-`features.npy` and `files.json`, which lists each image's path, size and times. It is built under another name
-and renamed when complete, its name is never used twice, and nothing in it changes afterwards; once a newer
-one holds all of it, it is renamed again and removed. So a reader sees a whole entry or none, and processes
-that index one gallery at once leave, at worst, two equal entries until the next change. The entries of other
-folders and models stay until they are deleted by hand.
+`features.npy` and `files.json`, which lists each image's path, size and times. It is built under another
+name, renamed when complete, never changed, and renamed again and removed once a newer one holds all of it. So
+a reader sees a whole entry or none, and processes that index one gallery at once leave, at worst, two equal
+entries until the next change. Entries of other folders and models stay until they are deleted by hand.
 """
 from __future__ import annotations
 
@@ -19,20 +18,19 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from ..clip.tensorfile import regular_file, show, tidy
-from ..machine.files import STALE_SECONDS, WriteError, write_atomic
+from ..machine.files import STALE_SECONDS, WriteError, write_atomic, writing
 from ..metrics import search
 from .listing import File, list_images
 
-HEADER_BYTES = 128  # of a .npy file that holds a float32 matrix of any size
 BLOCK = 1 << 24  # bytes read at once
 SAY_SECONDS = 10  # between two lines about how far the encoding is
 ENTRY_NAME = re.compile("[0-9a-f]{16}-[a-z0-9_]{8}")
@@ -44,9 +42,7 @@ EncodePaths = Callable[[list[str]], Batches]
 
 @dataclass(frozen=True)
 class Index:
-    """Row i of `features` [g, e] (float32, memory-mapped) belongs to `paths[i]`, relative to `folder`,
-    sorted.
-    """
+    """Row i of `features` [g, e] (float32, memory-mapped) is of `paths[i]`, relative to `folder`, sorted."""
 
     folder: str
     paths: list[str]
@@ -58,19 +54,15 @@ class Index:
     def path(self, i: int) -> str:
         return os.path.join(self.folder, self.paths[i])
 
-    def search(self, query: Tensor, k: int, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-        """query [q, e] -> (Euclidean distances [q, k], rows [q, k]), exact, nearest first; see
-        `metrics.search`.
-        """
-        return search(query, self.features, k, chunk)
+    def search(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """query [q, e] -> (Euclidean distances [q, k], rows [q, k]), nearest first, as `metrics.search`."""
+        return search(query, self.features, k)
 
     def export(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the vectors to `path` (.npy, float32 [g, e]) and beside it `<path without .npy>.paths.txt`,
-        returned.
+        """Writes the vectors to `path` (.npy, float32 [g, e]) and returns the `.paths.txt` written beside it.
 
-        Line i of the text is the relative path of row i, its bytes unchanged except that backslash, newline
-        and carriage return are written as two characters, as in C. Raises ValueError for another ending,
-        WriteError when a file cannot be written.
+        Its line i is the relative path of row i, its bytes unchanged but for backslash, newline and carriage
+        return, written as two characters as in C. Raises ValueError for another ending, WriteError.
         """
         target = Path(path)
         if target.suffix != ".npy":
@@ -96,17 +88,15 @@ class Entry:
 def build_index(folder: str | os.PathLike[str], encode_paths: EncodePaths, key: str,
                 cache_dir: str | os.PathLike[str], bad: str = "error",
                 say: Callable[[str], None] | None = None) -> Index:
-    """The index of all images below `folder`, from the cache as far as it goes; the rest is encoded now and
-    put there.
+    """The index of all images below `folder`: from the cache as far as it goes, the rest encoded now.
 
     encode_paths(absolute paths) yields (indices into them [b], features [b, e]) in any order; an index that
-    never comes is an image that it could not read: an error, once the others are cached, or left out with
-    bad="skip", and not tried again before it changes. `key` identifies model and preprocessing. What is
-    cached is used only for the same folder, relative path, size, times of modification and change, and `key`,
-    out of an entry whose checksum holds. What stops the encoding, such as KeyboardInterrupt, leaves in the
-    cache what was encoded before. `say` gets one-line notices about broken entries and, now and then, about
-    how far it is (default: stderr). Raises FileNotFoundError for a missing folder; ValueError for one without
-    images, an unreadable image, or features that are not finite; WriteError when the cache cannot be written.
+    never comes is an image that it could not read: an error, once the others are cached, or with bad="skip"
+    left out and not tried again before it changes. `key` identifies model and preprocessing. Features are
+    reused only for the same folder, path, size, times and `key`. What stops the encoding, such as
+    KeyboardInterrupt, leaves in the cache what was encoded before. `say` gets lines about broken entries and
+    about how far it is (default: stderr). Raises FileNotFoundError for a missing folder, ValueError for one
+    without images, an unreadable image or features that are not finite, WriteError for a blocked cache.
     """
     if bad not in ("error", "skip"):
         raise ValueError(f'bad must be "error" or "skip"; got {bad!r}')
@@ -119,18 +109,16 @@ def build_index(folder: str | os.PathLike[str], encode_paths: EncodePaths, key: 
     cached, encoded = entry is not None, 0
     if entry is None:
         entry, encoded = renew(cache, digest, root, files, entries, encode_paths, say)
-    skipped = [name for name, *_ in entry.skipped]
-    if skipped and bad == "error":
-        raise unreadable(skipped, len(files))
-    return Index(root, [name for name, *_ in entry.files], entry.features, skipped, cached, encoded)
+    if bad == "error" and entry.skipped:
+        raise unreadable(entry.skipped, len(files))
+    paths, skipped = ([name for name, *_ in part] for part in (entry.files, entry.skipped))
+    return Index(root, paths, entry.features, skipped, cached, encoded)
 
 
 def sound_entries(cache: Path, digest: str, say: Callable[[str], None]) -> list[Entry]:
     """The entries of an index; broken ones are removed with a notice, since none is ever repaired."""
     entries = []
-    for folder in sorted(cache.glob(f"{digest[:16]}-*")):
-        if not ENTRY_NAME.fullmatch(folder.name) or not folder.is_dir() or folder.is_symlink():
-            continue
+    for folder in own_folders(cache, f"{digest[:16]}-*", ENTRY_NAME):
         try:
             entries.append(read_entry(folder, digest))
         except Exception as error:  # whatever is wrong with an entry, it can be built anew
@@ -141,68 +129,65 @@ def sound_entries(cache: Path, digest: str, say: Callable[[str], None]) -> list[
     return entries
 
 
+def own_folders(cache: Path, pattern: str, name: re.Pattern[str]) -> list[Path]:
+    """Folders that this module made; what else a user keeps there, and links, are left alone."""
+    return sorted(folder for folder in cache.glob(pattern)
+                  if name.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink())
+
+
 def read_entry(folder: Path, digest: str) -> Entry:
-    """Raises an exception of any kind unless the entry is whole; no size in it is believed before the file's
-    own.
-    """
+    """Raises an exception of any kind unless the entry is whole."""
     content = json.loads(regular_file(folder / "files.json").read_text(encoding="ascii"))
     crc = content.pop("crc32")
-    if content["index"] != digest:
-        raise ValueError("it is of another index")
     files, skipped = ([(name, *state) for name, *state in content[part]] for part in ("files", "skipped"))
-    path, header = regular_file(folder / "features.npy"), npy_header(len(files), content["width"])
-    if not files or os.stat(path).st_size != HEADER_BYTES + len(files) * content["width"] * 4:
-        raise ValueError(f"it holds {os.stat(path).st_size} bytes for {len(files)} images")
-    with open(path, "rb") as file:
-        if file.read(HEADER_BYTES) != header:
-            raise ValueError("the header of its features is another one")
-    if crc != checksum(content, path):
-        raise ValueError("the checksum differs")
-    return Entry(folder, files, skipped, map_rows(path, len(files), content["width"], HEADER_BYTES))
+    path = regular_file(folder / "features.npy")
+    features = np.load(path, mmap_mode="r", allow_pickle=False)
+    # In this order: the file is read to its end only where its size is right.
+    if not (content["index"] == digest and files and features.dtype == "<f4"
+            and features.shape == (len(files), content["width"])
+            and path.stat().st_size == features.offset + features.nbytes and crc == checksum(content, path)):
+        raise ValueError("index, type, shape, size or checksum is another one")
+    return Entry(folder, files, skipped, features)
 
 
 def renew(cache: Path, digest: str, root: str, files: list[File], entries: list[Entry],
           encode_paths: EncodePaths, say: Callable[[str], None]) -> tuple[Entry, int]:
-    """A new entry with what the old ones hold of `files` and the rest, encoded now; and the rest's number.
-
-    Plain writes, mapped only for reading: on a full disk they raise; one to a map would kill the process.
-    """
+    """A new entry with what the old ones hold of `files` and the rest, encoded now; and the rest's number."""
     rows: dict[File, np.ndarray | None] = {}  # the features of each image; None for one that cannot be read
     for old in entries:
         rows = {**dict.fromkeys(old.skipped), **rows, **dict(zip(old.files, np.asarray(old.features)))}
-    rows = {file: rows[file] for file in files if file in rows}
     new = [file for file in files if file not in rows]
     done: list[File] = []  # in the order of their rows in the file `new`
-    width = 0
-    with writing(cache):
+    width = entries[0].features.shape[1] if entries else 0
+    stop: BaseException | None = None  # what ended the encoding early
+    with filling(cache):
         cache.mkdir(parents=True, exist_ok=True)
         sweep(cache)
         temporary = Path(tempfile.mkdtemp(prefix=f".{digest[:16]}-", suffix=".tmp", dir=cache))
     try:
-        with opened(temporary / "new", cache) as store:
-            def publish() -> Entry:
-                if done:
-                    with writing(cache):
-                        store.flush()
-                    rows.update(zip(done, np.asarray(map_rows(temporary / "new", len(done), width, 0))))
-                return write_entry(temporary, digest, {file: rows[file] for file in files if file in rows})
-
+        # Plain writes: on a full disk they raise, where one to a map would kill the process.
+        with filling(cache), open(temporary / "new", "wb") as store:
             try:
                 batches = encode_paths([os.path.join(root, name) for name, *_ in new]) if new else []
                 for part, features in encoded_rows(batches, new, say):
                     assert width in (0, features.shape[1]), f"features of width {width}, {features.shape[1]}"
                     width = features.shape[1]
-                    with writing(cache):
+                    with filling(cache):
                         store.write(features.tobytes())
                     done += part
-                rows.update(dict.fromkeys(set(new).difference(done)))
-                entry = publish()
             except WriteError:
                 raise
-            except BaseException:
-                if done:
-                    publish()
-                raise
+            except BaseException as error:
+                stop = error
+        if stop is None:
+            rows |= dict.fromkeys(new)  # what never came cannot be read
+        elif not done:
+            raise stop
+        if done:
+            rows |= zip(done, np.asarray(np.memmap(store.name, "<f4", "r", shape=(len(done), width))))
+        entry = write_entry(temporary, digest, {file: rows[file] for file in files if file in rows})
+        if stop:
+            raise stop
         for old in entries:
             discard(old.folder)
     finally:
@@ -221,10 +206,10 @@ def encoded_rows(batches: Batches, new: list[File],
             continue
         rows = features.detach().to("cpu").float().numpy().astype("<f4", copy=False)
         assert rows.ndim == 2 and len(rows) == len(part), f"features {rows.shape} for {len(part)} images"
-        if not np.isfinite(rows).all():
-            name = part[int(np.flatnonzero(~np.isfinite(rows).all(1))[0])][0]
-            raise ValueError(f"{show(Path(name))}: its features are not finite; check the weights and the "
-                             "precision")
+        finite = np.isfinite(rows).all(1)
+        if not finite.all():
+            name = show(Path(part[int(finite.argmin())][0]))
+            raise ValueError(f"{name}: its features are not finite; check the weights and the precision")
         yield part, rows
         done, now = done + len(part), time.monotonic()
         if now - last >= SAY_SECONDS:
@@ -239,36 +224,23 @@ def write_entry(temporary: Path, digest: str, rows: dict[File, np.ndarray | None
     kept = {file: row for file, row in rows.items() if row is not None}
     skipped = [file for file in rows if file not in kept]
     if not kept:
-        raise unreadable([name for name, *_ in skipped], len(rows))
+        raise unreadable(skipped, len(rows))
     width, path = len(next(iter(kept.values()))), folder / "features.npy"
-    with writing(cache):
-        folder.mkdir(exist_ok=True)
-    with opened(path, cache) as file, writing(cache):
-        file.write(npy_header(len(kept), width))
-        for row in kept.values():
-            assert len(row) == width, f"features of width {len(row)} and {width} under one key"
-            file.write(row.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    content = {"index": digest, "width": width, "files": list(kept), "skipped": skipped}
-    content["crc32"] = checksum(content, path)
-    write_atomic(folder / "files.json", lambda file: file.write(json.dumps(content).encode("ascii")))
-    features = map_rows(path, len(kept), width, HEADER_BYTES)  # once it is moved, a newer one may replace it
-    final = cache / temporary.name[1:-len(".tmp")]
-    with writing(cache):
+    with filling(cache):
+        folder.mkdir()
+        with open(path, "wb") as file:
+            about = {"descr": "<f4", "fortran_order": False, "shape": (len(kept), width)}
+            np.lib.format.write_array_header_1_0(file, about)
+            file.writelines(row.tobytes() for row in kept.values())
+            file.flush()
+            os.fsync(file.fileno())
+        content = {"index": digest, "width": width, "files": list(kept), "skipped": skipped}
+        content["crc32"] = checksum(content, path)
+        write_atomic(folder / "files.json", lambda file: file.write(json.dumps(content).encode("ascii")))
+        features = np.load(path, mmap_mode="r")  # before a newer entry may replace this one
+        final = cache / temporary.name[1:-len(".tmp")]
         os.rename(folder, final)
     return Entry(final, list(kept), skipped, features)
-
-
-def npy_header(rows: int, width: int) -> bytes:
-    """HEADER_BYTES that make a .npy file of the float32 matrix [rows, width] after them."""
-    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {width}), }}"
-    start = b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little")
-    return start + text.ljust(HEADER_BYTES - 11).encode() + b"\n"
-
-
-def map_rows(path: Path, rows: int, width: int, offset: int) -> np.ndarray:
-    return np.memmap(path, "<f4", "r", offset, (rows, width))
 
 
 def checksum(content: dict[str, Any], path: Path) -> int:
@@ -290,35 +262,17 @@ def discard(folder: Path) -> None:
 
 def sweep(cache: Path) -> None:
     """Removes what killed processes left half-written, known by the names that `mkdtemp` gives."""
-    for folder in cache.glob(".*.tmp"):
-        if not TEMPORARY_NAME.fullmatch(folder.name) or not folder.is_dir() or folder.is_symlink():
-            continue
+    for folder in own_folders(cache, ".*.tmp", TEMPORARY_NAME):
         with suppress(OSError):  # its owner is removing it
             touched = max(file.stat().st_mtime for file in (folder, *folder.rglob("*")))
             if time.time() - touched > STALE_SECONDS:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def opened(path: Path, cache: Path) -> Iterator[BinaryIO]:
-    with writing(cache):
-        file = open(path, "w+b")
-    try:
-        yield file
-    finally:
-        with writing(cache):  # closing flushes, so it fails once more on a full disk
-            file.close()
+def filling(cache: Path) -> AbstractContextManager[None]:
+    return writing(f"the index in {show(cache)}", "free space or choose another folder for it")
 
 
-@contextmanager
-def writing(cache: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise WriteError(f"could not write the index in {show(cache)} ({error.strerror or error}); free "
-                         "space or choose another folder for it") from error
-
-
-def unreadable(skipped: list[str], count: int) -> ValueError:
+def unreadable(skipped: list[File], count: int) -> ValueError:
     return ValueError(f"{len(skipped)} of {count} images could not be read, the first is "
-                      f"{show(Path(skipped[0]))}; remove them, or leave them out with --bad-images skip")
+                      f"{show(Path(skipped[0][0]))}; remove them, or leave them out with --bad-images skip")

@@ -37,60 +37,54 @@ class Extractor:
                invert: str = "domain") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(indices [b], features [b, e], inverted [b]) of the readable images of each batch of indices.
 
-        invert: which images have their colours inverted, as `ImageDataset` takes it. Unreadable ones raise
-        ValueError unless `skip_bad`. The consumer runs outside inference mode and autocast.
+        invert: as `ImageDataset` takes it. Unreadable images raise ValueError unless `skip_bad`.
         """
-        options, as_is = self.options, self.options.image_reading == "as-is"
-        dataset = ImageDataset(files, cropped(self.method.clip.image_size), options.stroke_domains,
-                               invert=invert, as_is=as_is)
+        options, transform = self.options, cropped(self.method.clip.image_size)
+        dataset = ImageDataset(files, transform, options.stroke_domains, invert=invert,
+                               as_is=options.image_reading == "as-is")
         for indices, images, inverted in load(dataset, batches, options.workers, skip_bad, self.device):
             if len(indices):
                 with torch.inference_mode(), autocast(options.precision, self.device):
                     inputs = normalised(images.to(self.device, non_blocking=True))
                     features = self.method.encode(inputs).float()
-                yield indices, features.clone(), inverted  # a usual tensor, not an inference one
+                # The consumer runs outside of both, with a usual tensor, not an inference one.
+                yield indices, features.clone(), inverted
 
     def features(self, files: Files) -> tuple[Tensor, list[int]]:
         """Features [n, e] on the CPU and the indices of the n readable files, in every process.
 
         Raises ValueError when no file can be read, or one cannot and --bad-images is error.
         """
-        features, kept = [], []
         batches = share(chunks(len(files), self.options.eval_batch))
-        skip_bad = self.options.bad_images == "skip"
-        for indices, rows, _ in self.stream(files, batches, skip_bad):
-            features.append(rows.cpu())
-            kept += indices.tolist()
-        features, kept = gather(features), gather(kept)
-        if not kept:
+        found = self.stream(files, batches, self.options.bad_images == "skip")
+        parts = gather([(indices, rows.cpu()) for indices, rows, _ in found])
+        if not parts:
             raise ValueError(f"none of the {len(files)} images could be read; the first is {files.paths[0]}")
-        return torch.cat(features), kept
+        indices, rows = map(torch.cat, zip(*parts))
+        return rows, indices.tolist()
 
     def of_paths(self, invert: str = "domain", flags: bool = False) -> EncodePaths:
-        """encode_paths(paths) -> (indices [b], features [b, e]) batch by batch; unreadable images are left
-        out.
+        """encode_paths(paths) -> (indices [b], features [b, e]) of each batch's readable images.
 
-        invert: as in `stream`; an image's domain is a folder on its path that is named like a stroke domain
-        (D14).
+        invert: as in `stream`; an image is of a stroke domain when a folder on its path has its name (D14).
         flags: one more column tells which images were inverted, [b, e + 1].
         """
         def domain(path: str) -> str:
-            return next((part for part in Path(path).parts[:-1] if part in self.options.stroke_domains),
-                        "")  # D14
+            return next((part for part in Path(path).parts[:-1] if part in self.options.stroke_domains), "")
 
         def encode_paths(paths: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
-            files = Files(paths, [""] * len(paths), [domain(path) for path in paths])
-            for indices, rows, inverted in self.stream(files, chunks(len(paths), self.options.eval_batch),
-                                                       True, invert):
+            files = Files(paths, [""] * len(paths), [domain(path) for path in paths])  # D14
+            batches = chunks(len(paths), self.options.eval_batch)
+            for indices, rows, inverted in self.stream(files, batches, True, invert):
                 yield indices, torch.cat([rows.cpu(), inverted[:, None].float()], dim=1) if flags else rows
 
         return encode_paths
 
 
 def prototypes(parts: Iterable[tuple[Tensor, Tensor]], classes: int) -> Tensor:
-    """The sum of each class's normalised features [classes, e], a direction; zero for a class without any.
+    """The sums of the classes' features [classes, e], directions; zero for a class without any.
 
-    parts: pairs of features [n, e] and their class ids [n].
+    parts: pairs of normalised features [n, e] and their class ids [n].
     """
     sums = Tensor()
     for features, labels in parts:

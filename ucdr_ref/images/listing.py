@@ -12,12 +12,10 @@ File = tuple[str, int, int, int]  # path below the folder, size, time of modific
 
 
 def list_images(root: str) -> list[File]:
-    """(relative path, size, time of modification, time of change in ns) of each image below `root`, sorted by
-    path.
+    """Each regular file below `root` with one of ENDINGS, sorted by path; hidden names are passed over.
 
-    An image is a regular file, or a link to one, with one of ENDINGS. Links to folders are followed; other
-    kinds of file and hidden names are passed over. Raises FileNotFoundError, or ValueError when there is no
-    image, a folder cannot be listed, or a link leads back to a folder that it lies in.
+    Links are followed. Raises FileNotFoundError for a missing folder, ValueError for one without images or
+    that cannot be listed, and for a link to a folder that it lies in.
     """
     if not os.path.isdir(root):
         raise FileNotFoundError(f"{show(Path(root))}: no such folder; give a folder of images")
@@ -26,7 +24,12 @@ def list_images(root: str) -> list[File]:
     ahead: list[tuple[str, tuple[os.stat_result, ...]]] = [(root, (os.stat(root),))]
     while ahead:
         folder, parents = ahead.pop()
-        for entry in listed(folder):
+        try:
+            with os.scandir(folder) as listed:
+                entries = list(listed)
+        except OSError as error:
+            raise ValueError(f"{show(Path(folder))}: cannot be listed ({error.strerror})") from error
+        for entry in entries:
             if entry.name.startswith("."):
                 continue
             try:
@@ -35,21 +38,11 @@ def list_images(root: str) -> list[File]:
                 continue
             if stat.S_ISDIR(status.st_mode):
                 if any(os.path.samestat(status, parent) for parent in parents):
-                    raise ValueError(f"{show(Path(entry.path))}: this link leads back to a folder that it "
-                                     "lies in; remove it")
+                    raise ValueError(f"{show(Path(entry.path))} leads back to a folder it lies in; remove it")
                 ahead.append((entry.path, (*parents, status)))
             elif stat.S_ISREG(status.st_mode) and os.path.splitext(entry.name)[1].lower() in ENDINGS:
                 name = os.path.relpath(entry.path, root)
                 found.append((name, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
     if not found:
-        raise ValueError(f"{show(Path(root))}: no images below this folder; expected names such as x.jpg or "
-                         "x.png")
+        raise ValueError(f"{show(Path(root))}: no images below this folder, such as x.jpg")
     return sorted(found)
-
-
-def listed(folder: str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError as error:
-        raise ValueError(f"{show(Path(folder))}: this folder cannot be listed ({error.strerror})") from error

@@ -1,6 +1,4 @@
-"""What every entry point does around its work: one line for a mistake, for Ctrl-C and for a reader that went
-away.
-"""
+"""What every entry point does around its work: one line for a mistake or Ctrl-C, never a traceback."""
 from __future__ import annotations
 
 import os
@@ -14,12 +12,10 @@ from .processes import Stopped, processes
 def command(run: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
     """Runs an entry point, in all processes of torchrun; its exit status.
 
-    0 when it is done, 2 after one line about a mistake, 130 after SIGINT or SIGTERM, of which one line tells
-    too.
+    0 when it is done, 2 after one line about a mistake, 130 after one line about SIGINT or SIGTERM.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            # a file name that this terminal cannot show is no error
+        if hasattr(stream, "reconfigure"):  # a file name that this terminal cannot show is no error
             stream.reconfigure(errors="backslashreplace")
     try:
         with processes():

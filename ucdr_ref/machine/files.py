@@ -5,8 +5,9 @@ import io
 import os
 import stat
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,34 +23,38 @@ class WriteError(OSError, ValueError):
     """A file could not be written; the message names it, and what stood there before is intact."""
 
 
+@contextmanager
+def writing(what: str, advice: str) -> Iterator[None]:
+    """Around writes: makes of a full disk, a read-only folder, ... a WriteError that names `what`."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(f"could not write {what} ({error.strerror or error}); {advice}") from error
+
+
 def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The dict of a file that `save_atomic` wrote: tensors on the CPU, numbers, text, lists, tuples and
-    dicts.
+    """The dict of a file that `save_atomic` wrote: tensors on the CPU, numbers, text, lists, tuples, dicts.
 
     Nothing in the file is executed; besides the tensors' content it may hold some 300,000 values, which nest
-    no deeper than 64. Raises FileNotFoundError, or
-    ValueError with one sentence when it is broken or another file.
+    no deeper than 64. Raises FileNotFoundError, or ValueError when it is broken or another file.
     """
     file = regular_file(path)
-    advice = "expected a checkpoint that this package wrote; use another one, or remove it to start again"
     try:
         state = read_any(file, copy=True)
+        if not isinstance(state, dict):
+            raise FormatError(f"holds a {type(state).__name__}, not a dict")
     except FormatError as error:
-        raise ValueError(f"{show(file)} {tidy(error)}; {advice}") from error
+        raise ValueError(f"{show(file)} {tidy(error)}; expected a checkpoint that this package wrote: use "
+                         "another one, or remove it to start again") from error
     except OSError as error:
         raise ValueError(f"{show(file)} cannot be read ({error.strerror or error})") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{show(file)} holds a {type(state).__name__}, not a dict; {advice}")
     return state
 
 
 def save_atomic(obj: Any, path: str | os.PathLike[str]) -> None:
-    """torch.save such that `path` is, at every moment and after a power cut, either the old file or the whole
-    new one.
-
-    Raises WriteError (an OSError and a ValueError) when the folder is read-only, the disk full, ...; the old
-    file survives.
-    """
+    """torch.save; `path` is the old file or the whole new one, even after a power cut. Raises WriteError."""
     def fill(file: BinaryIO) -> None:
         sink = Sink(file)
         torch.save(obj, sink)  # type: ignore[arg-type]
@@ -65,9 +70,7 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
 
 
 class Sink(io.RawIOBase):
-    """Passes writes on until one fails and keeps that error: PyTorch's zip writer would hide it behind one
-    of its own.
-    """
+    """Passes writes on until one fails, and keeps that error, which PyTorch's zip writer would hide."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -86,20 +89,17 @@ class Sink(io.RawIOBase):
 
 
 def write_atomic(path: str | os.PathLike[str], fill: Callable[[BinaryIO], object]) -> None:
-    """A temporary file in the same folder, filled, flushed to the disk, then renamed to `path`; by the main
-    process alone.
-    """
+    """A temporary file beside `path`, filled, flushed to the disk and renamed; by the main process alone."""
     if not is_main():
         return
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        for old in target.parent.glob(".*.tmp"):
+    with writing(show(target), "what stood there before is untouched: free space or choose another folder"):
+        for old in target.parent.glob(f".{escape(target.name)}.*.tmp"):
             with suppress(FileNotFoundError):  # another process was faster
-                if old.name.startswith(f".{target.name}.") and time.time() - old.lstat().st_mtime > STALE_SECONDS:
+                if time.time() - old.lstat().st_mtime > STALE_SECONDS:
                     old.unlink()
-        # of a killed process of this number, or a link that someone left here
-        temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)  # of a killed process of this number, or a link that someone left
         try:
             with open(temporary, "xb") as file:  # a new file: no link is followed
                 fill(file)
@@ -114,22 +114,17 @@ def write_atomic(path: str | os.PathLike[str], fill: Callable[[BinaryIO], object
                 os.fsync(folder)
             finally:
                 os.close(folder)
-    except OSError as error:
-        raise WriteError(f"could not write {show(target)} ({error.strerror or error}); "
-                         "what stood there before is untouched: free space or choose another folder") from error
 
 
 def in_place(path: str, flags: int) -> int:
-    """Opener, for `open`, of a file that is changed where it stands: it follows no link and waits for no
-    FIFO.
+    """Opener, for `open`, of a file that is changed where it stands: follows no link and waits for no FIFO.
 
-    Raises ValueError for a special file, and for one that has a second name, under which it is not the run's
-    alone.
+    Raises ValueError for a special file, and for one that has a second name: it is not the run's alone.
     """
     descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         os.close(descriptor)
         raise ValueError(f"{show(Path(path))} is not a regular file with this one name; put a copy of it in "
-                         f"its place")
+                         "its place")
     return descriptor

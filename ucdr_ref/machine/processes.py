@@ -1,7 +1,6 @@
-"""Device, precision, seeds, and several processes, started by `torchrun`, that compute what one process
-would.
+"""Device, precision, seeds, and several processes, started by `torchrun`, that compute what one would.
 
-Each process takes its share of every batch; in a single process every function on that does nothing. Rows of
+Each takes its share of every batch; in a single process every function on that does nothing. Rows of
 processes are joined in the order of their ranks.
 """
 from __future__ import annotations
@@ -20,8 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# from SIGTERM until a process ends that waits for another in vain; torchrun kills it after 30
-GRACE_SECONDS = 20
+GRACE_SECONDS = 20  # from SIGTERM until a process ends that waits in vain; torchrun kills it after 30
 Items = TypeVar("Items", bound=Sequence[Any])
 
 
@@ -49,14 +47,14 @@ def processes() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    # Numbers of the host go by gloo, so that they never wait for a GPU.
+    # Numbers on the CPU go by gloo, so that they never wait for a GPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     end_when_stuck()
     if not is_main():
         sys.stdout = open(os.devnull, "w")
     try:
         yield
-    except Stopped:  # after any other exception some process may wait, and parting in good order would too
+    except Stopped:  # after any other exception some process may wait, and so would parting in good order
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
@@ -65,8 +63,7 @@ def processes() -> Iterator[None]:
 def end_when_stuck() -> None:
     """Ends this process some time after SIGTERM, which torchrun sends when another one died.
 
-    A process that waits for a dead one's tensors on a GPU runs no Python handler: a thread sees the signal
-    all the same.
+    One that waits for a dead one's tensors on a GPU runs no Python handler, but a thread sees the signal.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -77,7 +74,7 @@ def end_when_stuck() -> None:
         while os.read(reader, 1)[0] not in (signal.SIGINT, signal.SIGTERM):
             pass
         time.sleep(GRACE_SECONDS)
-        print(f"error: {name} was told to stop and waits in vain, perhaps for another process", file=sys.stderr, flush=True)
+        print(f"error: {name} was told to stop and waits in vain for another one", file=sys.stderr)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -85,28 +82,23 @@ def end_when_stuck() -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Around every exchange: when another process is gone, says so, at once because torchrun ends this one
-    too, and exits.
-    """
+    """Around every exchange: when another process is gone, says so before torchrun ends this one too."""
     try:
         yield
     except RuntimeError as error:
-        print(f"error: process {rank()} lost another one ({str(error).splitlines()[0]}); what was saved last "
-              f"is intact: run the "
-              "same command to go on", file=sys.stderr, flush=True)
+        print(f"error: process {rank()} lost another one ({first_line(error)}); what was saved is intact: "
+              "run the same command to go on", file=sys.stderr)
         sys.exit(2)
 
 
-def own_device(device: torch.device) -> torch.device:
-    """`cuda` without a number: the GPU of this process."""
-    if world() > 1 and device == torch.device("cuda"):
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    return device
+def first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
 
 
 def share(items: Items) -> Items:
     """This process's part of a list: contiguous, as even as can be."""
-    return items[len(items) * rank() // world():len(items) * (rank() + 1) // world()]  # type: ignore[return-value]
+    start, end = (len(items) * n // world() for n in (rank(), rank() + 1))
+    return items[start:end]  # type: ignore[return-value]
 
 
 def gather(items: list[Any]) -> list[Any]:
@@ -126,9 +118,7 @@ def place(count: int) -> tuple[int, int]:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """[count, ...] of all processes joined, [total, ...], in every process and on its device; counts may
-    differ.
-    """
+    """[count, ...] of all processes joined, [total, ...], on each one's device; counts may differ."""
     if world() == 1:
         return rows
     counts = gather([len(rows)])
@@ -142,8 +132,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def average(tensors: Sequence[Tensor], weight: int) -> None:
-    """Puts the mean over the processes, each counted `weight` times, in place of the tensors, by one
-    exchange.
+    """Puts the processes' mean, each counted `weight` times, in place of the tensors, by one exchange.
 
     Means over shares of a batch, weighted by the shares' sizes, become means over the batch.
     """
@@ -179,25 +168,21 @@ def main_first() -> Iterator[None]:
 
 
 def pick_device(name: str) -> torch.device:
-    """cpu, cuda, ... or auto, and this process's own GPU where torchrun gave it one; ValueError when it
-    cannot be had.
-    """
+    """cpu, cuda, ... or auto; a GPU without a number is the process's own. ValueError when there is none."""
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        device = own_device(device)
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        if device == torch.device("cuda") and world() > 1:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if device.type == "cuda":
-            # what names no device, such as the peak memory or NCCL, means this one
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(device)  # for what names no device, such as the peak memory or NCCL
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu") from None
+        raise ValueError(f"--device {name} is not usable ({first_line(error)}); try --device cpu") from None
     return device
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The arithmetic of `--precision`: bf16 inside the block; tf32, a switch of the whole process, from here
-    on.
-    """
+    """The arithmetic of --precision: bf16 inside the block; tf32, a switch of the process, from here on."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
@@ -211,7 +196,8 @@ def memory_gib(device: torch.device) -> float:
         import resource
     except ImportError:  # not on Windows
         return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on a Mac, else in KiB
+    return peak / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
 def fold(*parts: object) -> int:

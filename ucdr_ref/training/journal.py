@@ -1,6 +1,4 @@
-"""What a run keeps of its training, in memory and in its folder, checked before it is used when the run is
-started again.
-"""
+"""What a run keeps of its training, in memory and in its folder, checked before the run goes on."""
 from __future__ import annotations
 
 import errno
@@ -15,7 +13,7 @@ import time
 import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,11 +22,12 @@ from torch import Tensor, nn
 
 from ..clip.tensorfile import regular_file, show
 from ..machine import processes
-from ..machine.files import WriteError, in_place, load_state, save_atomic
+from ..machine.files import in_place, load_state, save_atomic, writing
 from ..machine.options import Shared
 from ..machine.processes import Stopped, is_main, memory_gib
 
 ADVICE = "delete it to start again, or name another --run"
+INTACT = "the last checkpoint is intact: free space, then run the same command to go on"
 
 
 @dataclass(frozen=True)
@@ -94,35 +93,28 @@ class Journal:
     def record(self, values: dict[str, Any]) -> None:
         """Appends one line of JSON to the log."""
         line = (json.dumps(values) + "\n").encode()
-        try:
+        with writing(show(self.run.folder / "log.jsonl"), INTACT):
             if self.log.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            raise unwritten(Path(self.log.name), error) from error
         self.progress.log_bytes += len(line)
 
-    def save(self, method: Stateful, optimizer: torch.optim.Optimizer) -> None:
-        """last.pt, after the log, whose length it knows, is on the disk."""
-        if isinstance(self.log, io.FileIO):
-            os.fsync(self.log.fileno())
-        state = {"progress": asdict(self.progress), "method": own_state(method),
-                 "optimizer": optimizer.state_dict()}
-        save_atomic({**state, **self.run.extra}, self.run.folder / "last.pt")
-        processes.wait()
+    def checkpoint(self, method: Stateful, optimizer: torch.optim.Optimizer, phase: str, due: bool) -> None:
+        """Writes last.pt where it is due or a process was told to stop, and then raises Stopped."""
+        stop = processes.any_of(bool(self.stopping))
+        if due or stop:
+            if isinstance(self.log, io.FileIO):  # first the log, whose length last.pt knows
+                os.fsync(self.log.fileno())
+            state = {"progress": asdict(self.progress), "method": own_state(method),
+                     "optimizer": optimizer.state_dict()}
+            save_atomic({**state, **self.run.extra}, self.run.folder / "last.pt")
+            processes.wait()
+        if stop:
+            reason = signal.Signals(self.stopping[0]).name if self.stopping else "another process"
+            raise Stopped(f"stopped by {reason} in phase {phase}, epoch {self.progress.epoch + 1}, step "
+                          f"{self.progress.step}; all is saved: run the same command to go on")
 
     def keep_best(self, method: Stateful) -> None:
-        """best.pt"""
         save_atomic({"method": own_state(method), **self.run.extra}, self.run.folder / "best.pt")
-
-    def stop_wanted(self) -> bool:
-        """Whether any process was told to stop."""
-        return processes.any_of(bool(self.stopping))
-
-    def stopped(self, phase: str) -> Stopped:
-        reason = signal.Signals(self.stopping[0]).name if self.stopping else "another process"
-        return Stopped(f"stopped by {reason} in phase {phase}, epoch {self.progress.epoch + 1}, step "
-                       f"{self.progress.step}; "
-                       "everything is saved: run the same command to go on")
 
 
 def own_state(method: Stateful) -> dict[str, Tensor]:
@@ -131,90 +123,77 @@ def own_state(method: Stateful) -> dict[str, Tensor]:
 
 
 def load_own_state(method: Stateful, state: dict[str, Tensor], path: Path) -> None:
-    """Strict, in names and shapes; ValueError in one sentence."""
-    expected = own_state(method)
+    """Takes over what `own_state` gave; ValueError unless names and shapes are the method's."""
     if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
         raise ValueError(f"{path} holds something other than tensors by name; use another checkpoint")
-    wrong = (sorted(set(expected).symmetric_difference(state))
-             or [name for name in expected if expected[name].shape != state[name].shape])
+    there, here = ({name: list(value.shape) for name, value in part.items()}
+                   for part in (state, own_state(method)))
+    wrong = sorted(there.keys() ^ here.keys()) or [name for name in here if there[name] != here[name]]
     if wrong:
-        name = wrong[0]
-        raise Misfit(path, name,
-                     *(list(part[name].shape) if name in part else None for part in (state, expected)))
+        raise Misfit(path, wrong[0], there.get(wrong[0]), here.get(wrong[0]))
     method.load_state_dict(state, strict=False)
 
 
 class Misfit(ValueError):
-    """A checkpoint of other weights, classes or domains."""
+    """A checkpoint of other weights, classes or domains; a weight that is absent has the size None."""
 
     def __init__(self, path: Path, name: str, there: list[int] | None, here: list[int] | None) -> None:
-        super().__init__(f"{path} was trained with other weights, classes or domains: {name} is "
-                         f"{shape(there)} there, "
-                         f"{shape(here)} here; give the run's own --weights and --data-root")
-
-
-def shape(size: list[int] | None) -> str:
-    return "absent" if size is None else str(size)
+        sizes = ["absent" if size is None else size for size in (there, here)]
+        super().__init__(f"{path} was trained with other weights, classes or domains: {name} is {sizes[0]} "
+                         f"there, {sizes[1]} here; give the run's own --weights and --data-root")
 
 
 def read_last(path: Path, phases: int) -> tuple[dict[str, Tensor], Progress, dict[str, Any]]:
-    """Weights, progress and the optimizer's state of a `last.pt`; ValueError in one sentence when it is no
-    such file.
-    """
+    """Weights, progress and the optimizer's state of a last.pt; ValueError when it is no such file."""
+    def kinds(values: dict[str, Any]) -> dict[str, type]:
+        return {name: type(value) for name, value in values.items()}
+
     state = load_state(path)
     found = state.get("progress")
-    known = {field.name: type(field.default) for field in fields(Progress)}
-    if not (isinstance(found, dict) and found.keys() == known.keys()
-            and all(type(found[name]) is known[name] for name in known)
-            and all(0 <= value < 2**53 for name, value in found.items()
-                    if name != "best") and found["phase"] < phases
-            and math.isfinite(found["best"])):
+    if not (isinstance(found, dict) and kinds(found) == kinds(asdict(Progress()))
+            and all(0 <= value < 2**53 for name, value in found.items() if name != "best")
+            and found["phase"] < phases and math.isfinite(found["best"])):
         raise ValueError(f"{show(path)}: its progress is {str(found)[:200]!r}, not where a run of {phases} "
-                         f"phases can stand; "
-                         f"{ADVICE}")
+                         f"phases can stand; {ADVICE}")
     if not (isinstance(state.get("method"), dict) and isinstance(state.get("optimizer"), dict)):
         raise ValueError(f"{show(path)} lacks the weights or the optimizer's state; {ADVICE}")
     return state["method"], Progress(**found), state["optimizer"]
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> None:
-    """Takes over the moments that `state` holds for each parameter; rates and other settings stay the
-    config's.
+    """Takes over the moments in `state`; rates and other settings stay the config's.
 
-    Raises ValueError unless every parameter's moments are what this optimizer keeps for one of its shape.
+    Raises ValueError unless they are what a step of this optimizer leaves for parameters of these shapes.
     """
-    probe = nn.Parameter(torch.zeros(2))
-    trial = type(optimizer)([probe], **optimizer.defaults)
-    probe.grad = torch.zeros(2)
+    probes = [nn.Parameter(torch.zeros_like(parameter)) for group in optimizer.param_groups
+              for parameter in group["params"]]
+    for probe in probes:
+        probe.grad = torch.zeros_like(probe)
+    trial = type(optimizer)(probes, **optimizer.defaults)
     trial.step()
-    expected = trial.state[probe]
-    own = optimizer.state_dict()
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    moments = state.get("state")
+    expected = trial.state_dict()["state"]
 
-    def fits(value: Any, like: Tensor, parameter: nn.Parameter) -> bool:
-        shape = parameter.shape if like.shape == probe.shape else like.shape
-        if not (isinstance(value, Tensor) and value.shape == shape and value.dtype == like.dtype):
-            return False
-        return bool(value.isfinite().all()) and (like.shape == probe.shape or bool((value >= 0).all()))
+    def kinds(moments: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        return {name: (value.shape, value.dtype) for name, value in moments.items()}
 
-    sound = isinstance(moments, dict) and all(
-        type(index) is int and 0 <= index < len(parameters) and isinstance(entry, dict) and entry.keys() == expected.keys()
-        and all(fits(entry[name], expected[name], parameters[index])
-                for name in expected) for index, entry in moments.items())
+    try:
+        sound = all(kinds(moments) == kinds(expected[index]) and moments.get("step", 0) >= 0
+                    and all(value.isfinite().all() for value in moments.values())
+                    for index, moments in state["state"].items())
+    except (AttributeError, KeyError, TypeError):  # no tensors by name and number
+        sound = False
     if not sound:
-        raise ValueError(f"{show(path)}: the optimizer's state does not fit the {len(parameters)} parameters "
-                         f"that are trained; "
-                         f"{ADVICE}")
-    optimizer.load_state_dict({"state": moments, "param_groups": own["param_groups"]})
+        raise ValueError(f"{show(path)}: the optimizer's state does not fit the {len(probes)} parameters "
+                         f"that are trained; {ADVICE}")
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
 @contextmanager
 def open_log(path: Path, size: int) -> Iterator[BinaryIO]:
-    """The log, cut to the `size` that the last checkpoint knows of: later steps are done, and written, again.
+    """The log, cut to the `size` that last.pt knows of: later steps are done, and written, again.
 
-    Not buffered: a line is in the file once `record` returns. Raises ValueError when the file is shorter,
-    WriteError when it cannot be written.
+    Not buffered: a line is in the file once `record` returns. Raises ValueError for a shorter file.
     """
     if not is_main():
         yield io.BytesIO()
@@ -222,28 +201,17 @@ def open_log(path: Path, size: int) -> Iterator[BinaryIO]:
     found = regular_file(path).stat().st_size if path.exists() else 0
     if found < size:
         raise ValueError(f"{show(path)} holds {found} bytes, but last.pt beside it knows of {size}: bring "
-                         f"the log back, or "
-                         "delete that folder to start anew")
-    try:
+                         "the log back, or delete that folder to start anew")
+    with writing(show(path), INTACT):
         log = open(path, "ab", buffering=0, opener=in_place)
         log.truncate(size)
-    except OSError as error:
-        raise unwritten(path, error) from error
     with log:
         yield log  # type: ignore[misc]
 
 
-def unwritten(path: Path, error: OSError) -> WriteError:
-    return WriteError(f"could not write {show(path)} ({error.strerror or error}); the last checkpoint is "
-                      f"intact: free space, "
-                      "then run the same command to go on")
-
-
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM in a list for as long as the block runs, so that a step can be finished
-    first.
-    """
+    """Collects SIGINT and SIGTERM in a list while the block runs, so that a step can be finished first."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -258,15 +226,16 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 class ProgressLine:
-    """`target 2/10 | 120/480 | loss 1.234 align 0.98 | 812 img/s | 9.1 GiB | eta 3m12s` on stderr, at most
-    twice a second.
+    """On stderr, where that is a terminal twice a second, else every 15 seconds and at an epoch's end:
+
+    `target 2/10 | 120/480 | loss 1.234 align 0.98 | 812 img/s | 9.1 GiB | eta 3m12s`
     """
 
     def __init__(self, phase: str, epochs: int, device: torch.device) -> None:
         self.phase, self.epochs, self.device = phase, epochs, device
         self.start, self.images, self.steps, self.shown = 0.0, 0, 0, 0.0
         self.live = sys.stderr.isatty()
-        self.out = sys.stderr if processes.is_main() else io.StringIO()
+        self.out = sys.stderr if is_main() else io.StringIO()
 
     def show(self, progress: Progress, steps: int, images: int, values: dict[str, float]) -> None:
         now = time.monotonic()
@@ -278,12 +247,10 @@ class ProgressLine:
             return
         self.shown, seconds = now, now - self.start
         left = int((steps * (self.epochs - progress.epoch) - progress.step) * seconds / self.steps)
-        self.write(f"{self.phase} {progress.epoch + 1}/{self.epochs} | {progress.step}/{steps} | "
-                   + " ".join(f"{name} {value:.3f}" for name, value in values.items())
-                   + f" | {self.images / seconds:.0f} img/s | {memory_gib(self.device):.1f} GiB | eta "
-                     f"{left // 60}m{left % 60:02d}s")
-
-    def write(self, text: str) -> None:
+        terms = " ".join(f"{name} {value:.3f}" for name, value in values.items())
+        text = (f"{self.phase} {progress.epoch + 1}/{self.epochs} | {progress.step}/{steps} | {terms} | "
+                f"{self.images / seconds:.0f} img/s | {memory_gib(self.device):.1f} GiB | "
+                f"eta {left // 60}m{left % 60:02d}s")
         self.out.write(f"\r{text:<110}" if self.live else text + "\n")
         self.out.flush()
 

@@ -23,8 +23,7 @@ from .journal import Journal, ProgressLine, Run, Stateful, opened
 
 @dataclass
 class Feed:
-    """What a phase iterates over. `load` yields (batch, its files) for the batches of an epoch's order that
-    are left.
+    """What a phase iterates over: `load` yields (batch, its files) for what is left of an epoch's order.
 
     `cut` gives what passes at once of a batch, to save memory, each with its share of the images. `validates`
     says after how many epochs a score is taken.
@@ -51,19 +50,17 @@ class Method(Stateful, typing.Protocol):
 
 
 def train(method: Method, feeds: Mapping[str, Feed], validate: Callable[[], float] | None, run: Run) -> None:
-    """All phases of a method, from where last.pt stands; leaves last.pt, best.pt and log.jsonl in the run
-    folder.
+    """All phases, from where last.pt stands; leaves last.pt, best.pt and log.jsonl in the run folder.
 
     `validate` gives the score by which the last phase keeps its best epoch and stops early; None keeps the
     last. Raises Stopped after SIGINT or SIGTERM, ValueError at a non-finite loss.
     """
     with opened(run, method, len(method.PHASES)) as journal:
         for index, phase in enumerate(method.PHASES):
-            if index < journal.progress.phase:
-                continue
-            selecting = validate if index == len(method.PHASES) - 1 else None
-            fit(method, phase, feeds[phase], selecting, journal)
-            journal.next_phase(index + 1)
+            if index >= journal.progress.phase:
+                selecting = validate if phase == method.PHASES[-1] else None
+                fit(method, phase, feeds[phase], selecting, journal)
+                journal.next_phase(index + 1)
     if validate is None or not feeds[method.PHASES[-1]].epochs:
         journal.keep_best(method)
 
@@ -73,7 +70,9 @@ def fit(method: Method, phase: str, feed: Feed, validate: Callable[[], float] | 
     """One phase: steps, checkpoints, validation after each epoch, early stop."""
     run, progress = journal.run, journal.progress
     method.start(phase)
-    trained = thawed(method, phase)
+    trained = method.trainable(phase)
+    for name, parameter in method.named_parameters():
+        parameter.requires_grad_(name in trained)
     optimizer = method.optimizer(phase)
     journal.resume(optimizer)
     line = ProgressLine(phase, feed.epochs, run.device)
@@ -102,39 +101,23 @@ def fit(method: Method, phase: str, feed: Feed, validate: Callable[[], float] | 
             progress.step += 1
             journal.record({"phase": phase, "epoch": progress.epoch, "step": progress.step, **values})
             line.show(progress, len(order), len(files) * processes.world(), values)
-            stop = journal.stop_wanted()
-            if stop or progress.step % run.options.save_every == 0:
-                journal.save(method, optimizer)
-            if stop:
-                raise journal.stopped(phase)
+            journal.checkpoint(method, optimizer, phase, progress.step % run.options.save_every == 0)
         progress.epoch, progress.step = progress.epoch + 1, 0
         if validate is not None and feed.validates(progress.epoch):
             found = processes.gather([validate()])[0]
-            progress.stale = 0 if found > progress.best else progress.stale + 1
+            progress.stale += 1
             if found > progress.best:
-                progress.best = found
+                progress.best, progress.stale = found, 0
                 journal.keep_best(method)
             journal.record({"phase": phase, "epoch": progress.epoch, "validation_mAP": found})
             line.end(f"{phase} {progress.epoch}/{feed.epochs} | selection score {found:.4f} (best "
                      f"{progress.best:.4f})")
-        journal.save(method, optimizer)
-        if journal.stop_wanted():  # a signal came in the validation
-            raise journal.stopped(phase)
+        journal.checkpoint(method, optimizer, phase, due=True)
     line.end()
 
 
-def thawed(method: Method, phase: str) -> dict[str, nn.Parameter]:
-    """The parameters that the phase trains; all others are frozen."""
-    trained = method.trainable(phase)
-    for name, parameter in method.named_parameters():
-        parameter.requires_grad_(name in trained)
-    return trained
-
-
 def stop_if_not_finite(values: dict[str, float], gradient: float, where: dict[str, Any], run: Run) -> None:
-    """Raises ValueError before a non-finite loss or gradient reaches the weights; the batch goes into
-    nonfinite.json.
-    """
+    """ValueError before a non-finite loss or gradient reaches the weights; nonfinite.json tells the batch."""
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if not bad and math.isfinite(gradient):
         return
@@ -143,8 +126,6 @@ def stop_if_not_finite(values: dict[str, float], gradient: float, where: dict[st
     path = run.folder / "nonfinite.json"
     shown = {name: repr(value) for name, value in values.items()}  # JSON has no word for NaN
     write_text_atomic(path, json.dumps({"terms": bad, "values": shown, **where}, indent=2) + "\n")
-    raise ValueError(f"{', '.join(bad)} not finite in phase {where['phase']}, epoch {where['epoch'] + 1}, "
-                     f"step "
-                     f"{where['step'] + 1}; the batch's files are in {path}; lower the learning rate or look "
-                     f"at them (the "
-                     "last checkpoint is intact)")
+    place = f"phase {where['phase']}, epoch {where['epoch'] + 1}, step {where['step'] + 1}"
+    raise ValueError(f"{', '.join(bad)} not finite in {place}; the batch's files are in {path}: look at them "
+                     "or lower the learning rate (the last checkpoint is intact)")
