@@ -29,30 +29,22 @@ class ClassLine(NamedTuple):
 
 
 class WordNet:
-    """WordNet 3.0's nouns. A synset's id is its byte offset in `data.noun`, so a synset is read where its id
-    points.
-    """
+    """WordNet 3.0's nouns. A synset's id is its byte offset in `data.noun`, where it is read."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Raises FileNotFoundError when a file is missing, ValueError when a line of `index.noun` is not
-        WordNet's.
-        """
-        paths = [Path(folder) / name for name in ("data.noun", "index.noun")]
-        for path in paths:
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} does not exist; install Debian's wordnet-base "
-                                        f"(/usr/share/wordnet) or "
-                                        "unpack WordNet 3.0's database files, and give that folder")
-        self.path, self.data = paths[0], paths[0].read_bytes()
+        """Raises FileNotFoundError for a missing file, ValueError for a malformed line of `index.noun`."""
+        advice = "; install Debian's wordnet-base (/usr/share/wordnet) or unpack WordNet 3.0's database files"
+        self.path, index = (regular_file(Path(folder) / name, advice) for name in ("data.noun", "index.noun"))
+        self.data = self.path.read_bytes()
         self.senses: dict[str, list[int]] = {}
-        for number, line in enumerate(paths[1].read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(index.read_text(encoding="utf-8").splitlines(), start=1):
             if line.startswith("  "):  # licence header
                 continue
             try:
                 lemma, _, count, *rest = line.split()
                 self.senses[lemma] = [int(offset) for offset in rest[-int(count):]]
             except ValueError:
-                raise ValueError(f"{paths[1]}, line {number}: {line[:60]!r} is not of WordNet 3.0's index") from None
+                raise ValueError(f"{index}, line {number}: {line[:60]!r} is not WordNet 3.0's") from None
 
     def notice(self) -> str:
         """The licence in the header of `data.noun`, its line numbers removed."""
@@ -61,23 +53,19 @@ class WordNet:
         return "\n".join(header) or "WordNet 3.0 Copyright 2006 by Princeton University. All rights reserved."
 
     def synset(self, offset: int) -> tuple[list[str], list[int]]:
-        """Lemmas and direct hypernyms (`@`; an instance's `@i` is left out) of the synset at a byte
-        offset.
-        """
+        """Lemmas and direct hypernyms (`@`, without an instance's `@i`) of the synset at a byte offset."""
         try:
             fields = self.line(offset).decode("utf-8").split(" | ")[0].split()
-            if int(fields[0]) != offset or fields[2] != "n":
+            number, _, kind, count, *rest = fields
+            words = 2 * int(count, 16)
+            lemmas, pointers = rest[:words:2], rest[words + 1:]
+            if not lemmas or (int(number), kind, len(pointers)) != (offset, "n", 4 * int(rest[words])):
                 raise ValueError
-            count = int(fields[3], 16)
-            lemmas = fields[4 : 4 + 2 * count : 2]
-            pointers = fields[5 + 2 * count :]
-            if len(lemmas) != count or len(pointers) != 4 * int(fields[4 + 2 * count]):
-                raise ValueError
-            hypernyms = [int(pointers[k + 1]) for k in range(0, len(pointers), 4) if pointers[k] == "@"]
+            links = zip(pointers[::4], pointers[1::4])
+            return lemmas, [int(target) for symbol, target in links if symbol == "@"]
         except (ValueError, IndexError):
             raise ValueError(f"{self.path} has no noun synset at byte {offset} (n{offset:08d}); "
                              "WordNet 3.0's own file is expected, unchanged") from None
-        return lemmas, hypernyms
 
     def line(self, offset: int) -> bytes:
         end = self.data.find(b"\n", offset)
@@ -93,25 +81,20 @@ class WordNet:
         return f"{lemma}.n.{senses.index(offset) + 1 if offset in senses else 0:02d}"
 
     def first_sense(self, name: str) -> str | None:
-        """Id of the first noun sense of a name (spaces, `_` or `+` between words), None when there is
-        none.
-        """
+        """Id of the first noun sense of a name (spaces, `_` or `+` between words), if it has one."""
         senses = self.senses.get(canonical(name).replace(" ", "_"))
         return f"n{senses[0]:08d}" if senses else None
 
 
 def read_classes(path: str | Path) -> list[ClassLine]:
-    """Lines `seen|unseen nXXXXXXXX name`, `nXXXXXXXX name`, `nXXXXXXXX` or `name`; empty lines and `#`
-    comments are skipped.
+    """Lines `[seen|unseen] nXXXXXXXX [name]` or `name`; empty lines and `#` comments are skipped.
 
     Raises FileNotFoundError, or ValueError for a file without a class, and a class (by id where there is one)
-    listed
-    twice: classes with different ids may have one name.
+    listed twice: classes with different ids may have one name.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"class list {path} does not exist; give a text file with one class per line")
+    file = regular_file(path, "; expected a text file with one class per line")
     try:
-        content = regular_file(path).read_text(encoding="utf-8")
+        content = file.read_text(encoding="utf-8")
     except ValueError as error:
         raise ValueError(f"class list {path} is not UTF-8 text ({error})") from None
     lines: list[ClassLine] = []
@@ -119,8 +102,8 @@ def read_classes(path: str | Path) -> list[ClassLine]:
         words = text.split()
         if not words or words[0].startswith("#"):
             continue
-        split = words.pop(0) if words[0] in ("seen",
-                                             "unseen") and SYNSET_ID.fullmatch(" ".join(words[1:2])) else None
+        marked = words[0] in ("seen", "unseen") and SYNSET_ID.fullmatch(" ".join(words[1:2]))
+        split = words.pop(0) if marked else None
         synset = words.pop(0) if SYNSET_ID.fullmatch(words[0]) else None
         lines.append(ClassLine(split, synset, " ".join(words)))
     if not lines:
@@ -131,19 +114,17 @@ def read_classes(path: str | Path) -> list[ClassLine]:
 
 
 def build_graph(wordnet: WordNet, classes: Sequence[ClassLine]) -> Graph:
-    """Hypernym closure: the classes in their order, then their ancestors breadth-first; edges in the
-    children's order.
+    """Hypernym closure: the classes in their order, their ancestors breadth-first; edges by child.
 
     A class without an id takes the first noun sense of its name, one without a name the first word of its
-    synset. Hypernyms of a synset follow its synset names' order.
+    synset. Hypernyms of a synset follow their synset names' order.
     Raises ValueError that lists every class missing in WordNet, or two classes that are one synset.
     """
     ids = [line.id or wordnet.first_sense(line.name) for line in classes]
     missing = [line.name if line.id is None else f"{line.name} ({line.id})"
                for line, synset in zip(classes, ids) if synset is None or not wordnet.has(synset)]
     if missing:
-        raise ValueError(f"missing among WordNet 3.0's nouns: {', '.join(missing)}; give each its id, "
-                         f"`nXXXXXXXX name`")
+        raise ValueError(f"missing among WordNet 3.0's nouns: {', '.join(missing)}; give `nXXXXXXXX name`")
     order = [int(synset[1:]) for synset in ids if synset is not None]
     if twice := duplicates([f"n{offset:08d}" for offset in order]):
         same = [line.name for line, synset in zip(classes, ids) if synset == twice[0]]
@@ -160,9 +141,9 @@ def build_graph(wordnet: WordNet, classes: Sequence[ClassLine]) -> Graph:
                 number[parent] = len(order)
                 order.append(parent)
             edges.append((child, number[parent]))
-    given = [re.sub(r"[_+]+", " ", line.name) for line in classes]
-    names = [name or words[0]
-             for name, words in zip(given, lemmas)] + [words[0] for words in lemmas[len(given):]]
+    names = [words[0] for words in lemmas]
+    for k, line in enumerate(classes):
+        names[k] = re.sub(r"[_+]+", " ", line.name) or names[k]
     return Graph([f"n{offset:08d}" for offset in order], names, lemmas, edges, len(classes), wordnet.notice())
 
 
@@ -179,10 +160,10 @@ def save_graph(graph: Graph, path: str | Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ucdr_ref.sre.wordnet",
                                      description="hypernym closure of a class list")
-    parser.add_argument("--wordnet", required=True, metavar="DIR", help="folder of data.noun and index.noun")
-    parser.add_argument("--classes", required=True, metavar="FILE", help="per line: [seen|unseen] "
-                                                                         "[nXXXXXXXX] name")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the graph, as JSON")
+    for flag, kind, text in (("--wordnet", "DIR", "folder of data.noun and index.noun"),
+                             ("--classes", "FILE", "per line: [seen|unseen] [nXXXXXXXX] name"),
+                             ("--out", "FILE", "the graph, as JSON")):
+        parser.add_argument(flag, required=True, metavar=kind, help=text)
     args = parser.parse_args(argv)
     try:
         graph = build_graph(WordNet(args.wordnet), read_classes(args.classes))
