@@ -1,8 +1,8 @@
 """SRE-CLIP adapter (Yu et al., arXiv 2510.21808): image adapter and graph head over frozen CLIP features.
 
 It learns from labelled source images of seen classes and unlabelled target images of seen and unseen classes.
-Legend: `b` batch, `e` CLIP embedding, `h` adapter width, `c` classes, `N` graph nodes (classes first), `w`
-class-vector width.
+`b` batch, `e` embedding, `h` adapter width, `c` classes, `N` graph nodes (classes first), `w` class-vector
+width.
 """
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ class ImageAdapter(nn.Module):
 class GCN(nn.Module):
     """H = LeakyReLU_0.2(A (drop(X) W1) + b1); G = A (drop(H) W2) + b2."""
 
-    def __init__(self, w: int, h: int, hidden: int, dropout: float) -> None:
+    def __init__(self, w: int, h: int, dropout: float) -> None:
         super().__init__()
         self.dropout = dropout
-        self.w1, self.b1 = nn.Parameter(torch.empty(w, hidden)), nn.Parameter(torch.zeros(hidden))
-        self.w2, self.b2 = nn.Parameter(torch.empty(hidden, h)), nn.Parameter(torch.zeros(h))
+        self.w1, self.b1 = nn.Parameter(torch.empty(w, h)), nn.Parameter(torch.zeros(h))
+        self.w2, self.b2 = nn.Parameter(torch.empty(h, h)), nn.Parameter(torch.zeros(h))
         for weight in (self.w1, self.w2):
             nn.init.xavier_uniform_(weight)
 
@@ -68,9 +68,9 @@ class GCN(nn.Module):
 class TargetBank(nn.Module):
     """The last `size` target features: appended while there is room, then overwritten in a ring.
 
-    ring "exact": right for any batch. "released" (S7): whole batches of at most `batch`, so the bank may
-    outgrow `size`, and the pointer goes back to 0 as soon as another batch like this one would pass `size`,
-    so the rows behind it go stale.
+    ring "exact": right for any batch. "released" (S7): whole batches of at most `batch`, so it may outgrow
+    `size`; the pointer goes back to 0 when another batch like this one would pass `size`, so the rows behind
+    it go stale.
     """
 
     store: Tensor  # [capacity, h]
@@ -119,8 +119,8 @@ class TargetBank(nn.Module):
 class SRECLIP(nn.Module):
     """Frozen CLIP features -> adapter; class graph -> graph head; cosine / temperature between the two.
 
-    class_names [c]; class_vectors X [N, w], rows L2-normalised; adjacency [N, N] of
-    `graph.normalised_adjacency`; unseen_ids: indices of the classes without labelled images.
+    class_names [c]; class_vectors X [N, w], rows L2-normalised; adjacency [N, N], `normalised_adjacency`'s;
+    unseen_ids: indices of the classes without labelled images.
     Raises ValueError when there is no unseen class, or when names, vectors and graph do not belong together.
     """
 
@@ -142,7 +142,7 @@ class SRECLIP(nn.Module):
         self.clip, self.config, self.class_names = clip.requires_grad_(False), config, list(class_names)
         h = config.sre_hidden
         self.adapter = ImageAdapter(clip.embed_dim, h)
-        self.gcn = GCN(class_vectors.shape[1], h, h, config.sre_dropout)
+        self.gcn = GCN(class_vectors.shape[1], h, config.sre_dropout)
         self.bank = TargetBank(config.sre_bank, h, config.bank_ring, config.sre_batch)
         self.register_buffer("class_vectors", class_vectors.float())
         self.register_buffer("adjacency", adjacency, persistent=False)
