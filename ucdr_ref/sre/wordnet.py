@@ -7,6 +7,7 @@ DIR holds `data.noun` and `index.noun` (Debian package `wordnet-base`: /usr/shar
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import re
@@ -29,61 +30,60 @@ class ClassLine(NamedTuple):
 
 
 class WordNet:
-    """WordNet 3.0's nouns. A synset's id is its byte offset in `data.noun`, where it is read."""
+    """WordNet 3.0's nouns. A synset's id is `n` and its byte offset in `data.noun`, where it is read."""
 
     def __init__(self, folder: str | Path) -> None:
         """Raises FileNotFoundError for a missing file, ValueError for a malformed line of `index.noun`."""
         advice = "; install Debian's wordnet-base (/usr/share/wordnet) or unpack WordNet 3.0's database files"
         self.path, index = (regular_file(Path(folder) / name, advice) for name in ("data.noun", "index.noun"))
-        self.data = self.path.read_bytes()
-        self.senses: dict[str, list[int]] = {}
+        self.data = io.BytesIO(self.path.read_bytes())
+        self.senses: dict[str, list[str]] = {}  # ids of a lemma's synsets
         for number, line in enumerate(index.read_text(encoding="utf-8").splitlines(), start=1):
             if line.startswith("  "):  # licence header
                 continue
             try:
                 lemma, _, count, *rest = line.split()
-                self.senses[lemma] = [int(offset) for offset in rest[-int(count):]]
+                self.senses[lemma] = [f"n{int(offset):08d}" for offset in rest[-int(count):]]
             except ValueError:
                 raise ValueError(f"{index}, line {number}: {line[:60]!r} is not WordNet 3.0's") from None
 
     def notice(self) -> str:
         """The licence in the header of `data.noun`, its line numbers removed."""
-        lines = self.data[:8192].decode("utf-8", errors="replace").splitlines()
+        lines = self.data.getvalue()[:8192].decode("utf-8", errors="replace").splitlines()
         header = [re.sub(r"^\s*\d+ ", "", line).strip() for line in lines if line.startswith("  ")]
         return "\n".join(header) or "WordNet 3.0 Copyright 2006 by Princeton University. All rights reserved."
 
-    def synset(self, offset: int) -> tuple[list[str], list[int]]:
-        """Lemmas and direct hypernyms (`@`, without an instance's `@i`) of the synset at a byte offset."""
+    def line(self, synset: str) -> bytes:
+        self.data.seek(int(synset[1:]))
+        return self.data.readline()
+
+    def has(self, synset: str) -> bool:
+        return self.line(synset).startswith(f"{synset[1:]} ".encode())
+
+    def synset(self, synset: str) -> tuple[list[str], list[str]]:
+        """Lemmas and direct hypernyms (`@`, without an instance's `@i`) of a synset id."""
         try:
-            fields = self.line(offset).decode("utf-8").split(" | ")[0].split()
-            number, _, kind, count, *rest = fields
+            number, _, kind, count, *rest = self.line(synset).decode().split(" | ")[0].split()
             words = 2 * int(count, 16)
             lemmas, pointers = rest[:words:2], rest[words + 1:]
-            if not lemmas or (int(number), kind, len(pointers)) != (offset, "n", 4 * int(rest[words])):
+            if not lemmas or ("n" + number, kind, len(pointers)) != (synset, "n", 4 * int(rest[words])):
                 raise ValueError
             links = zip(pointers[::4], pointers[1::4])
-            return lemmas, [int(target) for symbol, target in links if symbol == "@"]
+            return lemmas, [f"n{int(target):08d}" for symbol, target in links if symbol == "@"]
         except (ValueError, IndexError):
-            raise ValueError(f"{self.path} has no noun synset at byte {offset} (n{offset:08d}); "
-                             "WordNet 3.0's own file is expected, unchanged") from None
+            raise ValueError(f"{self.path} has no noun synset at byte {synset[1:]}: expected WordNet 3.0's "
+                             "own file, unchanged") from None
 
-    def line(self, offset: int) -> bytes:
-        end = self.data.find(b"\n", offset)
-        return self.data[offset : len(self.data) if end < 0 else end]
-
-    def has(self, synset_id: str) -> bool:
-        return self.line(int(synset_id[1:])).startswith(synset_id[1:].encode() + b" ")
-
-    def synset_name(self, offset: int) -> str:
+    def synset_name(self, synset: str) -> str:
         """`first_lemma.n.SENSE`, by which the hypernyms of a synset are sorted."""
-        lemma = self.synset(offset)[0][0].lower()
+        lemma = self.synset(synset)[0][0].lower()
         senses = self.senses.get(lemma, [])
-        return f"{lemma}.n.{senses.index(offset) + 1 if offset in senses else 0:02d}"
+        return f"{lemma}.n.{senses.index(synset) + 1 if synset in senses else 0:02d}"
 
     def first_sense(self, name: str) -> str | None:
         """Id of the first noun sense of a name (spaces, `_` or `+` between words), if it has one."""
         senses = self.senses.get(canonical(name).replace(" ", "_"))
-        return f"n{senses[0]:08d}" if senses else None
+        return senses[0] if senses else None
 
 
 def read_classes(path: str | Path) -> list[ClassLine]:
@@ -120,31 +120,35 @@ def build_graph(wordnet: WordNet, classes: Sequence[ClassLine]) -> Graph:
     synset. Hypernyms of a synset follow their synset names' order.
     Raises ValueError that lists every class missing in WordNet, or two classes that are one synset.
     """
-    ids = [line.id or wordnet.first_sense(line.name) for line in classes]
-    missing = [line.name if line.id is None else f"{line.name} ({line.id})"
-               for line, synset in zip(classes, ids) if synset is None or not wordnet.has(synset)]
+    ids: list[str] = []
+    missing = []
+    for line in classes:
+        synset = line.id or wordnet.first_sense(line.name)
+        if synset and wordnet.has(synset):
+            ids.append(synset)
+        else:
+            missing.append(f"{line.name} ({line.id})" if line.id else line.name)
     if missing:
         raise ValueError(f"missing among WordNet 3.0's nouns: {', '.join(missing)}; give `nXXXXXXXX name`")
-    order = [int(synset[1:]) for synset in ids if synset is not None]
-    if twice := duplicates([f"n{offset:08d}" for offset in order]):
+    if twice := duplicates(ids):
         same = [line.name for line, synset in zip(classes, ids) if synset == twice[0]]
         raise ValueError(f"classes {' and '.join(same)} are one WordNet synset ({twice[0]}); keep one")
 
-    number = {offset: k for k, offset in enumerate(order)}
+    number = {synset: k for k, synset in enumerate(ids)}
     lemmas: list[list[str]] = []
     edges: list[tuple[int, int]] = []
-    for child, offset in enumerate(order):  # grows while it is walked: breadth-first
-        words, hypernyms = wordnet.synset(offset)
+    for child, synset in enumerate(ids):  # grows while it is walked: breadth-first
+        words, hypernyms = wordnet.synset(synset)
         lemmas.append([word.replace("_", " ") for word in words])
         for parent in sorted(hypernyms, key=wordnet.synset_name):
             if parent not in number:
-                number[parent] = len(order)
-                order.append(parent)
+                number[parent] = len(ids)
+                ids.append(parent)
             edges.append((child, number[parent]))
     names = [words[0] for words in lemmas]
     for k, line in enumerate(classes):
         names[k] = re.sub(r"[_+]+", " ", line.name) or names[k]
-    return Graph([f"n{offset:08d}" for offset in order], names, lemmas, edges, len(classes), wordnet.notice())
+    return Graph(ids, names, lemmas, edges, len(classes), wordnet.notice())
 
 
 def save_graph(graph: Graph, path: str | Path) -> None:
