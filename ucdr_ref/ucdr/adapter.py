@@ -42,7 +42,7 @@ class ClassQueues(nn.Module):
         size = self.rows.shape[1]
         same = class_ids[:, None] == class_ids
         earlier, later = same.tril(-1).sum(1), same.triu(1).sum(1)
-        # `size` later images of its class in this very batch would push it out
+        # `size` later images of this very batch would push it out
         target = torch.where(later < size, class_ids, len(self.pushed))
         self.rows[target, (self.pushed[class_ids] + earlier) % size] = features.to(self.rows.dtype)
         self.pushed.index_add_(0, class_ids, torch.ones_like(class_ids))
@@ -57,9 +57,9 @@ class ClassQueues(nn.Module):
         counts, own = self.counts, class_ids[:, None]
         ends = counts.cumsum(0)
         starts = ends - counts
-        place = negative + torch.where(negative >= starts[own], counts[own], 0)  # skips the own queue
-        other = torch.searchsorted(ends, place, right=True).clamp(max=len(ends) - 1)
-        return self.take(own, positive), self.take(other, place - starts[other])
+        index = negative + torch.where(negative >= starts[own], counts[own], 0)  # skips the own queue
+        other = torch.searchsorted(ends, index, right=True).clamp(max=len(ends) - 1)
+        return self.take(own, positive), self.take(other, index - starts[other])
 
     def draw(self, class_ids: Tensor, r: int,
              place: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,8 +177,9 @@ class UCDRAdapter(nn.Module):
         wanted = self.TRAINED[phase]
         trained = {name: value for name, value in self.named_parameters() if name.startswith(wanted)}
         for prefix in wanted:
+            absent = self.template is None and prefix == "template.ctx"  # D13
             found = any(name.startswith(prefix) for name in trained)
-            assert found or (prefix == "template.ctx" and self.template is None), prefix  # D13
+            assert found or absent, f"phase {phase}: {prefix!r} matches no parameter of {list(trained)}"
         return trained
 
     def optimizer(self, phase: str) -> torch.optim.Optimizer:

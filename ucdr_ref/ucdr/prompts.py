@@ -33,23 +33,24 @@ class TextTemplate(nn.Module):
         super().__init__()
         clip.require_text()
         self.ctx = nn.Parameter(torch.empty(m, clip.text_width).normal_(std=0.02))
+        device, room = clip.logit_scale.device, clip.context_length
         texts = [f"a photo of {readable(name)} from {' '.join('X' * m)} domain." for name in class_names]
-        prompts, room, device = [encode(text) for text in texts], clip.context_length, clip.logit_scale.device
+        prompts = [encode(text) for text in texts]
         for name, prompt in zip(class_names, prompts):
             if len(prompt) > room:
                 raise ValueError(f"class name {name!r} makes a prompt of {len(prompt)} tokens, and the tower "
                                  f"takes {room}: shorten the name or lower --context-vectors (now {m})")
         suffix = torch.arange(m + 3, device=device)
-        # len(bpe(name)) + 5 of every class
-        starts = torch.tensor([len(prompt) - len(suffix) for prompt in prompts], device=device)
-        longest = int(starts.max())  # P
-        column = torch.arange(longest + len(suffix), device=device)
-        own_prefix, causal = column < starts[:, None, None], column <= longest + suffix[:, None]
+        lengths = [len(prompt) - m - 3 for prompt in prompts]  # len(bpe(name)) + 5
+        starts = torch.tensor(lengths, device=device)
+        P = int(starts.max())
+        key = torch.arange(P + m + 3, device=device)
+        constant, causal = key < starts[:, None, None], (key >= P) & (key <= P + suffix[:, None])
         with torch.no_grad():
             buffers = {"tail": clip.token_embedding(torch.tensor(prompts[0][-3:], device=device)),
                        "positions": clip.positional_embedding[starts[:, None] + suffix],
-                       "prefix": keys_values(clip, tokenize(texts, room)[:, :longest].to(device)),
-                       "mask": (own_prefix | (column >= longest) & causal).unsqueeze(1)}
+                       "prefix": constant_prefix(clip, tokenize(texts, room)[:, :P].to(device)),
+                       "mask": (constant | causal).unsqueeze(1)}
         for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)
 
@@ -63,9 +64,10 @@ class TextTemplate(nn.Module):
         return F.normalize(clip.pool_text(x.squeeze(1)).float(), dim=-1)
 
 
-def keys_values(clip: CLIP, ids: Tensor) -> Tensor:
+def constant_prefix(clip: CLIP, ids: Tensor) -> Tensor:
     """Every layer's keys and values of the tokens ids [c, P]: [layers, 2, c, heads, P, t / heads]."""
-    x, layers = clip.token_embedding(ids) + clip.positional_embedding[: ids.shape[1]], []
+    x = clip.token_embedding(ids) + clip.positional_embedding[: ids.shape[1]]
+    layers = []
     for block in clip.transformer.blocks():
         layers.append(torch.stack(block.attn.keys_values(block.ln_1(x))))
         x = block(x, causal=True)
