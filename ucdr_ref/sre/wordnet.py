@@ -164,10 +164,10 @@ def save_graph(graph: Graph, path: str | Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ucdr_ref.sre.wordnet",
                                      description="hypernym closure of a class list")
-    for flag, kind, text in (("--wordnet", "DIR", "folder of data.noun and index.noun"),
-                             ("--classes", "FILE", "per line: [seen|unseen] [nXXXXXXXX] name"),
-                             ("--out", "FILE", "the graph, as JSON")):
-        parser.add_argument(flag, required=True, metavar=kind, help=text)
+    parser.add_argument("--wordnet", required=True, metavar="DIR", help="folder of data.noun and index.noun")
+    parser.add_argument("--classes", required=True, metavar="FILE",
+                        help="per line: [seen|unseen] [nXXXXXXXX] name")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the graph, as JSON")
     args = parser.parse_args(argv)
     try:
         graph = build_graph(WordNet(args.wordnet), read_classes(args.classes))
