@@ -129,7 +129,7 @@ def test_wordnet_errors(tmp_path: Path) -> None:
     ids = write_wordnet(tmp_path)
     text = (tmp_path / "data.noun").read_text()
     for broken in (text.replace("@ ", "@ @ "), text.replace(" n 01 entity", " v 01 entity"),
-                   text.replace(f"@ {ids['entity'][1:]}", "@ 99999999")):
+                   text.replace(f"@ {ids['entity'][1:]}", "@ 99999999"), text.replace("01 entity 0", "00         ")):
         (tmp_path / "data.noun").write_text(broken)
         with pytest.raises(ValueError, match="has no noun synset at byte"):
             build_graph(WordNet(tmp_path), read_classes(write_classes(tmp_path / "c.txt", f"{ids['animal']} animal")))
