@@ -59,7 +59,7 @@ def test_word_vectors_are_averaged_over_lemmas(tmp_path: Path) -> None:
 
 def test_bad_vector_files(tmp_path: Path) -> None:
     path = tmp_path / "vectors.txt"
-    with pytest.raises(FileNotFoundError, match="do not exist"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         read_vectors(path, small_graph())
     path.write_text("whale 0 1 0\n")
     with pytest.raises(ValueError, match="2 of 4 graph nodes: horse, odd thing"):

@@ -1,8 +1,6 @@
-"""SRE-CLIP adapter (Yu et al., arXiv 2510.21808): domain-adaptive zero-shot classification with a class graph
-as the classifier.
+"""SRE-CLIP adapter (Yu et al., arXiv 2510.21808): domain-adaptive zero-shot classification by a class graph.
 
-Read `losses`, then `adapter` beside the paper; `graph`, `wordnet` and `class_vectors` make what it is built
-from.
+Read `losses`, then `adapter` beside the paper; `graph`, `wordnet`, `class_vectors` make what it is built of.
 """
 from .adapter import SRECLIP, Batch
 from .graph import Graph, load_graph, normalised_adjacency

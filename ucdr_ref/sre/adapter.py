@@ -1,8 +1,8 @@
 """SRE-CLIP adapter (Yu et al., arXiv 2510.21808): image adapter and graph head over frozen CLIP features.
 
 It learns from labelled source images of seen classes and unlabelled target images of seen and unseen classes.
-Legend: `b` batch, `e` CLIP embedding, `h` adapter width, `c` classes, `N` graph nodes (classes first), `w`
-class-vector width.
+`b` batch, `e` embedding, `h` adapter width, `c` classes, `N` graph nodes (classes first), `w` class-vector
+width.
 """
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from . import losses
 from .graph import canonical
 from .options import Options
 
-EPOCH = 100  # iterations that the loop calls an epoch: after each it saves, and evaluates where S6 asks for it
+EPOCH = 100  # iterations that the loop calls an epoch: after each it saves, and evaluates where S6 asks
 GRAPH_RATE = 5.0  # the graph head learns this many times faster than the adapter
-DECAY_GAMMA, DECAY_POWER = 0.001, 0.75
 
 
 class Batch(NamedTuple):
@@ -51,11 +50,11 @@ class ImageAdapter(nn.Module):
 class GCN(nn.Module):
     """H = LeakyReLU_0.2(A (drop(X) W1) + b1); G = A (drop(H) W2) + b2."""
 
-    def __init__(self, w: int, h: int, hidden: int, dropout: float) -> None:
+    def __init__(self, w: int, h: int, dropout: float) -> None:
         super().__init__()
         self.dropout = dropout
-        self.w1, self.b1 = nn.Parameter(torch.empty(w, hidden)), nn.Parameter(torch.zeros(hidden))
-        self.w2, self.b2 = nn.Parameter(torch.empty(hidden, h)), nn.Parameter(torch.zeros(h))
+        self.w1, self.b1 = nn.Parameter(torch.empty(w, h)), nn.Parameter(torch.zeros(h))
+        self.w2, self.b2 = nn.Parameter(torch.empty(h, h)), nn.Parameter(torch.zeros(h))
         for weight in (self.w1, self.w2):
             nn.init.xavier_uniform_(weight)
 
@@ -69,9 +68,9 @@ class GCN(nn.Module):
 class TargetBank(nn.Module):
     """The last `size` target features: appended while there is room, then overwritten in a ring.
 
-    ring "exact": right for any batch. "released" (S7): whole batches of at most `batch`, so the bank may
-    outgrow `size`, and the pointer goes back to 0 as soon as another batch like this one would pass `size`,
-    so the rows behind it go stale.
+    ring "exact": right for any batch. "released" (S7): whole batches of at most `batch`, so it may outgrow
+    `size`; the pointer goes back to 0 when another batch like this one would pass `size`, so the rows behind
+    it go stale.
     """
 
     store: Tensor  # [capacity, h]
@@ -99,33 +98,28 @@ class TargetBank(nn.Module):
     @torch.no_grad()
     def push(self, x: Tensor) -> None:
         """x [b, h], detached here."""
-        x = x.to(self.store.dtype)
-        if not self.full:
-            start, room = int(self.count), len(x) if self.ring == "released" else self.size - int(self.count)  # S7
-            end = start + len(x[:room])
-            assert end <= len(self.store), f"{end} rows in a bank of {len(self.store)}"
-            self.store[start:end], x = x[:room], x[room:]
-            self.count.fill_(end)
-        b = len(x)
-        if b == 0:
-            return
+        size, was_full, x = self.size, self.full, x.to(self.store.dtype)
+        start = int(self.pointer if was_full else self.count)
+        end = start + len(x)
         if self.ring == "released":  # S7
-            end = int(self.pointer) + b
-            assert end <= int(self.count), f"{b} rows at {int(self.pointer)} of the bank's {int(self.count)}"
-            self.store[end - b:end] = x
-            self.pointer.fill_(0 if end + b > self.size else end)
+            assert end <= len(self.store), f"{len(x)} rows at {start} of a bank of {len(self.store)}"
+            self.store[start:end] = x
+            if was_full:
+                self.pointer.fill_(0 if end + len(x) > size else end)
+            else:
+                self.count.fill_(end)
         else:
             # Only the last `size` rows: of two writes to one row, a GPU leaves open which wins.
-            index = (self.pointer + torch.arange(b, device=x.device))[-self.size:] % self.size
-            self.store[index] = x[-len(index):]
-            self.pointer.copy_((self.pointer + b) % self.size)
+            index = torch.arange(start, end, device=x.device)[-size:] % size
+            self.store[index] = x[-size:]
+            self.count.fill_(size if was_full else min(size, end))
+            self.pointer.fill_(end % size if self.full else 0)
 
 
 class SRECLIP(nn.Module):
     """Frozen CLIP features -> adapter; class graph -> graph head; cosine / temperature between the two.
 
-    class_names [c]; class_vectors X [N, w], rows L2-normalised; adjacency [N, N] of
-    `graph.normalised_adjacency`;
+    class_names [c]; class_vectors X [N, w], rows L2-normalised; adjacency [N, N], `normalised_adjacency`'s;
     unseen_ids: indices of the classes without labelled images.
     Raises ValueError when there is no unseen class, or when names, vectors and graph do not belong together.
     """
@@ -141,14 +135,14 @@ class SRECLIP(nn.Module):
         super().__init__()
         unseen = torch.as_tensor(unseen_ids, dtype=torch.long)
         check_unseen(unseen, class_names)
-        if len(class_vectors) != len(adjacency) or len(class_names) > len(class_vectors):
-            raise ValueError(f"{len(class_names)} classes, {len(class_vectors)} class vectors, "
-                             f"{len(adjacency)} graph "
-                             "nodes: there must be one vector per node, and the classes come first")
+        c, nodes, vectors = len(class_names), len(adjacency), len(class_vectors)
+        if vectors != nodes or c > nodes:
+            raise ValueError(f"{c} classes, {vectors} class vectors, {nodes} graph nodes: there must be one "
+                             "vector per node, and the classes come first")
         self.clip, self.config, self.class_names = clip.requires_grad_(False), config, list(class_names)
         h = config.sre_hidden
         self.adapter = ImageAdapter(clip.embed_dim, h)
-        self.gcn = GCN(class_vectors.shape[1], h, h, config.sre_dropout)
+        self.gcn = GCN(class_vectors.shape[1], h, config.sre_dropout)
         self.bank = TargetBank(config.sre_bank, h, config.bank_ring, config.sre_batch)
         self.register_buffer("class_vectors", class_vectors.float())
         self.register_buffer("adjacency", adjacency, persistent=False)
@@ -156,8 +150,8 @@ class SRECLIP(nn.Module):
 
     def trainable(self, phase: str) -> dict[str, nn.Parameter]:
         """The parameters that the one phase trains, by name."""
-        return {name: value for name, value in self.named_parameters()
-                if name.startswith(("adapter.", "gcn."))}
+        trained = ("adapter.", "gcn.")
+        return {name: value for name, value in self.named_parameters() if name.startswith(trained)}
 
     def start(self, phase: str) -> None:
         """Nothing to prepare; dropout is on in training."""
@@ -170,19 +164,17 @@ class SRECLIP(nn.Module):
         return torch.optim.SGD(groups, lr=self.config.sre_lr, momentum=0.9, weight_decay=1e-4, nesterov=True)
 
     def learning_rate(self, phase: str, epoch: int, step: int) -> float:
-        """The adapter's rate: constant in the warm-up, then eta (1 + 0.001 (i - warm-up))^-0.75 at iteration
-        i.
-        """
+        """The adapter's, at iteration i: eta (1 + 0.001 max(0, i - warm-up))^-0.75."""
         i = epoch * EPOCH + step
-        return self.config.sre_lr * (1 + DECAY_GAMMA * max(0, i - self.config.sre_warmup)) ** -DECAY_POWER
+        return self.config.sre_lr * (1 + 0.001 * max(0, i - self.config.sre_warmup)) ** -0.75
 
     def class_embeddings(self) -> Tensor:
         """E [c, h]: L2-normalised first c rows of the graph head's output."""
         return F.normalize(self.gcn(self.class_vectors, self.adjacency)[: len(self.class_names)], dim=1)
 
-    def scaled(self, features: Tensor, alone: bool = False) -> Tensor:
+    def scaled(self, features: Tensor) -> Tensor:
         """features [b, e] -> f / |f| / temperature [b, h]"""
-        return F.normalize(self.adapter(features, alone), dim=1) / self.config.sre_temperature
+        return F.normalize(self.adapter(features), dim=1) / self.config.sre_temperature
 
     def step(self, batch: Batch, phase: str) -> dict[str, Tensor]:
         """Loss terms of one iteration; `loss` is the one to minimise.
@@ -190,10 +182,10 @@ class SRECLIP(nn.Module):
         L_s during the warm-up (the target images enter the bank all the same), then L_t + 1.5 L_s; L_t weighs
         `sre_target`, 0 in the ablation without target losses.
         """
-        source, target = self.source_step(batch), self.target_step(batch.target)
-        warm = batch.iteration < self.config.sre_warmup
-        config, total = self.config, source["source"]
-        loss = total if warm else config.sre_target * target["target"] + config.sre_source * total
+        config, source, target = self.config, self.source_step(batch), self.target_step(batch.target)
+        loss = source["source"]
+        if batch.iteration >= config.sre_warmup:
+            loss = config.sre_target * target["target"] + config.sre_source * loss
         return {"loss": loss, **source, **target}
 
     def source_step(self, batch: Batch) -> dict[str, Tensor]:
@@ -217,9 +209,7 @@ class SRECLIP(nn.Module):
         return losses.relation_structure(self.class_vectors[:c], e[:c], permutation)
 
     def target_step(self, features: Tensor) -> dict[str, Tensor]:
-        """L_t = 3 L-ent + 5 L-div + 5 L-bias for features [b, e]; the last two from a full bank on. Fills
-        the bank.
-        """
+        """L_t = 3 L-ent + 5 L-div + 5 L-bias of features [b, e], the last two for a full bank; fills it."""
         config, e = self.config, self.class_embeddings()
         x = self.scaled(features)
         entropy = losses.entropy(x @ e.detach().T)
@@ -240,8 +230,7 @@ class SRECLIP(nn.Module):
     @torch.no_grad()
     def encode_features(self, features: Tensor) -> Tensor:
         """CLIP features [b, e], not normalised -> adapted features [b, h], L2-normalised."""
-        alone = self.config.test_attention == "alone"  # S2
-        return F.normalize(self.adapter(features, alone), dim=1)
+        return F.normalize(self.adapter(features, alone=self.config.test_attention == "alone"), dim=1)  # S2
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -254,13 +243,11 @@ def unseen_indices(class_names: Sequence[str], unseen_names: Sequence[str]) -> l
 
     Raises ValueError that lists the names that are no class, or says that none or all are unseen.
     """
-    wanted, classes = {canonical(name): name
-                       for name in unseen_names}, [canonical(name) for name in class_names]
-    unknown = [name for key, name in wanted.items() if key not in classes]
-    if unknown:
-        raise ValueError(f"unseen classes that are not among the {len(class_names)} classes: "
-                         f"{', '.join(unknown)}")
-    indices = [k for k, name in enumerate(classes) if name in wanted]
+    classes = [canonical(name) for name in class_names]
+    wanted = {canonical(name): name for name in unseen_names}
+    if unknown := [name for key, name in wanted.items() if key not in classes]:
+        raise ValueError(f"unseen classes not among the {len(classes)} classes: {', '.join(unknown)}")
+    indices = [k for k, key in enumerate(classes) if key in wanted]
     check_unseen(torch.tensor(indices, dtype=torch.long), class_names)
     return indices
 
@@ -270,8 +257,7 @@ def check_unseen(unseen: Tensor, class_names: Sequence[str]) -> None:
     c = len(class_names)
     if len(unseen) == 0:
         raise ValueError("no class is unseen; name at least one that has no labelled image")
-    if int(unseen.min()) < 0 or int(unseen.max()) >= c or len(unseen.unique()) != len(unseen):
-        raise ValueError(f"unseen class indices {unseen.tolist()} are not different numbers from 0 to "
-                         f"{c - 1}")
+    if len(set(unseen.tolist()) & set(range(c))) != len(unseen):
+        raise ValueError(f"unseen class indices {unseen.tolist()}: expected different numbers, 0 to {c - 1}")
     if len(unseen) == c:
         raise ValueError(f"all {c} classes are unseen; at least one needs labelled images")

@@ -1,9 +1,9 @@
-"""Vectors of a class graph's nodes: CLIP's text features, or a file of word vectors. Rows are
-L2-normalised.
-"""
+"""Vectors of a class graph's nodes, L2-normalised: CLIP's text features, or a file of word vectors."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -17,8 +17,7 @@ from .graph import Graph, canonical
 
 
 def node_vectors(graph: Graph, clip: CLIP, source: str = "clip") -> Tensor:
-    """X [N, w] on the CPU: CLIP's text features of "a photo of a {name}" for every node, or `source`, a file
-    (S4).
+    """X [N, w] on the CPU: text features of "a photo of a {name}" for every node, or `source`, a file (S4).
 
     source "clip-classes": text features of the classes alone, and for an ancestor the mean over the classes
     below it, where a text tower knows the classes' names but no such words as `vertebrate`.
@@ -42,9 +41,8 @@ def means_of_classes(vectors: Tensor, graph: Graph) -> Tensor:
     while size != (size := sum(map(len, below))):
         for child, parent in graph.edges:
             below[parent] |= below[child]
-    means = torch.stack([vectors[sorted(members)].mean(dim=0) for members in below[graph.classes:]]
-                        or [vectors[0]])
-    return torch.cat([vectors, F.normalize(means, dim=1)])[: len(graph.ids)]
+    means = torch.stack([vectors[sorted(members)].mean(dim=0) for members in below])
+    return torch.cat([vectors, F.normalize(means[graph.classes:], dim=1)])
 
 
 def read_vectors(path: str | Path, graph: Graph) -> Tensor:
@@ -55,21 +53,22 @@ def read_vectors(path: str | Path, graph: Graph) -> Tensor:
     mean over its words. Raises FileNotFoundError, or ValueError for a malformed line and for nodes without a
     vector, which it names.
     """
-    table = read_table(path, {form for k in range(len(graph.ids)) for form in node_forms(graph, k)})
+    wanted = set(graph.ids)
+    for text in chain(graph.names, *graph.lemmas):
+        wanted.update(*forms(text))
+    table = read_table(path, wanted)
     rows = [node_vector(table, graph, k) for k in range(len(graph.ids))]
-    missing = [name for name, row in zip(graph.names, rows) if row is None]
-    if missing:
+    if missing := [name for name, row in zip(graph.names, rows) if row is None]:
         raise ValueError(f"{path} has no vector for {len(missing)} of {len(rows)} graph nodes: "
                          f"{', '.join(missing)}")
     return F.normalize(torch.stack([row for row in rows if row is not None]), dim=1)
 
 
-def node_forms(graph: Graph, k: int) -> Iterable[str]:
-    """Every key under which a part of node k's vector may stand."""
-    yield graph.ids[k]
-    for text in [graph.names[k], *graph.lemmas[k]]:
-        words = canonical(text).replace("-", " ").split()
-        yield from ["_".join(words), "-".join(words), canonical(text).replace(" ", "_"), *words]
+def forms(text: str) -> tuple[list[str], list[str]]:
+    """The keys of a lemma as one word, the best first, and the single words of it."""
+    name = canonical(text)
+    words = name.replace("-", " ").split()
+    return [name.replace(" ", "_"), "_".join(words), "-".join(words)], words
 
 
 def node_vector(table: dict[str, Tensor], graph: Graph, k: int) -> Tensor | None:
@@ -80,28 +79,20 @@ def node_vector(table: dict[str, Tensor], graph: Graph, k: int) -> Tensor | None
 
 
 def phrase_vector(table: dict[str, Tensor], text: str) -> Tensor | None:
-    """The vector of a lemma of one or several words, None when no form of it is in the table."""
-    words = canonical(text).replace("-", " ").split()
-    for joined in (canonical(text).replace(" ", "_"), "_".join(words), "-".join(words)):
-        if joined in table:
-            return table[joined]
-    found = [table[word] for word in words if word in table]
+    whole, words = forms(text)
+    found = [table[key] for key in whole if key in table][:1] or [table[key] for key in words if key in table]
     return torch.stack(found).mean(dim=0) if found else None
 
 
 def read_table(path: str | Path, wanted: set[str]) -> dict[str, Tensor]:
-    """The wanted lines of a vector file; a lower-case spelling goes before others, a word2vec header is
-    skipped.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"class vectors {path} do not exist; give clip, clip-classes or a file of "
-                                f"`word v1 v2 ...` lines")
+    """The wanted lines of a vector file; a lower-case spelling goes before others."""
     table: dict[str, Tensor] = {}
     width = 0
-    with open(regular_file(path), encoding="utf-8", errors="replace") as lines:
+    advice = "; class vectors are clip, clip-classes or a file of `word v1 v2 ...` lines"
+    with open(regular_file(path, advice), encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             fields = line.split()
-            if not fields or (number == 1 and len(fields) == 2):
+            if not fields or (number == 1 and len(fields) == 2):  # word2vec's header
                 continue
             width = width or len(fields) - 1
             word = "_".join(fields[:-width]) or fields[0]  # some GloVe files hold words with spaces
@@ -112,9 +103,9 @@ def read_table(path: str | Path, wanted: set[str]) -> dict[str, Tensor]:
                 vector = torch.tensor([float(value) for value in fields[1:][-width:]])
             except ValueError:
                 vector = torch.empty(0)
-            if len(vector) != width or not bool(vector.isfinite().all()):
+            if len(vector) != width or not vector.isfinite().all():
                 raise ValueError(f"{path}, line {number}: {line[:60]!r} is not a word and {width} finite "
-                                 f"numbers")
+                                 "numbers")
             table[key] = vector
     return table
 
@@ -127,19 +118,17 @@ def check_vectors(vectors: Tensor, names: Sequence[str], classes: int,
     one and their parents too: no image could ever be told to be of the second. (ImageNet's two cranes have
     other parents.)
     """
-    parents: dict[int, set[int]] = {}
-    for child, parent in edges:
-        parents.setdefault(child, set()).add(parent)
     norms = torch.linalg.vector_norm(vectors, dim=1)
-    missing = [name for name, norm in zip(names, norms.tolist()) if not norm > 0 or norm == float("inf")]
-    if missing:
+    there = (norms > 0) & norms.isfinite()
+    if missing := [name for name, found in zip(names, there.tolist()) if not found]:
         raise ValueError(f"graph nodes without a class vector: {', '.join(missing)} (zero or not finite)")
+    parents: dict[int, set[int]] = defaultdict(set)
+    for child, parent in edges:
+        parents[child].add(parent)
     x = vectors[:classes]
     for start in range(0, classes, 1024):
-        near = (x[start : start + 1024] @ x.T > 1 - 1e-6).triu(start + 1)
-        for i, j in near.nonzero().tolist():
-            same = parents.get(start + i) == parents.get(j)
-            if same and torch.allclose(x[start + i], x[j], rtol=0, atol=1e-6):
-                raise ValueError(f"classes {names[start + i]!r} and {names[j]!r} have identical vectors, so "
-                                 f"their "
-                                 "images cannot be told apart; give one of them another name or vector")
+        near = (x[start : start + 1024] @ x.T > 1 - 1e-6).triu(start + 1).nonzero()
+        for i, j in (near + torch.tensor([start, 0])).tolist():
+            if parents[i] == parents[j] and torch.allclose(x[i], x[j], rtol=0, atol=1e-6):
+                raise ValueError(f"classes {names[i]!r} and {names[j]!r} have identical vectors, which tell "
+                                 "none of their images apart; give one of them another name or vector")

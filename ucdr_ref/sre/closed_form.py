@@ -1,7 +1,7 @@
 """A closed form beside SRE-CLIP: ridge regression from image features to class vectors, and calibration.
 
-Not published: what a trained method must be shown beside. N(v) = v / |v|; features count at unit length, and
-exist in float64 only CHUNK rows at a time.
+Not published: what a trained method must be shown beside. N(v) = v / |v|; features count at unit length, in
+float64 only CHUNK rows at a time.
 """
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ def fit(take: Take, labels: Tensor, class_vectors: Tensor,
     """
     a = class_vectors.double()
     a = a - a.mean(dim=0)
+    anchors = F.normalize(a, dim=1)
     seen = labels.unique()
     count = max(1, min(FOLDS, len(seen) // 2))
     groups = [seen[k::count] for k in range(count)]
@@ -59,10 +60,14 @@ def fit(take: Take, labels: Tensor, class_vectors: Tensor,
     if strength is None and count == 1:
         strength = 1.0
     elif strength is None:
-        found = [hits(take, labels, a, group, images, square - own_square, cross - own_cross)
-                 for group, images, (own_square, own_cross) in zip(groups, folds, parts)]
-        strength = max(zip(torch.stack(found).sum(dim=0).tolist(), STRENGTHS))[1]
-    return Ridge(solve(square, cross, [strength])[0], F.normalize(a, dim=1)), strength
+        found = torch.zeros(len(STRENGTHS), dtype=torch.long, device=labels.device)
+        for group, images, (own_square, own_cross) in zip(groups, folds, parts):
+            w = solve(square - own_square, cross - own_cross, STRENGTHS)  # from all other classes
+            scorers = w @ anchors[group].T  # of cosines times |z W|, which is the same for every class
+            for part, z in chunks(take, images):
+                found += (group[(z @ scorers).argmax(dim=2)] == labels[part]).sum(dim=1)
+        strength = max(zip(found.tolist(), STRENGTHS))[1]
+    return Ridge(solve(square, cross, [strength])[0], anchors), strength
 
 
 def chunks(take: Take, images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -89,25 +94,12 @@ def solve(square: Tensor, cross: Tensor, strengths: Sequence[float]) -> Tensor:
     return torch.stack([vectors @ (turned / (values + strength)[:, None]) for strength in strengths])
 
 
-def hits(take: Take, labels: Tensor, a: Tensor, group: Tensor, images: Tensor, square: Tensor,
-         cross: Tensor) -> Tensor:
-    """[STRENGTHS]: of the left-out classes `group`, how many images each lambda gets right among these.
-
-    square, cross: `moments` of all other classes. |z W| is the same for every class, so it is left out.
-    """
-    scorers = solve(square, cross, STRENGTHS) @ F.normalize(a[group], dim=1).T
-    found = torch.zeros(len(STRENGTHS), dtype=torch.long, device=labels.device)
-    for part, z in chunks(take, images):
-        found += (group[(z @ scorers).argmax(dim=2)] == labels[part]).sum(dim=1)
-    return found
-
-
 def calibrated(scores: Tensor, unseen_ids: Sequence[int] | Tensor, kappa: float) -> Tensor:
-    """scores [n, c] less one number for the seen classes: a share kappa of predictions is unseen. float64.
+    """scores [n, c], float64, less one number for the seen classes: a share kappa of predictions is unseen.
 
-    As transductive as L-bias, whose prior it is. The number is between two margins, best seen - best unseen,
-    each of an image; equal margins fall to one side together. Where kappa n images cannot be had, the nearest
-    count is, the smaller of equals.
+    As transductive as L-bias, whose prior it is. The number is between two images' margins, best seen - best
+    unseen; equal margins fall to one side together. Where kappa n images cannot be had, the nearest count is,
+    the smaller of equals.
     Raises ValueError for kappa outside 0..1, no image, or margins that are not finite.
     """
     if not 0 <= kappa <= 1:
@@ -117,8 +109,8 @@ def calibrated(scores: Tensor, unseen_ids: Sequence[int] | Tensor, kappa: float)
     unseen[torch.as_tensor(unseen_ids, dtype=torch.long, device=scores.device)] = True
     margins = scores[:, ~unseen].amax(dim=1) - scores[:, unseen].amax(dim=1)
     if len(margins) == 0 or not margins.isfinite().all():
-        raise ValueError(f"calibration of {len(margins)} images: expected at least one, and for each a "
-                         "finite score of a seen and of an unseen class")
+        raise ValueError(f"calibration of {len(margins)} images: expected one or more, each with a finite "
+                         "score of a seen and of an unseen class")
     edges, counts = margins.unique(return_counts=True)
     reached = F.pad(counts.cumsum(0), (1, 0))  # unseen predictions for a number below edge 0, 1, ...
     edges = torch.cat([edges[:1] - 1, edges, edges[-1:] + 1])

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +38,16 @@ def duplicates(items: Sequence[str]) -> list[str]:
 
 
 def load_graph(path: str | Path, class_names: Sequence[str] | None = None) -> Graph:
-    """Reads `save_graph`'s file; with `class_names` [c], the graph's first nodes must be these, in this
-    order.
+    """Reads `save_graph`'s file; with `class_names` [c], its first nodes must be these, in this order.
 
     Raises FileNotFoundError, or ValueError for malformed JSON, an edge to no node, and other classes.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"graph {path} does not exist; build it with python -m ucdr_ref.sre.wordnet "
-                                f"--wordnet DIR "
-                                "--classes FILE --out graph.json")
+    file = regular_file(path, "; build it with python -m ucdr_ref.sre.wordnet")
     try:
-        graph = parse_graph(json.loads(regular_file(path).read_text(encoding="utf-8")))
+        graph = parse_graph(json.loads(file.read_text(encoding="utf-8")))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a class graph as ucdr_ref.sre.wordnet writes it "
-                         f"({type(error).__name__}: {error}); "
-                         "build it again") from None
+                         f"({type(error).__name__}: {error}); build it again") from None
     if class_names is not None:
         require_classes(graph, class_names, str(path))
     return graph
@@ -60,43 +56,36 @@ def load_graph(path: str | Path, class_names: Sequence[str] | None = None) -> Gr
 def parse_graph(fields: dict[str, Any]) -> Graph:
     """Checks types and lengths; raises KeyError, TypeError or ValueError with the reason."""
     ids, names, lemmas = ([*fields[key]] for key in ("ids", "names", "lemmas"))
-    edges = [(child, parent) for child, parent in fields["edges"]]
-    classes = fields["classes"]
+    edges, classes = [(child, parent) for child, parent in fields["edges"]], fields["classes"]
     if not len(ids) == len(names) == len(lemmas):
         raise ValueError(f"{len(ids)} ids, {len(names)} names, {len(lemmas)} lemma lists")
-    if not all(isinstance(number, int) for number in [classes, *(node for edge in edges for node in edge)]):
+    if not all(isinstance(number, int) for number in chain([classes], *edges)):
         raise TypeError("class count and edges must be whole numbers")
-    if not all(isinstance(text, str)
-               for text in [*ids, *names, *(word for words in lemmas for word in words)]):
+    if not all(isinstance(text, str) for text in chain(ids, names, *lemmas)):
         raise TypeError("ids, names and lemmas must be text")
-    if wrong := [edge for edge in edges if not all(0 <= node < len(ids) for node in edge)]:
-        raise ValueError(f"edge {list(wrong[0])} leaves the graph's {len(ids)} nodes")
+    for edge in edges:
+        if not all(0 <= node < len(ids) for node in edge):
+            raise ValueError(f"edge {list(edge)} leaves the graph's {len(ids)} nodes")
     if not 0 < classes <= len(ids):
         raise ValueError(f"{classes} classes among {len(ids)} nodes")
     return Graph(ids, names, lemmas, edges, classes, str(fields.get("notice", "")))
 
 
 def require_classes(graph: Graph, class_names: Sequence[str], origin: str = "the graph") -> None:
-    """ValueError unless the first nodes are `class_names`, in order (case, spaces, `_` and `+` do not
-    matter).
-    """
+    """ValueError unless the classes are `class_names`, in order, as `canonical` compares them."""
     if graph.classes != len(class_names):
-        raise ValueError(f"{origin} holds {graph.classes} classes, expected {len(class_names)}; build one "
-                         f"for these")
+        raise ValueError(f"{origin} holds {graph.classes} classes, expected {len(class_names)}; build it for "
+                         "these")
     for k, (node, name) in enumerate(zip(graph.names, class_names)):
         if canonical(node) != canonical(name):
             raise ValueError(f"{origin}: node {k} is {node!r} where class {name!r} is expected; the first "
-                             f"nodes must "
-                             "be the classes, in their order")
+                             "nodes must be the classes, in their order")
 
 
 def normalised_adjacency(edges: Sequence[tuple[int, int]], nodes: int) -> Tensor:
-    """D^-1 (A + A^T + I) [N, N], rows sum to one, sparse (COO: its product has a gradient on every
-    device).
-    """
-    children, parents = (torch.tensor([edge[k] for edge in edges], dtype=torch.long) for k in (0, 1))
-    own = torch.arange(nodes)
-    rows, columns = torch.cat([children, parents, own]), torch.cat([parents, children, own])
-    degree = torch.bincount(rows, minlength=nodes)
-    index, size = torch.stack([rows, columns]), (nodes, nodes)
-    return torch.sparse_coo_tensor(index, 1 / degree[rows], size, check_invariants=True).coalesce()
+    """D^-1 (A + A^T + I) [N, N], rows sum to one, sparse: COO, whose product has a gradient everywhere."""
+    edge = torch.tensor(edges, dtype=torch.long).view(len(edges), 2).T
+    index = torch.cat([edge, edge.flip(0), torch.arange(nodes).expand(2, -1)], dim=1)
+    degree = torch.bincount(index[0], minlength=nodes)
+    values, size = 1 / degree[index[0]], (nodes, nodes)
+    return torch.sparse_coo_tensor(index, values, size, check_invariants=True).coalesce()

@@ -1,6 +1,4 @@
-"""The losses of SRE-CLIP (arXiv 2510.21808), one pure function per equation. Imports nothing from the
-package.
-"""
+"""The losses of SRE-CLIP (arXiv 2510.21808), a pure function per equation. Imports nothing of the package."""
 from __future__ import annotations
 
 import math
@@ -12,8 +10,7 @@ from torch import Tensor
 
 def relation_structure(class_vectors: Tensor, embeddings: Tensor, permutation: Tensor,
                        limit: int = 2**23) -> Tensor:
-    """L-structure: where class vectors say that anchor a is nearer to class u than to v, so should the
-    embeddings.
+    """L-structure: where class vectors have anchor a nearer to class u than to v, so should the embeddings.
 
     Mean over { D0(a, u) < D0(a, v) } of relu(D(a, u) - D(a, v)), 0 when there is none. D0, D: Euclidean
     distances between class vectors [c, w] and between embeddings E [c, h]; a: every class; (u, v): classes at
@@ -26,22 +23,20 @@ def relation_structure(class_vectors: Tensor, embeddings: Tensor, permutation: T
     paired = permutation[:k]
     exact = "donot_use_mm_for_euclid_dist"  # a matrix product would blur small distances and ties
     d0, d = (torch.cdist(x, x[paired], compute_mode=exact) for x in (class_vectors, embeddings))
-    i, j = torch.triu_indices(k, k, offset=1, device=paired.device)
-    i, j = i[i + j < k], j[i
-                           + j < k]  # S1: pairs of different columns, where the released index takes D's diagonal
-    # (i, j) and (j, i) exclude each other, so each pair is visited once: the sign picks the order that D0
-    # selects.
+    # S1: pairs of different columns, where the released index takes D's diagonal. (i, j) and (j, i) exclude
+    # each other, so each pair is visited once: the sign picks the order that D0 selects.
+    pairs = torch.triu_indices(k, k, offset=1, device=paired.device)
+    i, j = pairs[:, pairs.sum(dim=0) < k]
     order = torch.sign(d0[:, j] - d0[:, i])
     violation = F.relu(order * (d[:, i] - d[:, j]))
     return violation.sum() / order.abs().sum().clamp(min=1)
 
 
 def alignment_retention(similarity: Tensor, embeddings: Tensor) -> Tensor:
-    """L-retain: mean over images and classes of (P_ba - <E_yhat, E_a>)^2, yhat = argmax_a P_ba; gradient
-    through both.
+    """L-retain: mean over images and classes of (P_ba - <E_yhat, E_a>)^2, yhat = argmax_a P_ba.
 
-    similarity P [b, c]: cosines of images and classes, or these over the temperature (S3).
-    embeddings E [c, h], L2-normalised.
+    similarity P [b, c]: cosines of images and classes, or these over the temperature (S3); embeddings E
+    [c, h], L2-normalised. Both have a gradient.
     """
     predicted = embeddings[similarity.argmax(dim=1)]
     return F.mse_loss(similarity, predicted @ embeddings.T)
@@ -54,16 +49,13 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def bank_diversity(bank_logits: Tensor) -> Tensor:
-    """L-div: sum_c m ln m, m the mean over the bank's rows of softmax(bank_logits [rows, c]); least for a
-    uniform m.
-    """
+    """L-div: sum_c m ln m, m = mean over rows of softmax(bank_logits [rows, c]); least for a uniform m."""
     log_m = F.log_softmax(bank_logits, dim=1).logsumexp(dim=0) - math.log(len(bank_logits))
     return (log_m.exp() * log_m).sum()
 
 
 def seen_bias(logits: Tensor, unseen: Tensor, kappa: float) -> Tensor:
-    """L-bias: u + kappa^2 / u, least at u = kappa; u is the batch mean of the total probability of the unseen
-    classes.
+    """L-bias: u + kappa^2 / u, least at u = kappa; u: total probability of the unseen classes, batch mean.
 
     logits [b, c], unseen: their class indices.
     """

@@ -1,6 +1,4 @@
-"""Options of SRE-CLIP: the ledger S (paper or a careful reading first, released code second) and its
-numbers.
-"""
+"""Options of SRE-CLIP: the ledger S (paper or a careful reading first, released code second), numbers."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -13,33 +11,44 @@ class Options:
 
     source: Annotated[tuple[str, ...], "DIR", "labelled source folders <folder>/<class>/*"] = ()
     target: Annotated[
-        str, "DIR", "unlabelled target folder <folder>/<class>/* (evaluation alone reads its class folders)"] = ""
-    graph: Annotated[str, "FILE", "class graph, JSON of `python -m ucdr_ref.sre.wordnet`; awa2 and toy name "
-                                  "the shipped ones"] = ""
+        str, "DIR",
+        "unlabelled target folder <folder>/<class>/* (evaluation alone reads its class folders)"] = ""
+    graph: Annotated[
+        str, "FILE",
+        "class graph, JSON of `python -m ucdr_ref.sre.wordnet`; awa2 and toy name the shipped ones"] = ""
     unseen: Annotated[
         str, "FILE", "file with the unseen class names, one a line; empty: as marked in the class list"] = ""
-    folder_ids: Annotated[str, "FILE", "lines `folder nXXXXXXXX` for class folders that bear neither name "
-                                       "nor WordNet id, or WebVision's info folder; empty: none"] = ""
+    folder_ids: Annotated[
+        str, "FILE",
+        "lines `folder nXXXXXXXX` for class folders that bear neither name nor WordNet id, or WebVision's "
+        "info folder; empty: none"] = ""
     strict_source: Annotated[
-        Literal[0, 1], "1: refuse a source with class folders outside the seen classes; 0: leave them out"] = 0
+        Literal[0, 1],
+        "1: refuse a source with class folders outside the seen classes; 0: leave them out"] = 0
 
     # ledger S
-    structure_pairs: Annotated[Literal["pairs", "diagonal"], "S1: structure loss over pairs, or the released "
-                                                             "diagonal (no gradient)"] = "pairs"
+    structure_pairs: Annotated[
+        Literal["pairs", "diagonal"],
+        "S1: structure loss over pairs, or the released diagonal (no gradient)"] = "pairs"
     test_attention: Annotated[Literal["alone", "batch"], "S2: attention at test time"] = "alone"
-    retention_scale: Annotated[Literal["cosine", "scaled"], "S3: what retention compares with cosines"] = "cosine"
-    class_vectors: Annotated[str, "KIND", "S4: node vectors: clip (text features), clip-classes (of the "
-                                          "classes; ancestors: means), or a file `word v1 v2 ...`"] = "clip"
+    retention_scale: Annotated[
+        Literal["cosine", "scaled"], "S3: what retention compares with cosines"] = "cosine"
+    class_vectors: Annotated[
+        str, "KIND",
+        "S4: node vectors: clip (text features), clip-classes (of the classes; ancestors: means), or a file "
+        "`word v1 v2 ...`"] = "clip"
     sre_kappa: Annotated[float, "0 <= x <= 1", "S5: kappa of L-bias"] = 0.3
-    sre_report: Annotated[Literal["last", "best-test"], "S6: the last iteration, or each metric's maximum "
-                                                        "over evaluations on the test images"] = "last"
+    sre_report: Annotated[
+        Literal["last", "best-test"],
+        "S6: the last iteration, or each metric's maximum over evaluations on the test images"] = "last"
     bank_ring: Annotated[Literal["exact", "released"], "S7: target bank"] = "exact"
     structure_classes: Annotated[
         int, "0 <= x", "S8: classes in the structure loss; 0: all, the released code takes the first 100"] = 0
 
     # not published
-    sre_center: Annotated[Literal[0, 1], "1: source and target features each lose their mean before the "
-                                         "method sees them (transductive)"] = 0
+    sre_center: Annotated[
+        Literal[0, 1],
+        "1: source and target features each lose their mean before the method sees them (transductive)"] = 0
 
     # numbers
     sre_iterations: Annotated[int, "1 <= x <= 100000000", "iterations"] = 3000
@@ -57,4 +66,5 @@ class Options:
     sre_bank: Annotated[int, "1 <= x <= 1048576", "rows of the target bank"] = 768
     sre_warmup: Annotated[int, "0 <= x", "iterations of the source loss alone"] = 600
     sre_dropout: Annotated[float, "0 <= x < 1", "dropout in the graph head"] = 0.5
-    sre_lr: Annotated[float, "0 <= x", "learning rate of the adapter; the graph head's is five times it"] = 1e-3
+    sre_lr: Annotated[
+        float, "0 <= x", "learning rate of the adapter; the graph head's is five times it"] = 1e-3

@@ -7,6 +7,7 @@ DIR holds `data.noun` and `index.noun` (Debian package `wordnet-base`: /usr/shar
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import re
@@ -29,89 +30,71 @@ class ClassLine(NamedTuple):
 
 
 class WordNet:
-    """WordNet 3.0's nouns. A synset's id is its byte offset in `data.noun`, so a synset is read where its id
-    points.
-    """
+    """WordNet 3.0's nouns. A synset's id is `n` and its byte offset in `data.noun`, where it is read."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Raises FileNotFoundError when a file is missing, ValueError when a line of `index.noun` is not
-        WordNet's.
-        """
-        paths = [Path(folder) / name for name in ("data.noun", "index.noun")]
-        for path in paths:
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} does not exist; install Debian's wordnet-base "
-                                        f"(/usr/share/wordnet) or "
-                                        "unpack WordNet 3.0's database files, and give that folder")
-        self.path, self.data = paths[0], paths[0].read_bytes()
-        self.senses: dict[str, list[int]] = {}
-        for number, line in enumerate(paths[1].read_text(encoding="utf-8").splitlines(), start=1):
+        """Raises FileNotFoundError for a missing file, ValueError for a malformed line of `index.noun`."""
+        advice = "; install Debian's wordnet-base (/usr/share/wordnet) or unpack WordNet 3.0's database files"
+        self.path, index = (regular_file(Path(folder) / name, advice) for name in ("data.noun", "index.noun"))
+        self.data = io.BytesIO(self.path.read_bytes())
+        self.senses: dict[str, list[str]] = {}  # ids of a lemma's synsets
+        for number, line in enumerate(index.read_text(encoding="utf-8").splitlines(), start=1):
             if line.startswith("  "):  # licence header
                 continue
             try:
                 lemma, _, count, *rest = line.split()
-                self.senses[lemma] = [int(offset) for offset in rest[-int(count):]]
+                self.senses[lemma] = [f"n{int(offset):08d}" for offset in rest[-int(count):]]
             except ValueError:
-                raise ValueError(f"{paths[1]}, line {number}: {line[:60]!r} is not of WordNet 3.0's index") from None
+                raise ValueError(f"{index}, line {number}: {line[:60]!r} is not WordNet 3.0's") from None
 
     def notice(self) -> str:
         """The licence in the header of `data.noun`, its line numbers removed."""
-        lines = self.data[:8192].decode("utf-8", errors="replace").splitlines()
+        lines = self.data.getvalue()[:8192].decode("utf-8", errors="replace").splitlines()
         header = [re.sub(r"^\s*\d+ ", "", line).strip() for line in lines if line.startswith("  ")]
         return "\n".join(header) or "WordNet 3.0 Copyright 2006 by Princeton University. All rights reserved."
 
-    def synset(self, offset: int) -> tuple[list[str], list[int]]:
-        """Lemmas and direct hypernyms (`@`; an instance's `@i` is left out) of the synset at a byte
-        offset.
-        """
+    def line(self, synset: str) -> bytes:
+        self.data.seek(int(synset[1:]))
+        return self.data.readline()
+
+    def has(self, synset: str) -> bool:
+        return self.line(synset).startswith(f"{synset[1:]} ".encode())
+
+    def synset(self, synset: str) -> tuple[list[str], list[str]]:
+        """Lemmas and direct hypernyms (`@`, without an instance's `@i`) of a synset id."""
         try:
-            fields = self.line(offset).decode("utf-8").split(" | ")[0].split()
-            if int(fields[0]) != offset or fields[2] != "n":
+            number, _, kind, count, *rest = self.line(synset).decode().split(" | ")[0].split()
+            words = 2 * int(count, 16)
+            lemmas, pointers = rest[:words:2], rest[words + 1:]
+            if not lemmas or ("n" + number, kind, len(pointers)) != (synset, "n", 4 * int(rest[words])):
                 raise ValueError
-            count = int(fields[3], 16)
-            lemmas = fields[4 : 4 + 2 * count : 2]
-            pointers = fields[5 + 2 * count :]
-            if len(lemmas) != count or len(pointers) != 4 * int(fields[4 + 2 * count]):
-                raise ValueError
-            hypernyms = [int(pointers[k + 1]) for k in range(0, len(pointers), 4) if pointers[k] == "@"]
+            links = zip(pointers[::4], pointers[1::4])
+            return lemmas, [f"n{int(target):08d}" for symbol, target in links if symbol == "@"]
         except (ValueError, IndexError):
-            raise ValueError(f"{self.path} has no noun synset at byte {offset} (n{offset:08d}); "
-                             "WordNet 3.0's own file is expected, unchanged") from None
-        return lemmas, hypernyms
+            raise ValueError(f"{self.path} has no noun synset at byte {synset[1:]}: expected WordNet 3.0's "
+                             "own file, unchanged") from None
 
-    def line(self, offset: int) -> bytes:
-        end = self.data.find(b"\n", offset)
-        return self.data[offset : len(self.data) if end < 0 else end]
-
-    def has(self, synset_id: str) -> bool:
-        return self.line(int(synset_id[1:])).startswith(synset_id[1:].encode() + b" ")
-
-    def synset_name(self, offset: int) -> str:
+    def synset_name(self, synset: str) -> str:
         """`first_lemma.n.SENSE`, by which the hypernyms of a synset are sorted."""
-        lemma = self.synset(offset)[0][0].lower()
+        lemma = self.synset(synset)[0][0].lower()
         senses = self.senses.get(lemma, [])
-        return f"{lemma}.n.{senses.index(offset) + 1 if offset in senses else 0:02d}"
+        return f"{lemma}.n.{senses.index(synset) + 1 if synset in senses else 0:02d}"
 
     def first_sense(self, name: str) -> str | None:
-        """Id of the first noun sense of a name (spaces, `_` or `+` between words), None when there is
-        none.
-        """
+        """Id of the first noun sense of a name (spaces, `_` or `+` between words), if it has one."""
         senses = self.senses.get(canonical(name).replace(" ", "_"))
-        return f"n{senses[0]:08d}" if senses else None
+        return senses[0] if senses else None
 
 
 def read_classes(path: str | Path) -> list[ClassLine]:
-    """Lines `seen|unseen nXXXXXXXX name`, `nXXXXXXXX name`, `nXXXXXXXX` or `name`; empty lines and `#`
-    comments are skipped.
+    """Lines `[seen|unseen] nXXXXXXXX [name]` or `name`; empty lines and `#` comments are skipped.
 
     Raises FileNotFoundError, or ValueError for a file without a class, and a class (by id where there is one)
-    listed
-    twice: classes with different ids may have one name.
+    listed twice: classes with different ids may have one name.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"class list {path} does not exist; give a text file with one class per line")
+    file = regular_file(path, "; expected a text file with one class per line")
     try:
-        content = regular_file(path).read_text(encoding="utf-8")
+        content = file.read_text(encoding="utf-8")
     except ValueError as error:
         raise ValueError(f"class list {path} is not UTF-8 text ({error})") from None
     lines: list[ClassLine] = []
@@ -119,8 +102,8 @@ def read_classes(path: str | Path) -> list[ClassLine]:
         words = text.split()
         if not words or words[0].startswith("#"):
             continue
-        split = words.pop(0) if words[0] in ("seen",
-                                             "unseen") and SYNSET_ID.fullmatch(" ".join(words[1:2])) else None
+        marked = words[0] in ("seen", "unseen") and SYNSET_ID.fullmatch(" ".join(words[1:2]))
+        split = words.pop(0) if marked else None
         synset = words.pop(0) if SYNSET_ID.fullmatch(words[0]) else None
         lines.append(ClassLine(split, synset, " ".join(words)))
     if not lines:
@@ -131,39 +114,41 @@ def read_classes(path: str | Path) -> list[ClassLine]:
 
 
 def build_graph(wordnet: WordNet, classes: Sequence[ClassLine]) -> Graph:
-    """Hypernym closure: the classes in their order, then their ancestors breadth-first; edges in the
-    children's order.
+    """Hypernym closure: the classes in their order, their ancestors breadth-first; edges by child.
 
     A class without an id takes the first noun sense of its name, one without a name the first word of its
-    synset. Hypernyms of a synset follow its synset names' order.
+    synset. Hypernyms of a synset follow their synset names' order.
     Raises ValueError that lists every class missing in WordNet, or two classes that are one synset.
     """
-    ids = [line.id or wordnet.first_sense(line.name) for line in classes]
-    missing = [line.name if line.id is None else f"{line.name} ({line.id})"
-               for line, synset in zip(classes, ids) if synset is None or not wordnet.has(synset)]
+    ids: list[str] = []
+    missing = []
+    for line in classes:
+        synset = line.id or wordnet.first_sense(line.name)
+        if synset and wordnet.has(synset):
+            ids.append(synset)
+        else:
+            missing.append(f"{line.name} ({line.id})" if line.id else line.name)
     if missing:
-        raise ValueError(f"missing among WordNet 3.0's nouns: {', '.join(missing)}; give each its id, "
-                         f"`nXXXXXXXX name`")
-    order = [int(synset[1:]) for synset in ids if synset is not None]
-    if twice := duplicates([f"n{offset:08d}" for offset in order]):
+        raise ValueError(f"missing among WordNet 3.0's nouns: {', '.join(missing)}; give `nXXXXXXXX name`")
+    if twice := duplicates(ids):
         same = [line.name for line, synset in zip(classes, ids) if synset == twice[0]]
         raise ValueError(f"classes {' and '.join(same)} are one WordNet synset ({twice[0]}); keep one")
 
-    number = {offset: k for k, offset in enumerate(order)}
+    number = {synset: k for k, synset in enumerate(ids)}
     lemmas: list[list[str]] = []
     edges: list[tuple[int, int]] = []
-    for child, offset in enumerate(order):  # grows while it is walked: breadth-first
-        words, hypernyms = wordnet.synset(offset)
+    for child, synset in enumerate(ids):  # grows while it is walked: breadth-first
+        words, hypernyms = wordnet.synset(synset)
         lemmas.append([word.replace("_", " ") for word in words])
         for parent in sorted(hypernyms, key=wordnet.synset_name):
             if parent not in number:
-                number[parent] = len(order)
-                order.append(parent)
+                number[parent] = len(ids)
+                ids.append(parent)
             edges.append((child, number[parent]))
-    given = [re.sub(r"[_+]+", " ", line.name) for line in classes]
-    names = [name or words[0]
-             for name, words in zip(given, lemmas)] + [words[0] for words in lemmas[len(given):]]
-    return Graph([f"n{offset:08d}" for offset in order], names, lemmas, edges, len(classes), wordnet.notice())
+    names = [words[0] for words in lemmas]
+    for k, line in enumerate(classes):
+        names[k] = re.sub(r"[_+]+", " ", line.name) or names[k]
+    return Graph(ids, names, lemmas, edges, len(classes), wordnet.notice())
 
 
 def save_graph(graph: Graph, path: str | Path) -> None:
@@ -180,8 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ucdr_ref.sre.wordnet",
                                      description="hypernym closure of a class list")
     parser.add_argument("--wordnet", required=True, metavar="DIR", help="folder of data.noun and index.noun")
-    parser.add_argument("--classes", required=True, metavar="FILE", help="per line: [seen|unseen] "
-                                                                         "[nXXXXXXXX] name")
+    parser.add_argument("--classes", required=True, metavar="FILE",
+                        help="per line: [seen|unseen] [nXXXXXXXX] name")
     parser.add_argument("--out", required=True, metavar="FILE", help="the graph, as JSON")
     args = parser.parse_args(argv)
     try:

@@ -1,9 +1,8 @@
-"""UCDR-Adapter (Jiang et al., WACV 2025): universal cross-domain retrieval by image alone, trained in two
-phases.
+"""UCDR-Adapter (Jiang et al., WACV 2025): universal cross-domain retrieval by image alone, in two phases.
 
-Read `losses`, `prompts`, `adapter` beside the paper; `plain` is the same computation written out with nothing
-saved. The letters at the equations: (T) learnable text template, (P) source prompts, (E) source encoding with
-the true domain and class, (M) momentum encoder and class queues, (A) target prompt generator, (G) target
+Read `losses`, `prompts`, `adapter` beside the paper; `plain` is the same computation with nothing saved.
+The letters at the equations: (T) learnable text template, (P) source prompts, (E) source encoding with the
+true domain and class, (M) momentum encoder and class queues, (A) target prompt generator, (G) target
 encoding.
 """
 from .adapter import Batch, ClassQueues, UCDRAdapter

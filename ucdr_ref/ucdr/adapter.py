@@ -1,6 +1,4 @@
-"""UCDR-Adapter (Jiang et al., WACV 2025): source adapter learning, target prompt generation, retrieval by
-image alone.
-"""
+"""UCDR-Adapter (Jiang et al., WACV 2025): source adapter learning, target prompt generation, encoding."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -24,9 +22,7 @@ class Batch(NamedTuple):
 
 
 class ClassQueues(nn.Module):
-    """One first-in-first-out queue of momentum features per class (M), as a single ring tensor: no loop over
-    the batch.
-    """
+    """First-in-first-out queues of momentum features, one per class (M), as one ring tensor: no loop."""
 
     rows: Tensor  # [c + 1, size, e]; the last row takes what a push need not keep
     pushed: Tensor  # [c], features ever pushed
@@ -46,43 +42,37 @@ class ClassQueues(nn.Module):
         size = self.rows.shape[1]
         same = class_ids[:, None] == class_ids
         earlier, later = same.tril(-1).sum(1), same.triu(1).sum(1)
-        # a later image of this very batch would push it out
+        # `size` later images of this very batch would push it out
         target = torch.where(later < size, class_ids, len(self.pushed))
         self.rows[target, (self.pushed[class_ids] + earlier) % size] = features.to(self.rows.dtype)
         self.pushed.index_add_(0, class_ids, torch.ones_like(class_ids))
 
     def take(self, class_ids: Tensor, index: Tensor) -> Tensor:
         """Row `index` (oldest first) of the queue of `class_ids`, broadcast against each other: [..., e]."""
-        size = self.rows.shape[1]
         oldest = (self.pushed - self.counts)[class_ids]
-        return self.rows[class_ids, (oldest + index) % size]
+        return self.rows[class_ids, (oldest + index) % self.rows.shape[1]]
 
     def pairs(self, class_ids: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
-        """Features I_p, I_n [b, r, e] for indices [b, r]: into the own queue, oldest first, and into all
-        others by class.
-        """
-        ends = self.counts.cumsum(0)
-        own_start = (ends - self.counts)[class_ids][:, None]
-        # skip the own queue
-        flat = negative + torch.where(negative >= own_start, self.counts[class_ids][:, None], 0)
-        other = torch.searchsorted(ends, flat, right=True).clamp(max=len(ends) - 1)
-        return (self.take(class_ids[:, None], positive),
-                self.take(other, flat - (ends - self.counts)[other]))
+        """I_p, I_n [b, r, e] for indices [b, r] into the own queue, oldest first, and into all others."""
+        counts, own = self.counts, class_ids[:, None]
+        ends = counts.cumsum(0)
+        starts = ends - counts
+        index = negative + torch.where(negative >= starts[own], counts[own], 0)  # skips the own queue
+        other = torch.searchsorted(ends, index, right=True).clamp(max=len(ends) - 1)
+        return self.take(own, positive), self.take(other, index - starts[other])
 
     def draw(self, class_ids: Tensor, r: int,
              place: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """r uniform positives and negatives per image: I_p, I_n [b, r, e], and which images have both [b].
 
-        place: where these images stand in a batch of several processes: the first one's number, and the count
-        of all.
+        place: where these images stand in a batch of several processes: number of the first, count of all.
         """
         own = self.counts[class_ids][:, None]
         others = self.counts.sum() - own
-        # Drawn on the CPU, for the whole batch: a run takes the same pairs on every device and on any number
-        # of processes.
+        # Drawn on the CPU, for the whole batch: the same pairs on every device and any number of processes.
         start, total = place or (0, len(class_ids))
-        u = torch.rand(2, total, r,
-                       dtype=torch.float64)[:, start:start + len(class_ids)].to(own.device, non_blocking=True)
+        u = torch.rand(2, total, r, dtype=torch.float64)[:, start:start + len(class_ids)]
+        u = u.to(own.device, non_blocking=True)
         positive, negative = (u[0] * own).long(), (u[1] * others).long()
         valid = ((own > 0) & (others > 0)).squeeze(1)
         return *self.pairs(class_ids, positive, negative), valid
@@ -120,13 +110,13 @@ class UCDRAdapter(nn.Module):
         self.proj = nn.Parameter(clip.visual.proj.detach().clone())
 
         self.template: TextTemplate | None = None
-        if class_features is None and config.class_features == "template":
+        if class_features is not None:
+            anchors = unit(class_features)  # D13
+        elif config.class_features == "template":
             self.template = TextTemplate(clip, class_names, config.context_vectors)
             anchors = torch.zeros(c, clip.embed_dim)
-        elif class_features is None:
-            anchors = class_text_features(clip, class_names)  # D13
         else:
-            anchors = F.normalize(class_features.float(), dim=-1)  # D13
+            anchors = class_text_features(clip, class_names)  # D13
         self.register_buffer("anchors", anchors)
 
         same = config.momentum_start == "online"  # D9
@@ -136,36 +126,26 @@ class UCDRAdapter(nn.Module):
         self.queues = ClassQueues(c, config.queue_size, clip.embed_dim)
 
     def text_features(self) -> Tensor:
-        """Class anchors t_c [c, e], L2-normalised: the text template's, or the fixed ones that replace it
-        (D13).
-        """
+        """Class anchors t_c [c, e], L2-normalised: the text template's, or fixed ones (D13)."""
         return self.anchors if self.template is None else self.template(self.clip)
 
     def source_features(self, patches: Tensor, class_ids: Tensor, domain_ids: Tensor) -> Tensor:
-        """Source encoding (E) with the true domain and class: embedded patches [b, n, d], ids [b] -> f [b,
-        e], L2-normalised.
-        """
-        return self.prompted(patches, self.domain_prompts[domain_ids], self.class_prompts[class_ids])
-
-    def prompted(self, patches: Tensor, domain_prompts: Tensor, class_prompts: Tensor) -> Tensor:
-        """`encode_tokens`, L2-normalised [b, e]."""
-        return F.normalize(self.encode_tokens(patches, domain_prompts, class_prompts).float(), dim=-1)
+        """Source encoding (E) with the true domain and class: patches [b, n, d], ids [b] -> unit f [b, e]."""
+        domain_prompts, class_prompts = self.domain_prompts[domain_ids], self.class_prompts[class_ids]
+        return unit(self.encode_tokens(patches, domain_prompts, class_prompts))
 
     def encode_tokens(self, patches: Tensor, domain_prompts: Tensor, class_prompts: Tensor) -> Tensor:
         """[class token + pos_0 ; domain prompts ; class prompts ; patches] -> blocks -> token k -> ln_post
         -> proj: [b, e].
         """
-        tokens = [self.clip.visual.class_token(len(patches), self.class_token), domain_prompts, class_prompts,
-                  patches]
+        visual = self.clip.visual
+        tokens = [visual.class_token(len(patches), self.class_token), domain_prompts, class_prompts, patches]
         x = torch.cat([token.to(patches.dtype) for token in tokens], dim=1)
-        return self.clip.visual.pool(self.clip.visual.blocks(x, at=self.config.feature_token),
-                                     self.proj)  # D2
+        return visual.pool(visual.blocks(x, at=self.config.feature_token), self.proj)  # D2
 
     @torch.no_grad()
     def query_feature(self, patches: Tensor) -> Tensor:
-        """I_g [b, d]: the frozen tower's feature after ln_post, before projection. Nothing in it is trained:
-        no autograd.
-        """
+        """I_g [b, d]: the frozen tower's feature after ln_post, before projection; nothing in it trains."""
         visual = self.clip.visual
         if self.config.query_feature == "class":  # D6
             patches = torch.cat([visual.class_token(len(patches)).to(patches.dtype), patches], dim=1)
@@ -175,36 +155,32 @@ class UCDRAdapter(nn.Module):
                         domain_ids: Tensor | None = None) -> Tensor:
         """Target encoding (G): images [b, 3, H, W] -> [b, e], not normalised.
 
-        With ids [b] (phase 2) the rows of the image's own class and domain are masked; at test time there are
-        none.
+        With ids [b] (phase 2) the rows of the image's own class and domain are masked; a test has none.
         """
-        patches = self.clip.visual.embed(images)
+        patches, banks = self.clip.visual.embed(images), (self.domain_prompts, self.class_prompts)
         if self.config.target_epochs == 0:  # phase 1 alone has no generator: the banks' means stand in
-            prompts = [bank.mean((0, 1)).expand(len(images), 1, -1)
-                       for bank in (self.domain_prompts, self.class_prompts)]
-            return self.encode_tokens(patches, *prompts)
-        if self.config.mask == "none":  # D1
-            class_ids = domain_ids = None
-        query = self.query_feature(patches)
-        return self.encode_tokens(patches, self.generator(query, self.domain_prompts, domain_ids),
-                                  self.generator(query, self.class_prompts, class_ids))
+            prompts = [bank.mean((0, 1)).expand(len(images), 1, -1) for bank in banks]
+        else:
+            query = self.query_feature(patches)
+            own = (None, None) if self.config.mask == "none" else (domain_ids, class_ids)  # D1
+            prompts = [self.generator(query, bank, ids) for bank, ids in zip(banks, own)]
+        return self.encode_tokens(patches, *prompts)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Test-time features [b, e] of images [b, 3, H, W]: no labels, no text."""
         features = self.target_features(images).float()
-        return F.normalize(features,
-                           dim=-1) if self.config.evaluation_features == "normalized" else features  # D3
+        return unit(features) if self.config.evaluation_features == "normalized" else features  # D3
 
     def trainable(self, phase: str) -> dict[str, nn.Parameter]:
         """The parameters that `phase` trains, by name; everything else stays frozen."""
-        wanted = [prefix for prefix in self.TRAINED[phase] if self.template is not None
-                  or prefix != "template.ctx"]  # D13
-        names = [name for name, _ in self.named_parameters()]
+        wanted = self.TRAINED[phase]
+        trained = {name: value for name, value in self.named_parameters() if name.startswith(wanted)}
         for prefix in wanted:
-            assert any(name.startswith(prefix)
-                       for name in names), f"phase {phase}: {prefix!r} matches no parameter of {names}"
-        return {name: value for name, value in self.named_parameters() if name.startswith(tuple(wanted))}
+            absent = self.template is None and prefix == "template.ctx"  # D13
+            found = any(name.startswith(prefix) for name in trained)
+            assert found or absent, f"phase {phase}: {prefix!r} matches no parameter of {list(trained)}"
+        return trained
 
     def optimizer(self, phase: str) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.trainable(phase).values(), betas=(0.9, 0.999))
@@ -217,7 +193,7 @@ class UCDRAdapter(nn.Module):
 
     def start(self, phase: str) -> None:
         """Prepares a phase: in phase 2 the text features are constants, so they are computed once."""
-        if phase == "target" and self.template is not None:
+        if phase == "target":
             with torch.no_grad():
                 self.anchors.copy_(self.text_features())
 
@@ -226,9 +202,7 @@ class UCDRAdapter(nn.Module):
         return self.source_step(batch) if phase == "source" else self.target_step(batch)
 
     def source_step(self, batch: Batch) -> dict[str, Tensor]:
-        """Phase 1, source adapter learning: L-align + L-triplet, and the momentum features enter the
-        queues.
-        """
+        """Phase 1, source adapter learning: L-align + L-triplet; the momentum features enter the queues."""
         config, patches = self.config, self.clip.visual.embed(batch.images)
         f = self.source_features(patches, batch.class_ids, batch.domain_ids)
         align = losses.image_text_contrast(f, self.text_features(), batch.class_ids, config.tau)
@@ -237,8 +211,8 @@ class UCDRAdapter(nn.Module):
         entering = self.join(self.momentum_features(patches, batch)), self.join(batch.class_ids)
         if config.queue_push == "before":  # D12
             self.queues.push(*entering)
-        positives, negatives, valid = self.queues.draw(batch.class_ids, config.triplet_pairs,
-                                                           self.place(len(batch.images)))
+        place = self.place(len(batch.images))
+        positives, negatives, valid = self.queues.draw(batch.class_ids, config.triplet_pairs, place)
         squared = config.triplet_distance == "squared"
         everyone = self.join(valid) if config.triplet_mean == "paired" else None  # D17
         triplet = losses.triplet(f, positives, negatives, valid, config.margin, squared, everyone)
@@ -248,17 +222,19 @@ class UCDRAdapter(nn.Module):
 
     @torch.no_grad()
     def momentum_features(self, patches: Tensor, batch: Batch) -> Tensor:
-        """Momentum encoder (M): theta_M <- alpha theta_M + (1 - alpha) theta, then f_M [b, e] with the
-        averaged prompts.
-        """
-        for average, online in ((self.momentum_domain_prompts, self.domain_prompts),
-                                (self.momentum_class_prompts, self.class_prompts)):
-            average.lerp_(online, 1 - self.config.momentum)
-        return self.prompted(patches, self.momentum_domain_prompts[batch.domain_ids],
-                             self.momentum_class_prompts[batch.class_ids])
+        """Momentum encoder (M): theta_M <- alpha theta_M + (1 - alpha) theta, then f_M [b, e] by theta_M."""
+        domains, classes = self.momentum_domain_prompts, self.momentum_class_prompts
+        domains.lerp_(self.domain_prompts, 1 - self.config.momentum)
+        classes.lerp_(self.class_prompts, 1 - self.config.momentum)
+        return unit(self.encode_tokens(patches, domains[batch.domain_ids], classes[batch.class_ids]))
 
     def target_step(self, batch: Batch) -> dict[str, Tensor]:
         """Phase 2, target prompt generation: L-align against the constant text features."""
-        f = F.normalize(self.target_features(*batch).float(), dim=-1)
+        f = unit(self.target_features(*batch))
         align = losses.image_text_contrast(f, self.anchors, batch.class_ids, self.config.tau)
         return {"loss": align, "align": align}
+
+
+def unit(features: Tensor) -> Tensor:
+    """features [..., e] in float32, L2-normalised"""
+    return F.normalize(features.float(), dim=-1)

@@ -41,8 +41,8 @@ def domain_means(z: Tensor, class_ids: Tensor, domain_ids: Tensor, s: int) -> Te
     sums = z.new_zeros(s * c, z.shape[1], dtype=torch.float64)
     for rows, part in chunks(z):
         sums.index_add_(0, groups[rows], part)
-    counts = torch.bincount(groups, minlength=s * c)
-    class_means = (sums / counts.clamp(min=1)[:, None]).view(s, c, -1)
+    counts = torch.bincount(groups, minlength=s * c)[:, None]
+    class_means = (sums / counts.clamp(min=1)).view(s, c, -1)
     return class_means.sum(dim=1) / (counts.view(s, c) > 0).sum(dim=1, keepdim=True)
 
 
@@ -80,10 +80,9 @@ class Measured(NamedTuple):
     vectors: Tensor  # [e, e]: S_w = vectors diag(values) vectors^T
 
     def form(self, strength: float | None) -> ClosedForm:
-        """With W = (S_w + lambda tr(S_w) / e I)^(-1/2), lambda = strength; None: W = I, removal alone.
+        """With W = (S_w + lambda tr(S_w) / e I)^(-1/2), lambda = strength; None, removal alone: W = I.
 
-        S_w = 0, where images of a class are all alike, leaves nothing to whiten: W = I.
-        Raises ValueError unless lambda is positive.
+        So is W where images of a class are all alike, S_w = 0. Raises ValueError unless lambda is positive.
         """
         if strength is not None and not 0 < strength < math.inf:
             raise ValueError(f"whitening strength {strength}: expected a positive number, such as 3")
@@ -99,7 +98,7 @@ def measure(z: Tensor, class_ids: Tensor, domain_ids: Tensor, s: int) -> Measure
     """m, U and S_w of source features z [n, e] with ids [n] of class and domain.
 
     m: mean of the m_d. U: orthonormal basis of the span of m_d - m; where that has under s - 1 dimensions,
-    zero columns, which remove nothing, keep the shape that a checkpoint is checked against.
+    columns of zeros, which remove nothing, keep the shape of a checkpoint.
     S_w = 1/n sum over images of d^T d, d = a - mean of a over all images of its class: what still differs
     between domains counts as spread within the class. Raises ValueError as `domain_means` does.
     """
@@ -108,20 +107,20 @@ def measure(z: Tensor, class_ids: Tensor, domain_ids: Tensor, s: int) -> Measure
     _, lengths, directions = torch.linalg.svd(means - mean, full_matrices=False)  # longest first
     subspace = (directions * (lengths ** 2 > ROUND_OFF)[:, None])[: s - 1].T
 
-    counts = torch.bincount(class_ids)
+    counts = torch.bincount(class_ids)[:, None]
     sums, squares = mean.new_zeros(len(counts), len(mean)), mean.new_zeros(len(mean), len(mean))
     for rows, part in chunks(z):
         a = remove(part, mean, subspace)
         sums.index_add_(0, class_ids[rows], a)
         squares.addmm_(a.T, a)
-    within = (squares - sums.T @ (sums / counts.clamp(min=1)[:, None])) / len(z)
+    within = (squares - sums.T @ (sums / counts.clamp(min=1))) / len(z)
     return Measured(mean, subspace, *torch.linalg.eigh(within))
 
 
 def choose_strength(measured: Measured, score: Callable[[ClosedForm], float]) -> float:
     """The lambda of STRENGTHS whose form scores best on validation classes; of equals, the nearest to 3."""
-    scores = {strength: score(measured.form(strength)) for strength in STRENGTHS}
-    return max(STRENGTHS, key=lambda strength: (scores[strength], -abs(math.log(strength / 3))))
+    nearest_first = sorted(STRENGTHS, key=lambda strength: abs(math.log(strength / 3)))
+    return max(nearest_first, key=lambda strength: score(measured.form(strength)))
 
 
 def center(z: Tensor) -> Tensor:

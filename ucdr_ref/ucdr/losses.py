@@ -1,6 +1,4 @@
-"""The losses of UCDR-Adapter (WACV 2025), one pure function per equation. Imports nothing from the
-package.
-"""
+"""The losses of UCDR-Adapter (WACV 2025), a pure function per equation. Imports nothing of the package."""
 from __future__ import annotations
 
 import torch
@@ -18,14 +16,13 @@ def image_text_contrast(f: Tensor, t: Tensor, labels: Tensor, tau: float) -> Ten
 
 
 def triplet(f: Tensor, positives: Tensor, negatives: Tensor, valid: Tensor, margin: float,
-            squared: bool = True,
-            everyone: Tensor | None = None) -> Tensor:
+            squared: bool = True, everyone: Tensor | None = None) -> Tensor:
     """L-triplet: (1/r) sum over r pairs of max(0, D(f, I_p) - D(f, I_n) + margin), mean over the batch.
 
     f [b, e]; positives and negatives [b, r, e], drawn from the momentum queues; valid [b] is False where an
     image has no positive or no negative yet: it adds zero. D is the squared Euclidean distance, or the plain
     one when not `squared` (D8). `everyone`, the `valid` of all processes: the mean is over the images that
-    have a pair, in the sense that the processes' values, weighted by their images, average to it (D17).
+    have a pair; the processes' values, weighted by their images, average to it (D17).
     """
     def distance(other: Tensor) -> Tensor:
         difference = f.unsqueeze(1) - other

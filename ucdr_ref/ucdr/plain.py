@@ -3,9 +3,9 @@
 An independent transcription (WACV 2025): it shares the package's parameters, never its arithmetic. All 77
 tokens of every class go through the text tower in every step of both phases, every block computes every
 token, attention is spelled out, a full copy of the image branch is averaged and run in both phases, each
-image gets its own masked prompt bank, queues are lists, and metrics rank one query at a time. What is
-published as frozen is frozen (`requires_grad` is False); only the momentum encoder, which has no gradient by
-definition, runs under `no_grad`. Ledger: the paper's column.
+image gets its own masked prompt bank, queues are lists, and metrics rank one query at a time. What is frozen
+in the paper has no gradient; only the momentum encoder, by definition without one, runs under `no_grad`.
+Ledger: the paper's column.
 """
 from __future__ import annotations
 
@@ -45,16 +45,14 @@ def transformer(blocks: Sequence[Block], x: Tensor, mask: Tensor | float = 0.0) 
 
 
 class ImageBranch(nn.Module):
-    """Everything that turns an image into a feature: tower, source prompts U and V, target prompt
-    generator.
-    """
+    """What turns an image into a feature: tower, source prompts U and V, target prompt generator."""
 
     def __init__(self, clip: CLIP, c: int, s: int, config: Options) -> None:
         super().__init__()
         d, p = clip.vision_width, config.prompt_length
-        self.temperature = config.temperature
-        self.visual = clip.visual
-        self.domain_prompts, self.class_prompts = prompt_bank(s, p, clip.patch, d), prompt_bank(c, p, clip.patch, d)
+        self.temperature, self.visual = config.temperature, clip.visual
+        self.domain_prompts = prompt_bank(s, p, clip.patch, d)
+        self.class_prompts = prompt_bank(c, p, clip.patch, d)
         self.generator = TargetPromptGenerator(d, config.temperature)
         self.class_token = nn.Parameter(clip.visual.class_embedding.detach().clone())
         self.proj = nn.Parameter(clip.visual.proj.detach().clone())
@@ -94,6 +92,9 @@ class ImageBranch(nn.Module):
         features = self.tower(self.class_token, prompts, self.patches(images)) @ self.proj
         return features / features.norm(dim=1, keepdim=True)
 
+    def features(self, batch: Batch, phase: str) -> Tensor:
+        return self.source_features(batch) if phase == "source" else self.target_features(*batch)
+
 
 class PlainAdapter(nn.Module):
     """Both phases with the text template, the momentum encoder and one list of features per class."""
@@ -105,9 +106,8 @@ class PlainAdapter(nn.Module):
         self.image = ImageBranch(clip, len(class_names), len(domain_names), config)
         self.momentum = copy.deepcopy(self.image).requires_grad_(False)
         self.ctx = nn.Parameter(torch.empty(m, clip.text_width).normal_(std=0.02))
-        self.ids = tokenize([f"a photo of {readable(name)} from {' '.join('X' * m)} domain."
-                             for name in class_names],
-                            clip.context_length)
+        texts = [f"a photo of {readable(name)} from {' '.join('X' * m)} domain." for name in class_names]
+        self.ids = tokenize(texts, clip.context_length)
         self.starts = [len(encode(readable(name))) - 2 + 5 for name in class_names]  # len(bpe(name)) + 5
         self.queues: list[deque[Tensor]] = [deque(maxlen=config.queue_size) for _ in class_names]
 
@@ -123,9 +123,8 @@ class PlainAdapter(nn.Module):
     def text_features(self) -> Tensor:
         """(T) t_c [c, e], L2-normalised."""
         clip, m, ids = self.clip, len(self.ctx), self.ids.to(self.ctx.device)
-        rows = []
-        for tokens, start in zip(clip.token_embedding(ids), self.starts):
-            rows.append(torch.cat([tokens[:start], self.ctx, tokens[start + m:]]))
+        rows = [torch.cat([tokens[:start], self.ctx, tokens[start + m:]])
+                for tokens, start in zip(clip.token_embedding(ids), self.starts)]
         x = torch.stack(rows) + clip.positional_embedding
         causal = torch.full((x.shape[1], x.shape[1]), -math.inf, device=x.device).triu(1)
         x = clip.ln_final(transformer(clip.transformer.blocks(), x, causal))
@@ -137,7 +136,7 @@ class PlainAdapter(nn.Module):
         """(M) theta_M <- alpha theta_M + (1 - alpha) theta over the whole image branch, then f_M [b, e]."""
         for average, online in zip(self.momentum.parameters(), self.image.parameters()):
             average.copy_(self.config.momentum * average + (1 - self.config.momentum) * online)
-        return self.momentum.source_features(batch) if phase == "source" else self.momentum.target_features(*batch)
+        return self.momentum.features(batch, phase)
 
     def triplet(self, f: Tensor, class_ids: list[int]) -> Tensor:
         """(L-triplet), image by image and pair by pair; the draws are those of `ClassQueues.draw`."""
@@ -156,7 +155,7 @@ class PlainAdapter(nn.Module):
         return total / len(f)
 
     def step(self, batch: Batch, phase: str) -> dict[str, Tensor]:
-        f = self.image.source_features(batch) if phase == "source" else self.image.target_features(*batch)
+        f = self.image.features(batch, phase)
         scores = f @ self.text_features().T / self.config.tau
         align = -scores.log_softmax(dim=1).gather(1, batch.class_ids[:, None]).mean()
         f_momentum = self.momentum_features(batch, phase)
@@ -173,9 +172,7 @@ class PlainAdapter(nn.Module):
 
 def retrieval(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor,
               k: int = 200) -> dict[str, float]:
-    """mAP@k, Prec@k, mAP@all and Prec@100 as published: query by query, one sort each, precisions in a loop
-    over ranks.
-    """
+    """mAP@k, Prec@k, mAP@all and Prec@100 as published: a sort per query, precisions in a loop over ranks."""
     ap, precision, ap_all, precision_100 = [], [], [], []
     gallery = gallery.double()
     for features, label in zip(query.double(), query_labels.tolist()):

@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..clip.model import CLIP
-from ..clip.tokenizer import encode
+from ..clip.tokenizer import encode, tokenize
 from ..clip.zero_shot import readable
 
 
 class TextTemplate(nn.Module):
-    """Learnable Textual Semantic Template (T): `a photo of {name} from X ... X domain.` with m learnable
-    vectors for the X's.
+    """Learnable Textual Semantic Template (T): `a photo of {name} from X ... X domain.`, m learnable X's.
 
     `ctx` [m, t] is shared by all classes, N(0, 0.02^2) at the start; all other token embeddings are frozen.
     Attention is causal, so the tokens before the context do not depend on it: their keys and values are
@@ -33,58 +32,46 @@ class TextTemplate(nn.Module):
     def __init__(self, clip: CLIP, class_names: Sequence[str], m: int) -> None:
         super().__init__()
         clip.require_text()
-        device = clip.logit_scale.device
-        # on the CPU, as all initial values: the same everywhere
-        start = torch.empty(m, clip.text_width).normal_(std=0.02)
-        self.ctx = nn.Parameter(start.to(device))
-        prompts = [encode(f"a photo of {readable(name)} from {' '.join('X' * m)} domain.")
-                   for name in class_names]
-        for name, ids in zip(class_names, prompts):
-            if len(ids) > clip.context_length:
-                raise ValueError(f"class name {name!r} makes a prompt of {len(ids)} tokens with {m} context "
-                                 f"vectors; the text "
-                                 f"tower takes {clip.context_length}: shorten the name or lower "
-                                 f"--context-vectors")
-        suffix = m + 3
-        starts = torch.tensor([len(ids) - suffix for ids in prompts], device=device)  # len(bpe(name)) + 5
-        heads = [ids[:-suffix] for ids in prompts]
-        padded = torch.zeros(len(heads), int(starts.max()), dtype=torch.long, device=device)
-        for row, ids in zip(padded, heads):
-            row[: len(ids)] = torch.tensor(ids, device=device)
-
-        before = (torch.arange(padded.shape[1],
-                               device=device) < starts[:, None])[:, None, None].expand(-1, 1, suffix, -1)
-        causal = torch.ones(suffix, suffix, dtype=torch.bool,
-                            device=device).tril().expand(len(heads), 1, -1, -1)
+        self.ctx = nn.Parameter(torch.empty(m, clip.text_width).normal_(std=0.02))
+        device, room = clip.logit_scale.device, clip.context_length
+        texts = [f"a photo of {readable(name)} from {' '.join('X' * m)} domain." for name in class_names]
+        prompts = [encode(text) for text in texts]
+        for name, prompt in zip(class_names, prompts):
+            if len(prompt) > room:
+                raise ValueError(f"class name {name!r} makes a prompt of {len(prompt)} tokens, and the tower "
+                                 f"takes {room}: shorten the name or lower --context-vectors (now {m})")
+        suffix = torch.arange(m + 3, device=device)
+        lengths = [len(prompt) - m - 3 for prompt in prompts]  # len(bpe(name)) + 5
+        starts = torch.tensor(lengths, device=device)
+        P = int(starts.max())
+        key = torch.arange(P + m + 3, device=device)
+        constant, causal = key < starts[:, None, None], (key >= P) & (key <= P + suffix[:, None])
         with torch.no_grad():
-            tail = clip.token_embedding(torch.tensor(prompts[0][-3:], device=device))
-            positions = clip.positional_embedding[starts[:, None] + torch.arange(suffix, device=device)]
-            constants = self.constant_prefix(clip, padded)
-        for name, value in (("tail", tail), ("positions", positions), ("prefix", constants),
-                            ("mask", torch.cat([before, causal], dim=-1))):
+            buffers = {"tail": clip.token_embedding(torch.tensor(prompts[0][-3:], device=device)),
+                       "positions": clip.positional_embedding[starts[:, None] + suffix],
+                       "prefix": constant_prefix(clip, tokenize(texts, room)[:, :P].to(device)),
+                       "mask": (constant | causal).unsqueeze(1)}
+        for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)
-
-    @staticmethod
-    def constant_prefix(clip: CLIP, ids: Tensor) -> Tensor:
-        """ids [c, P], padded at the end -> every layer's keys and values [layers, 2, c, heads, P, t /
-        heads].
-        """
-        x = clip.token_embedding(ids) + clip.positional_embedding[: ids.shape[1]]
-        layers = []
-        for block in clip.transformer.blocks():
-            layers.append(torch.stack(block.attn.keys_values(block.ln_1(x))))
-            x = block(x, causal=True)
-        return torch.stack(layers)
 
     def forward(self, clip: CLIP) -> Tensor:
         """L2-normalised class text features t_c [c, e]."""
-        count = len(self.positions)
-        x = torch.cat([self.ctx, self.tail]).expand(count, -1, -1) + self.positions
+        x = torch.cat([self.ctx, self.tail]) + self.positions
         *body, last = clip.transformer.blocks()
         for block, (keys, values) in zip(body, self.prefix):
             x = block(x, past=(keys, values), mask=self.mask)
         x = last(x, at=-1, past=(self.prefix[-1, 0], self.prefix[-1, 1]), mask=self.mask[:, :, -1:])
         return F.normalize(clip.pool_text(x.squeeze(1)).float(), dim=-1)
+
+
+def constant_prefix(clip: CLIP, ids: Tensor) -> Tensor:
+    """Every layer's keys and values of the tokens ids [c, P]: [layers, 2, c, heads, P, t / heads]."""
+    x = clip.token_embedding(ids) + clip.positional_embedding[: ids.shape[1]]
+    layers = []
+    for block in clip.transformer.blocks():
+        layers.append(torch.stack(block.attn.keys_values(block.ln_1(x))))
+        x = block(x, causal=True)
+    return torch.stack(layers)
 
 
 def prompt_bank(rows: int, p: int, patch: int, d: int) -> nn.Parameter:
@@ -99,8 +86,6 @@ class TargetPromptGenerator(nn.Module):
     One set of projections serves the domain and the class bank; keys and values are the same projected rows.
     """
 
-    DIVISOR = 33.0
-
     def __init__(self, d: int, temperature: float) -> None:
         super().__init__()
         self.temperature = temperature
@@ -114,17 +99,16 @@ class TargetPromptGenerator(nn.Module):
         its p keys become the bias of W_p. Putting that bias in place of the keys gives the same result
         without a masked bank per image.
         """
-        keys = self.W_p(bank.flatten(0, 1))
-        q = self.W_i(query)
+        keys, q = self.W_p(bank.flatten(0, 1)), self.W_i(query)
         scores = q @ keys.T
         if own is None:
             prompt = (scores / self.temperature).softmax(dim=-1) @ keys
         else:
-            masked = torch.arange(len(bank),
-                                  device=bank.device).repeat_interleave(bank.shape[1]) == own[:, None]  # D1
+            row = torch.arange(len(bank), device=own.device).repeat_interleave(bank.shape[1])
+            masked = row == own[:, None]  # D1
             scores = torch.where(masked, (q @ self.W_p.bias)[:, None].to(scores.dtype), scores)
             weights = (scores / self.temperature).softmax(dim=-1)
-            prompt = weights.masked_fill(masked,
-                                         0) @ keys + (weights * masked).sum(-1, keepdim=True) * self.W_p.bias
+            on_bias = (weights * masked).sum(-1, keepdim=True)
+            prompt = weights.masked_fill(masked, 0) @ keys + on_bias * self.W_p.bias
         prompt = prompt + self.norm(self.W_o(prompt))
-        return (prompt / self.DIVISOR).unsqueeze(1)
+        return (prompt / 33).unsqueeze(1)
