@@ -23,13 +23,15 @@ def taken_for_strokes(root: Path) -> dict[str, tuple[int, float]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
     found = taken_for_strokes(parser.parse_args(argv).data)
-    print("| | " + " | ".join(found) + " |")
-    print("|---" * (len(found) + 1) + "|")
-    print("| images | " + " | ".join(f"{images:,}" for images, _ in found.values()) + " |")
-    print("| taken for strokes, % | " + " | ".join(f"{100 * share:.1f}" for _, share in found.values()) + " |")
+    rows = [["", *found], ["---"] * (len(found) + 1),
+            ["images", *(f"{images:,}" for images, _ in found.values())],
+            ["taken for strokes, %", *(f"{100 * share:.1f}" for _, share in found.values())]]
+    for cells in rows:
+        print("| " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

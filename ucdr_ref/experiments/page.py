@@ -81,7 +81,7 @@ def log_lines(run: Path) -> list[dict[str, Any]]:
     for number, values in enumerate(lines, 1):
         numbers = [value for key, value in values.items() if key != "phase"]
         if type(values.get("phase")) is not str or not all(type(value) in (int, float) for value in numbers):
-            raise ValueError(f"{show(path)}, line {number}: not a phase and numbers, as a training logs them; "
+            raise ValueError(f"{show(path)}, line {number}: not a phase and numbers as training logs them; "
                              "name another --run")
     return lines
 
