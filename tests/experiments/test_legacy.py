@@ -6,10 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import evaluate
 import train
 from tests.helpers import write_world
+from ucdr_ref.machine.files import load_state
 
 LEGACY = Path(__file__).resolve().parents[1] / "legacy"
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights" / "demo-clip.pt"
@@ -47,6 +49,18 @@ def test_a_stopped_run_is_evaluated_then_resumed_to_its_end(place):
     same_numbers(place / "stopped", "finished-results.json")
     log = (place / "stopped" / "log.jsonl").read_text()
     assert log.startswith((LEGACY / "stopped" / "log.jsonl").read_text()) and log.count('"validation_mAP"') == 2
+
+
+def test_a_run_from_before_a_field_takes_its_default(place):
+    """Pictures and report ask for fields that old checkpoints lack."""
+    path = place / "stopped" / "best.pt"
+    state = load_state(path)
+    for name in ("stroke_domains", "image_reading"):
+        state["config"].pop(name, None)
+    torch.save(state, path)
+    assert evaluate.main(["--run", "stopped", "--out", "out", "--workers", "0"]) == 0
+    config = json.loads((place / "out" / "results.json").read_text())["config"]
+    assert config["stroke_domains"] == ["sketch", "quickdraw", "sketches"] and config["context_vectors"] == 4
 
 
 def test_a_finished_sre_run_is_evaluated(place):

@@ -83,6 +83,15 @@ def test_a_run_trains_and_leaves_a_small_complete_checkpoint(run):
     assert not any(name.startswith("clip.") or "adjacency" in name for name in state["method"])
 
 
+def test_runs_that_share_features_encode_no_image_twice(run, scene, tmp_path, monkeypatch):
+    shared = ["--sre-features", str(tmp_path / "shared")]
+    assert train.main(flags(scene, tmp_path / "first", *shared)) == 0
+    monkeypatch.setattr("ucdr_ref.images.features.Extractor.stream", lambda *_: pytest.fail("encoded a second time"))
+    assert train.main(flags(scene, tmp_path / "second", *shared)) == 0
+    assert not (tmp_path / "second" / "features").exists()
+    assert equal(weights(tmp_path / "second"), weights(run))
+
+
 def test_evaluate_needs_neither_graph_nor_source(run, scene, tmp_path, capsys):
     moved = tmp_path / "elsewhere"
     moved.mkdir()

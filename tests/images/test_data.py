@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision import transforms
 
-from ucdr_ref.bench.strokes import taken_for_strokes
+from ucdr_ref.bench import strokes
 from ucdr_ref.clip.zero_shot import cropped, normalised, preprocess
 from ucdr_ref.demo.drawing import write_dataset
 from ucdr_ref.images.batches import (
@@ -228,9 +228,11 @@ def test_inversion_by_look_or_by_word_is_reported(tmp_path):
         ImageDataset(files, cropped(64), (), invert="maybe")
 
 
-def test_drawn_strokes_are_told_from_pictures(tmp_path):
+def test_drawn_strokes_are_told_from_pictures(tmp_path, capsys):
     write_dataset(tmp_path, per_class=1)
-    share = taken_for_strokes(tmp_path)
+    strokes.main(["--data", str(tmp_path)])
+    assert "| images | 60 | 60 | 60 | 60 | 60 | 60 |" in capsys.readouterr().out
+    share = strokes.taken_for_strokes(tmp_path)
     assert share.keys() == {"sketch", "quickdraw", "clipart", "infograph", "painting", "real"}
     for domain, (_, value) in share.items():
         assert value >= 0.93 if domain in ("sketch", "quickdraw") else value <= 0.02, (domain, value)
@@ -239,7 +241,7 @@ def test_drawn_strokes_are_told_from_pictures(tmp_path):
 @pytest.mark.skipif(not os.environ.get("UCDR6"), reason="set UCDR6 to the folder of that data set")
 def test_real_strokes_are_told_from_pictures():
     """Thin black icons and clip art in outlines are ambiguous: nobody could tell them from a neat sketch."""
-    share = taken_for_strokes(Path(os.environ["UCDR6"]))
+    share = strokes.taken_for_strokes(Path(os.environ["UCDR6"]))
     most = {"photo": 0.005, "render3d": 0.01, "clipart": 0.08, "icon": 0.12}
     for domain, (_, value) in share.items():
         assert value >= 0.99 if domain in ("sketch", "quickdraw") else value <= most[domain], (domain, value)

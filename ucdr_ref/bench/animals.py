@@ -54,14 +54,6 @@ def write_attributes(data: Path, path: Path) -> str:
     return str(path)
 
 
-def share_features(folder: Path, shared: Path) -> None:
-    """Every run of `out` looks for its images' features in one place, so that each image is encoded once."""
-    shared.mkdir(exist_ok=True)
-    folder.mkdir(exist_ok=True)
-    if not (folder / "features").exists():
-        (folder / "features").symlink_to(shared)
-
-
 def read(folder: Path) -> dict[str, Any]:
     """A finished run's accuracies in points of 100, by method, and its seconds and CPU-seconds."""
     rows = json.loads((folder / "results.json").read_text())["rows"]
@@ -108,13 +100,13 @@ def main(argv: list[str] | None = None) -> None:
     vectors = write_attributes(data, out / "attributes.txt")
     base = ["--preset", "i2awa", "--source", *(str(data / name) for name in SOURCES),
             "--target", str(data / "photo"), "--class-vectors", vectors, "--weights", str(weights),
-            "--precision", "bf16", "--eval-batch", "16", "--stroke-domains", *STROKES]
+            "--precision", "bf16", "--eval-batch", "16", "--stroke-domains", *STROKES,
+            "--sre-features", str(out / "features")]
     runs = []
     for seed in (0, 1, 2):
         for variant, flags in VARIANTS.items():
             folder = out / re.sub(r"[^a-z0-9]+", "-", f"animals {variant} {seed}".lower())
             if variant in args.variants and seed in args.seeds:
-                share_features(folder, out / "features")
                 train(["--run", str(folder), *base, "--seed", str(seed), *flags], args.workers)
             if (folder / "results.json").exists():
                 runs.append({"variant": variant, "seed": seed, **read(folder)})

@@ -89,6 +89,10 @@ def refuse_torchrun() -> None:
                          "is enough: start it without torchrun")
 
 
+def feature_folder(config: Config, run: Path) -> Path:
+    return Path(config.sre_features or run / "features")
+
+
 def target_folder(config: Config, graph: Graph, before: Listing) -> Folder:
     ids = class_folders.read_folder_ids(config.folder_ids)
     return class_folders.scan_folder("--target", config.target, graph, ids, before=before.get("target", ()))
@@ -111,7 +115,7 @@ def build(config: Config, data: Data, clip: CLIP, device: torch.device) -> Exper
     method = made(config, clip, graph, data.unseen, vectors).to(device)
 
     def start(folder: Path) -> Training:
-        source, target = (features(folders, clip, config, folder / "features", device)
+        source, target = (features(folders, clip, config, feature_folder(config, folder), device)
                           for folders in (data.sources, [data.target]))
         name, anchors = baseline(clip, graph, source)
         extra: dict[str, Any] = {"graph": asdict(graph), "unseen_ids": data.unseen, "baseline": name,
@@ -222,7 +226,7 @@ def evaluate(config: Config, data: Data, method: Any, state: dict[str, Any], fol
     graph, unseen, names = data.graph, data.unseen, data.graph.names[:data.graph.classes]
 
     def features_of(folders: list[Folder]) -> Features:
-        return features(folders, method.clip, config, folder / "features", device)
+        return features(folders, method.clip, config, feature_folder(config, folder), device)
 
     target = features_of([data.target])
     scores = {state["baseline"]: scores_of(partial(baseline_logits, state["anchors"]), target)}

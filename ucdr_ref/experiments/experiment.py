@@ -115,7 +115,8 @@ def evaluate(folder: Path, overrides: dict[str, Any], out: Path | None = None, o
     other = [what for what in differs if differs[what]]
     out = out or folder.joinpath(*(f"other-{what}" for what in other))
     rows = task.evaluate(config, data, method, state, folder, device, with_closed_form)
-    about = {"run": str(folder), "config": state["config"], "versions": versions(device), "other": other,
+    trained_with = {**asdict(Config()), **state["config"]}  # an older checkpoint lacks newer fields
+    about = {"run": str(folder), "config": trained_with, "versions": versions(device), "other": other,
              "weights_sha256": weights, "files": digests}
     out.mkdir(parents=True, exist_ok=True)
     task.write_results(rows, out, about)

@@ -25,6 +25,8 @@ class Options:
     strict_source: Annotated[
         Literal[0, 1],
         "1: refuse a source with class folders outside the seen classes; 0: leave them out"] = 0
+    sre_features: Annotated[
+        str, "DIR", "encoded images are kept here, for other runs to use; empty: in the run folder"] = ""
 
     # ledger S
     structure_pairs: Annotated[
