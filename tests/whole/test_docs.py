@@ -91,8 +91,8 @@ def test_module_commands_have_the_flags_that_are_given(module, arguments, monkey
 def test_first_commands_are_what_ci_runs():
     ci = (ROOT / ".ci" / "run").read_text()
     assert "pip install -r requirements.txt && python train.py\n" in README
-    assert "pip install -r requirements-dev.txt && python -m pytest -q\n" in README
-    for line in ("-r requirements-dev.txt\n", "python -m pytest -q\n", "python train.py --fast"):
+    assert "pip install -r requirements-dev.txt && python -m pytest -q -n 2\n" in README
+    for line in ("-r requirements-dev.txt\n", "python -m pytest -q -n 2\n", "python train.py --fast"):
         assert line in ci
     assert (ROOT / "requirements-dev.txt").read_text().startswith("-r requirements.txt\n")
 
