@@ -265,6 +265,18 @@ def test_animals_as_published_with_further_source_folders(archives, tmp_path, ca
     assert root == inner  # and so have one digest
 
 
+def test_source_folders_named_by_class_and_wordnet_id(archives, tmp_path, capsys):
+    """As 3D2 names them: the id decides, and where the graph has another one, the name."""
+    lines = [line.split()[:3] for line in (SHIPPED / "awa2.txt").read_text().splitlines()[1:]]
+    seen = [f"{name}-{synset}" for split, synset, name in lines if split == "seen"]
+    put(tmp_path, "3D2", ["renamed-" + seen[0].rpartition("-")[2], seen[1][:-8] + "99999999", *seen[2:], "unicorn-n00000000"], 1)
+    put(tmp_path, "target", [name for _, _, name in lines], 1)
+    assert train.main([*sre_call(tmp_path, archives, "--preset", "i2awa", "--source", str(tmp_path / "3D2"),
+                                 "--target", str(tmp_path / "target")), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "40 images, 40 classes" in said and "1 class folders outside the seen classes are not used: unicorn-n00000000" in said
+
+
 # 59 of ILSVRC's classes in a row and the other crane: their ids, as in its list.
 BIRDS = """02002556 white_stork|02002724 black_stork|02006656 spoonbill|02007558 flamingo|02009229 little_blue_heron
 02009912 American_egret|02011460 bittern|02012849 crane|02013706 limpkin|02017213 European_gallinule|02018207 American_coot

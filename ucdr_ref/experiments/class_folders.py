@@ -171,7 +171,8 @@ def scan_folder(flag: str, root: str, graph: Graph, ids: Mapping[str, str] | Non
                 only: Collection[int] | None = None, before: Sequence[str] = ()) -> Folder:
     """Lists `<root>/<class>/*` (AwA2: `<root>/JPEGImages/<class>/*`) without opening an image.
 
-    A folder bears a class's name or WordNet id, or stands in `ids`, {folder: WordNet id}. only: class
+    A folder bears a class's name or WordNet id or both (I2AwA: `antelope-n02419796`), or stands in `ids`,
+    {folder: WordNet id}. only: class
     indices; other folders are left out. before: names that `trees.with_gone` may add. Raises
     FileNotFoundError for a missing folder, ValueError for one without images of wanted classes, images
     outside a class folder, and, without `only`, folders that are no class of the graph.
@@ -189,7 +190,13 @@ def scan_folder(flag: str, root: str, graph: Graph, ids: Mapping[str, str] | Non
     places |= {folder_key(folder): places[synset] for folder, synset in given.items() if synset in places}
     wanted = range(graph.classes) if only is None else only
     folders = [name.split(os.sep)[0] for name in names]
-    class_of = {folder: places.get(folder_key(folder), -1) for folder in sorted(set(folders))}
+
+    def class_at(folder: str) -> int:
+        name, _, synset = folder.rpartition("-")
+        both = (synset, folder_key(name)) if SYNSET_ID.fullmatch(synset) else ()
+        return next((places[key] for key in (folder_key(folder), *both) if key in places), -1)
+
+    class_of = {folder: class_at(folder) for folder in sorted(set(folders))}
     skipped = [folder for folder, k in class_of.items() if k not in wanted]
     if only is None and skipped:
         raise ValueError(f"{flag} {root}: folders that are none of the graph's {graph.classes} classes: "
