@@ -44,7 +44,8 @@ def retrieval_page(rows: Sequence[Row], log: Iterable[Row], about: Row) -> str:
     """
     parts = [note("Per cent. mAP@k divides by the hits within the first k."),
              training(log, "mAP@200 of the validation queries, by epoch (o: best)")]
-    for test, group in groupby(rows, itemgetter("protocol", "query_domain", "gallery_name")):
+    tests = groupby(rows, itemgetter("protocol", "query_domain", "gallery_name"))
+    for (protocol, domain, gallery), group in tests:
         members = list(group)
         compared = before_and_after(members, about)
         ranked = {row["method"]: ranks(row["details"]) for row in members}
@@ -52,7 +53,7 @@ def retrieval_page(rows: Sequence[Row], log: Iterable[Row], about: Row) -> str:
         box = (1, len(precision[members[0]["method"]]), 0, 100)
         classes = [{details["names"][k]: ap for k, ap in details["metrics"]["per_class"].items()}
                    for details in (row["details"] for row in compared)]
-        title = "%s: queries from %s, gallery %s" % test
+        title = f"{protocol}: queries from {domain}, gallery {gallery}"
         parts += [f"<h2>{escape(title)}</h2>",
                   chart("Precision at rank, mean over queries, in per cent", precision, (), box, 640, 240),
                   class_table("mAP@200 by query class", compared, classes)]

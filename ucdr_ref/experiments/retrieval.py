@@ -14,8 +14,15 @@ from ..clip.model import CLIP
 from ..clip.tensorfile import regular_file, tidy
 from ..clip.zero_shot import ZeroShot, normalised
 from ..config import Config
-from ..images.batches import (STATISTICS, Files, ImageDataset, augment, balanced_batches, load,
-                              released_batches)
+from ..images.batches import (
+    STATISTICS,
+    Files,
+    ImageDataset,
+    augment,
+    balanced_batches,
+    load,
+    released_batches,
+)
 from ..images.features import Extractor, prototypes
 from ..machine.files import load_state, save_atomic
 from ..machine.processes import fold, gather_rows, main_first, place, share
