@@ -257,8 +257,9 @@ def test_the_float32_scan_changes_no_bit(case: str, k: int, monkeypatch: pytest.
     original = metrics._candidates
     monkeypatch.setattr(metrics, "_candidates", lambda *a: seen.append(len(original(*a))) or original(*a))
     for chunk in (None, 91, 256, 699):
-        for block_bytes in (2**19, 7 * 96):
+        for threads, block_bytes in ((1, 2**19), (1, 7 * 96), (2, 2**19)):
             monkeypatch.setattr(metrics, "SCAN_BYTES", block_bytes)
+            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
             for rows in (gallery, gallery.numpy()):
                 found = search(query, rows, k, chunk)
                 assert torch.equal(found[1], expected[1]) and torch.equal(found[0], expected[0]), (chunk, block_bytes)

@@ -148,7 +148,8 @@ def _candidates(query: Tensor, rows: Tensor | np.ndarray, k: int, best: Tensor, 
         low - cQ - tiny < D - Q < low + 2cG + cQ + tiny,
     so a row above the right-hand side of k others, or above the D of k earlier rows, is not among the k.
     """
-    left, size = query.float(), _scan_rows(query.shape[1])
+    # One thread reads rows twice from its cache; several would wait for each other at every small block.
+    left, size = query.float(), _scan_rows(query.shape[1]) if torch.get_num_threads() == 1 else len(rows)
     products, lengths = torch.empty(len(query), len(rows)), torch.empty(len(rows))
     for at in range(0, len(rows), size):
         block = _tensor(rows[at : at + size]).float()
