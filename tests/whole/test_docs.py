@@ -175,16 +175,25 @@ def test_tables_of_real_images_are_those_of_the_committed_numbers():
 @pytest.mark.parametrize("name", ["speed-b32.json", "speed-b16.json"])
 def test_tables_of_speed_are_those_of_the_committed_numbers(name):
     titles = {"phase1": "phase 1, a step", "phase2": "phase 2, a step", "encode": "encoding, 50 images",
-              "metrics": "retrieval metrics"}
-    for part, found in numbers(name)["parts"].items():
-        if name == "speed-b16.json" and part == "metrics":
-            continue  # the same computation whatever the tower
+              "read": "reading 64 photos", "metrics": "retrieval metrics"}
+    parts = numbers(name)["parts"]
+    for part, found in parts.items():
+        if part not in titles or name == "speed-b16.json" and part == "metrics":
+            continue  # below; the same computation whatever the tower
         seconds = [found[side]["cpu_s"] for side in ("ours", "plain")]
         memory = [f"{found[side]['memory_gib']:.1f}" for side in ("ours", "plain")]
         shown = [f"{value:.1f}" if value < 500 else f"{value:.0f}" for value in seconds]
         ratio = seconds[1] / seconds[0]
         row = [titles[part], *shown, f"{ratio:.1f}" if ratio < 50 else f"{ratio:.0f}", *memory]
         assert "| " + " | ".join(row) + " |\n" in RESULTS
+    if "closed-form" in parts:
+        assert f"costs {parts['closed-form']['ours']['passes']:.4f} passes" in RESULTS
+        assert f"takes {parts['closed-form']['ours']['fit_s']:.2f} CPU-seconds" in RESULTS
+        speeds = [parts["read"][side]["images_per_s"] for side in ("ours", "plain")]
+        assert f"reads {speeds[0]:.0f} images a second here and {speeds[1]:.0f} plain" in RESULTS
+        for case in parts["search"]["cases"]:
+            ours, faiss = (1000 * case[f"{side}_wall_s"] for side in ("ours", "faiss"))
+            assert f"| {case['queries']} | {case['threads']} | {ours:.0f} | {faiss:.0f} | {ours / faiss:.2f} |\n" in RESULTS
 
 
 def test_versions_are_those_of_the_committed_numbers():
