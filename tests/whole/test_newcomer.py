@@ -140,6 +140,9 @@ print(ucdr_ref.__version__, ucdr_ref.__file__)
 def test_pip_installs_the_package_with_its_data(tmp_path):
     if find_spec("setuptools") is None or find_spec("pip") is None:
         pytest.skip("without setuptools and pip nothing can be built here; both would have to be downloaded")
+    spec = find_spec("setuptools")
+    if find_spec("wheel") is None and not Path(spec.origin).with_name("command").joinpath("bdist_wheel.py").exists():
+        pytest.skip("setuptools before 70.1 builds nothing without the package wheel, which would have to be downloaded")
     copy, venv = tmp_path / "copy", tmp_path / "venv"
     copy.mkdir()  # a build leaves folders where it runs
     shutil.copytree(ROOT / "ucdr_ref", copy / "ucdr_ref", ignore=shutil.ignore_patterns("__pycache__"))
