@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, features
 
 from tests.fuzzing import Harness, mutated, png, tidied
-from ucdr_ref.experiments import protocols
+from ucdr_ref.experiments import trees
 from ucdr_ref.images.batches import open_image
 from ucdr_ref.images.listing import list_images
 
@@ -101,7 +101,7 @@ def fuzz_images(harness: Harness, folder: Path, count: int, seed: int) -> None:
         tree = str(folder / "tree")
         harness.run("folders", f"{i} list_images", lambda tree=tree: [open_and_close(os.path.join(tree, name))
                                                                       for name, *_ in list_images(tree)])
-        harness.run("folders", f"{i} scan", lambda tree=tree: tidied(lambda: protocols.scan(tree)))
+        harness.run("folders", f"{i} scan", lambda tree=tree: tidied(lambda: trees.scan(tree)))
         for entry in sorted(os.scandir(root), key=lambda entry: os.fsencode(entry.name)):
             harness.run("entries", f"{i} {entry.name!r}", lambda entry=entry: open_and_close(entry.path))
         shutil.rmtree(folder / "tree")

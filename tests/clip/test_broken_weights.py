@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import json
 import os
 import pickle
 import struct
@@ -206,3 +207,29 @@ def test_memory(files, tmp_path):
     assert len(small) == len(hostile)
     assert size < max(large) < 2.3 * size, dict(zip(WRITERS, large, strict=True))
     assert max(small) < 170, dict(zip([path.name for path in hostile], small, strict=True))
+
+
+SHRINK = """
+import sys, torch
+from pathlib import Path
+from ucdr_ref.clip import tensorfile
+path, original = Path(sys.argv[1]), tensorfile.read_safetensors
+def shrunk(source):
+    with open(path, "r+b") as file:
+        file.truncate(100)
+    return original(source)
+tensorfile.read_safetensors = shrunk
+try:
+    tensorfile.read_any(path, copy=True)
+except tensorfile.FormatError as error:
+    print(error)
+"""
+
+
+def test_a_file_that_shrinks_while_it_is_copied_ends_in_a_sentence(tmp_path):
+    """Pages beyond its new end would kill the process by SIGBUS."""
+    header = json.dumps({"x": {"dtype": "U8", "shape": [1 << 20], "data_offsets": [0, 1 << 20]}}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(1 << 20))
+    done = subprocess.run([sys.executable, "-c", SHRINK, str(path)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout == "became shorter while it was read\n", done.stderr

@@ -17,7 +17,7 @@ from ucdr_ref.config import PRESETS, resolve
 from ucdr_ref.experiments import class_folders, retrieval
 from ucdr_ref.experiments.class_folders import SHIPPED
 from ucdr_ref.experiments.datasets import DATASETS, alias_list, class_list, compared, folder_key
-from ucdr_ref.experiments.protocols import DOMAINNET_DOMAINS, Protocol, build
+from ucdr_ref.experiments.protocols import Protocol, build
 from ucdr_ref.experiments.trees import scan
 from ucdr_ref.sre.graph import Graph
 from ucdr_ref.sre.wordnet import save_graph
@@ -52,7 +52,7 @@ def raw_names(domain: str) -> list[str]:
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("archives")
-    for domain in DOMAINNET_DOMAINS:
+    for domain in DATASETS["domainnet"].domains:
         put(root / "domainnet", domain, DOMAINNET)
         (root / "domainnet" / f"{domain}_train.txt").touch()
     sketchy = [{"hot_air_balloon": "hot-air_balloon", "jack_o_lantern": "jack-o-lantern"}.get(name, name)
@@ -64,7 +64,7 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     put(root / "tuberlin", "png", raw_names("sketches"))
     put(root / "tuberlin", "ImageResized", raw_names("images"))
     (root / "tuberlin" / "png" / "filelist.txt").write_text("airplane/1.png\n")
-    tidy = (("domainnet", DOMAINNET_DOMAINS, DOMAINNET), ("tuberlin", ("sketches", "images"), TUBERLIN),
+    tidy = (("domainnet", DATASETS["domainnet"].domains, DOMAINNET), ("tuberlin", ("sketches", "images"), TUBERLIN),
             ("sketchy", ("sketch", "extended_photo"), class_list("sketchy-all")))
     for dataset, domains, names in tidy:
         for domain in domains:
@@ -147,7 +147,7 @@ def test_further_folders_are_left_out_and_named(tmp_path):
 
 def write_lists(root: Path, folder: Path, left_out: tuple[str, int]) -> None:
     folder.mkdir()
-    for domain in DOMAINNET_DOMAINS:
+    for domain in DATASETS["domainnet"].domains:
         lines = [f"{domain}/{name}/{i}.png {k}\n" for k, name in enumerate(DOMAINNET) for i in range(COUNT)
                  if (name, i) != left_out]
         for part, rows in (("train", lines[::2]), ("test", lines[1::2])):

@@ -17,7 +17,7 @@ import train
 from tests.helpers import LONGER, flags, refused, same_runs, tiny_state_dict, touch_images
 from ucdr_ref.config import FIELDS, PRESETS, from_dict, resolve
 from ucdr_ref.experiments.class_folders import graph_and_unseen
-from ucdr_ref.experiments.protocols import DOMAINNET_DOMAINS, class_list
+from ucdr_ref.experiments.datasets import DATASETS, class_list
 from ucdr_ref.metrics import retrieval
 from ucdr_ref.ucdr.adapter import UCDRAdapter
 
@@ -137,7 +137,7 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     graph, unseen_ids = graph_and_unseen(resolve({"graph": "awa2"}, "i2awa"))
     awa2, unseen = set(graph.names[:graph.classes]), {graph.names[i] for i in unseen_ids}
     tuberlin = [name for part in ("train", "val", "test") for name in class_list(f"tuberlin-{part}")]
-    return {"domainnet": touch_images(root / "domainnet", DOMAINNET_DOMAINS, domainnet, 2),
+    return {"domainnet": touch_images(root / "domainnet", DATASETS["domainnet"].domains, domainnet, 2),
             "sketchy": touch_images(root / "sketchy", ("sketch", "extended_photo"), class_list("sketchy-all"), 4),
             "tuberlin": touch_images(root / "tuberlin", ("sketches", "images"), tuberlin, 2),
             "folder": touch_images(root / "folder", ("photo", "sketch", "icon"), [f"class {i}" for i in range(60)], 4),

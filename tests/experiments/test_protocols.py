@@ -8,14 +8,15 @@ import pytest
 
 from tests.helpers import touch_images
 from ucdr_ref.config import resolve
-from ucdr_ref.experiments.datasets import DATASETS
-from ucdr_ref.experiments.protocols import DOMAINNET_DOMAINS, build, class_list, scan
+from ucdr_ref.experiments.datasets import DATASETS, class_list
+from ucdr_ref.experiments.protocols import build
+from ucdr_ref.experiments.trees import scan
 
 
 @pytest.fixture(scope="module")
 def domainnet(tmp_path_factory) -> Path:
     names = [name for part in ("train", "val", "test") for name in class_list(f"domainnet-{part}")]
-    return touch_images(tmp_path_factory.mktemp("domainnet"), DOMAINNET_DOMAINS, names, 8)
+    return touch_images(tmp_path_factory.mktemp("domainnet"), DATASETS["domainnet"].domains, names, 8)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +154,7 @@ def test_domains_are_for_folder_datasets(domainnet):
 
 
 def test_classes_without_a_folder_are_named(tmp_path):
-    touch_images(tmp_path, DOMAINNET_DOMAINS, ["dog", "cat"], 1)
+    touch_images(tmp_path, DATASETS["domainnet"].domains, ["dog", "cat"], 1)
     with pytest.raises(ValueError, match="no folder for The_Eiffel_Tower.* and 335 more; .*no class: none$"):
         build(config("domainnet", tmp_path))
     (tmp_path / "real" / "empty").mkdir()

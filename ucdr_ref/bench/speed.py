@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from .. import metrics
 from ..clip.model import random_clip
 from ..config import Config
-from ..experiments.protocols import class_list
+from ..experiments.datasets import class_list
 from ..experiments.retrieval import cut
 from ..experiments.run_folder import versions
 from ..machine.files import write_text_atomic

@@ -15,8 +15,9 @@ import stat
 import zipfile
 import zlib
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ BIG_ENDIAN = "was written on a big-endian machine; save it again on a little-end
 class Source:
     """A regular file mapped privately; its tensors are views of the pages, unless `copy` is true."""
 
-    def __init__(self, file: BinaryIO, copy: bool, checksums: bool) -> None:
+    def __init__(self, file: BufferedReader, copy: bool, checksums: bool) -> None:
         self.file, self.copy, self.checksums = file, copy, checksums
         self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self.size = len(self.map)
@@ -56,8 +57,14 @@ class Source:
             raise FormatError(f"claims more tensor data than its {self.size} bytes hold {DAMAGED}")
         if count == 0:
             return torch.empty(0, dtype=dtype)
+        if self.copy:  # read: pages of a file that became shorter would end the process
+            own = torch.empty(length, dtype=torch.uint8)
+            self.file.seek(start)
+            if self.file.readinto(own.numpy().data) != length:
+                raise FormatError("became shorter while it was read")
+            return own.view(dtype)
         view = torch.frombuffer(self.map, dtype=torch.uint8, count=length, offset=start)
-        return (view.clone() if self.copy or start % dtype.itemsize else view).view(dtype)
+        return (view.clone() if start % dtype.itemsize else view).view(dtype)
 
 
 def read_any(path: Path, *, copy: bool = False, checksums: bool = True) -> Any:

@@ -172,10 +172,10 @@ def scan_folder(flag: str, root: str, graph: Graph, ids: Mapping[str, str] | Non
     """Lists `<root>/<class>/*` (AwA2: `<root>/JPEGImages/<class>/*`) without opening an image.
 
     A folder bears a class's name or WordNet id or both (I2AwA: `antelope-n02419796`), or stands in `ids`,
-    {folder: WordNet id}. only: class
-    indices; other folders are left out. before: names that `trees.with_gone` may add. Raises
-    FileNotFoundError for a missing folder, ValueError for one without images of wanted classes, images
-    outside a class folder, and, without `only`, folders that are no class of the graph.
+    {folder: WordNet id}. only: class indices; other folders are left out. before: names that
+    `trees.with_gone` may add. Raises FileNotFoundError for a missing folder, ValueError for one without
+    images of wanted classes, images outside a class folder, and, without `only`, folders that are no class of
+    the graph.
     """
     if not os.path.isdir(root):
         raise FileNotFoundError(f"{flag} {root}: no such folder; expected <folder>/<class>/<image>")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,12 +16,9 @@ import numpy as np
 from ..clip.tensorfile import regular_file
 from ..config import Config
 from ..images.batches import Files
-from ..sre.graph import duplicates
-from .datasets import DATASETS, Dataset, alias_list, class_list, compared, folder_key, some
+from .datasets import DATASETS, Dataset, alias_list, compared, folder_key, some
 from .trees import Listing, Tree, match, merge_spellings, only_listed, restore, scan
 
-__all__ = ["DOMAINNET_DOMAINS", "Protocol", "Test", "build", "class_list", "folder_split", "scan"]
-DOMAINNET_DOMAINS = tuple(DATASETS["domainnet"].domains)
 UD_CLASSES = 45  # U^dCDR queries the first 45 training classes, as listed (released code)
 UD_SHARE, UD_SHARE_QUICKDRAW = 0.25, 0.10  # of each class; quickdraw has more images than other domains
 Splits = dict[str, list[str]]  # train, val and test classes
@@ -167,8 +165,9 @@ def read(config: Config, row: Dataset | None, before: Listing,
     root = config.data_root
     for flag, given, where in (("--domains", " ".join(config.domains), "folder"),
                                ("--file-lists", config.file_lists, "domainnet")):
-        if given and (dataset := config.dataset) != where:
-            raise ValueError(f"{flag} {given} is for --dataset {where}, and this is {dataset}; leave it out")
+        if given and config.dataset != where:
+            raise ValueError(f"{flag} {given} is for --dataset {where}, and this is {config.dataset}; "
+                             "leave it out")
     tree = scan(root, row.domains if row else {name: (name,) for name in config.domains}, notes)
     listing = restore(tree, root, before)
     if config.file_lists:
@@ -258,7 +257,7 @@ def folder_split(config: Config, tree: Tree) -> Splits:
     except (OSError, ValueError, TypeError, StopIteration, RecursionError):
         raise ValueError(f"{where}: expected a JSON file with lists of class names under train (or seen), "
                          "val (or val_unseen) and test (or unseen)") from None
-    if twice := duplicates(listed):
+    if twice := [name for name, count in Counter(listed).items() if count > 1]:
         raise ValueError(f"{where}: {some(sorted(twice), 5)} stand in more than one part, or twice in one")
     spelt = {folder_key(name): name for name in present}
     if missing := sorted(set(listed).difference(spelt)):

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ..clip.tensorfile import FormatError, read_any, regular_file, show, tidy
+from ..clip.tensorfile import FormatError, read_any, regular_file, show, tidy, unreadable
 from .processes import is_main
 
 STALE_SECONDS = 3600  # a temporary file untouched for this long was left by a killed process
@@ -49,7 +49,7 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{show(file)} {tidy(error)}; expected a checkpoint that this package wrote: use "
                          "another one, or remove it to start again") from error
     except OSError as error:
-        raise ValueError(f"{show(file)} cannot be read ({error.strerror or error})") from error
+        raise unreadable(file, error) from error
     return state
 
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from ..clip.model import CLIP
 from . import losses
-from .graph import canonical
 from .options import Options
 
 EPOCH = 100  # iterations that the loop calls an epoch: after each it saves, and evaluates where S6 asks
+DECAY_GAMMA, DECAY_POWER = 0.001, 0.75  # of the learning rate, as published
 GRAPH_RATE = 5.0  # the graph head learns this many times faster than the adapter
 
 
@@ -164,9 +164,9 @@ class SRECLIP(nn.Module):
         return torch.optim.SGD(groups, lr=self.config.sre_lr, momentum=0.9, weight_decay=1e-4, nesterov=True)
 
     def learning_rate(self, phase: str, epoch: int, step: int) -> float:
-        """The adapter's, at iteration i: eta (1 + 0.001 max(0, i - warm-up))^-0.75."""
+        """The adapter's, at iteration i: eta (1 + gamma max(0, i - warm-up))^-power."""
         i = epoch * EPOCH + step
-        return self.config.sre_lr * (1 + 0.001 * max(0, i - self.config.sre_warmup)) ** -0.75
+        return self.config.sre_lr * (1 + DECAY_GAMMA * max(0, i - self.config.sre_warmup)) ** -DECAY_POWER
 
     def class_embeddings(self) -> Tensor:
         """E [c, h]: L2-normalised first c rows of the graph head's output."""
@@ -236,20 +236,6 @@ class SRECLIP(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """images [b, 3, H, W], preprocessed -> adapted features [b, h], L2-normalised."""
         return self.encode_features(self.clip.encode_image(images).float())
-
-
-def unseen_indices(class_names: Sequence[str], unseen_names: Sequence[str]) -> list[int]:
-    """Indices of the unseen classes (case, spaces, `_` and `+` do not matter), in class order.
-
-    Raises ValueError that lists the names that are no class, or says that none or all are unseen.
-    """
-    classes = [canonical(name) for name in class_names]
-    wanted = {canonical(name): name for name in unseen_names}
-    if unknown := [name for key, name in wanted.items() if key not in classes]:
-        raise ValueError(f"unseen classes not among the {len(classes)} classes: {', '.join(unknown)}")
-    indices = [k for k, key in enumerate(classes) if key in wanted]
-    check_unseen(torch.tensor(indices, dtype=torch.long), class_names)
-    return indices
 
 
 def check_unseen(unseen: Tensor, class_names: Sequence[str]) -> None:

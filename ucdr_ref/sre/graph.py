@@ -37,20 +37,14 @@ def duplicates(items: Sequence[str]) -> list[str]:
     return [item for item, count in Counter(items).items() if count > 1]
 
 
-def load_graph(path: str | Path, class_names: Sequence[str] | None = None) -> Graph:
-    """Reads `save_graph`'s file; with `class_names` [c], its first nodes must be these, in this order.
-
-    Raises FileNotFoundError, or ValueError for malformed JSON, an edge to no node, and other classes.
-    """
+def load_graph(path: str | Path) -> Graph:
+    """Reads `save_graph`'s file. Raises FileNotFoundError, or ValueError for malformed JSON or a bad edge."""
     file = regular_file(path, "; build it with python -m ucdr_ref.sre.wordnet")
     try:
-        graph = parse_graph(json.loads(file.read_text(encoding="utf-8")))
+        return parse_graph(json.loads(file.read_text(encoding="utf-8")))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a class graph as ucdr_ref.sre.wordnet writes it "
                          f"({type(error).__name__}: {error}); build it again") from None
-    if class_names is not None:
-        require_classes(graph, class_names, str(path))
-    return graph
 
 
 def parse_graph(fields: dict[str, Any]) -> Graph:
@@ -69,17 +63,6 @@ def parse_graph(fields: dict[str, Any]) -> Graph:
     if not 0 < classes <= len(ids):
         raise ValueError(f"{classes} classes among {len(ids)} nodes")
     return Graph(ids, names, lemmas, edges, classes, str(fields.get("notice", "")))
-
-
-def require_classes(graph: Graph, class_names: Sequence[str], origin: str = "the graph") -> None:
-    """ValueError unless the classes are `class_names`, in order, as `canonical` compares them."""
-    if graph.classes != len(class_names):
-        raise ValueError(f"{origin} holds {graph.classes} classes, expected {len(class_names)}; build it for "
-                         "these")
-    for k, (node, name) in enumerate(zip(graph.names, class_names)):
-        if canonical(node) != canonical(name):
-            raise ValueError(f"{origin}: node {k} is {node!r} where class {name!r} is expected; the first "
-                             "nodes must be the classes, in their order")
 
 
 def normalised_adjacency(edges: Sequence[tuple[int, int]], nodes: int) -> Tensor:

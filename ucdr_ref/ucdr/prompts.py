@@ -81,10 +81,13 @@ def prompt_bank(rows: int, p: int, patch: int, d: int) -> nn.Parameter:
 
 
 class TargetPromptGenerator(nn.Module):
-    """Target Prompt Generator (A): describes an image by attention over a bank of source prompts.
+    """Target Prompt Generator (A): describes an image by attention over a bank B of source prompts.
 
-    One set of projections serves the domain and the class bank; keys and values are the same projected rows.
+    K = W_p B, w = softmax(W_i I_g . K / T), P = sum_k w_k K_k, then P <- (P + LayerNorm(W_o P)) / 33. One set
+    of projections serves the domain and the class bank; keys and values are the same projected rows.
     """
+
+    DIVISOR = 33.0  # of the released code
 
     def __init__(self, d: int, temperature: float) -> None:
         super().__init__()
@@ -111,4 +114,4 @@ class TargetPromptGenerator(nn.Module):
             on_bias = (weights * masked).sum(-1, keepdim=True)
             prompt = weights.masked_fill(masked, 0) @ keys + on_bias * self.W_p.bias
         prompt = prompt + self.norm(self.W_o(prompt))
-        return (prompt / 33).unsqueeze(1)
+        return (prompt / self.DIVISOR).unsqueeze(1)
