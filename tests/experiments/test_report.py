@@ -153,7 +153,7 @@ def retrieval_row(method: str, folder: Path) -> dict[str, Any]:
     metrics = retrieval(query, labels, gallery, labels)
     numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
     details = {"metrics": metrics, "names": names, "queries": sides[0], "gallery": sides[1],
-               "shown": [(0, [1, 0]), (3, [2, 3])], "query_features": query, "gallery_features": gallery}
+               "query_features": query, "gallery_features": gallery}
     return {"protocol": "UCDR", "query_domain": "=sketch", "gallery_name": "unseen", "method": method, **numbers,
             "details": details}
 

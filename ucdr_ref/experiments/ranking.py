@@ -14,13 +14,12 @@ from ..clip.tensorfile import file_digest
 from ..config import Config
 from ..images.batches import Files
 from ..images.features import Extractor
-from ..metrics import retrieval, search
+from ..metrics import retrieval
 from ..ucdr.closed_form import ClosedForm, centred
 from .protocols import Test
 from .report import plain
 
 COLUMNS = ("mAP@200", "Prec@200", "mAP@all", "Prec@100")
-SHOWN, HITS = 8, 10  # queries and results of the picture
 # As published (ViT-B/32), by dataset, protocol and gallery.
 PUBLISHED = {
     ("domainnet", "UCDR", "unseen"):
@@ -77,7 +76,7 @@ def score(rows: Rows, test: Test, center: bool = False) -> dict[str, dict[str, A
         return centred(features) if center else features, found
 
     query, queries = moved(test.query)
-    shown, results = shown_queries(queries), {}
+    results = {}
     for name, files in test.galleries.items():
         gallery, found = moved(files)
         names = sorted({*queries.classes, *found.classes})
@@ -85,11 +84,9 @@ def score(rows: Rows, test: Test, center: bool = False) -> dict[str, dict[str, A
         query_ids, gallery_ids = (torch.tensor([number[label] for label in part.classes], device=query.device)
                                   for part in (queries, found))
         metrics = retrieval(query, query_ids, gallery, gallery_ids)
-        nearest = search(query[shown], gallery, min(HITS, len(found)))[1].tolist()
         results[name] = {
             "metrics": metrics, "names": names, "queries": queries, "gallery": found,
             "unreadable": len(test.query) - len(queries) + len(files) - len(found),
-            "shown": list(zip(shown, nearest)),
             "query_features": query.cpu(), "gallery_features": gallery.cpu()}
     return results
 
@@ -98,12 +95,6 @@ def validation_score(rows: Rows, test: Test, selected: tuple[str, str]) -> float
     """The metric, in the gallery, by which phase 2 keeps its best epoch: `Protocol.selected` (D5)."""
     gallery, metric = selected
     return score(rows, test)[gallery]["metrics"][metric]
-
-
-def shown_queries(queries: Files) -> list[int]:
-    """Indices of queries of different classes, for the picture."""
-    first = [queries.classes.index(label) for label in dict.fromkeys(queries.classes)]
-    return first[::-(-len(first) // SHOWN)]
 
 
 def rank(methods: Mapping[str, Rows], tests: list[Test]) -> list[dict[str, Any]]:

@@ -22,10 +22,12 @@ from torch import Tensor
 
 from ..images.batches import open_image
 from ..machine.files import write_atomic, write_text_atomic
+from ..metrics import search
 
 FRAMES = {True: (30, 160, 60), False: (205, 40, 40), None: (150, 150, 150)}  # hit, miss, unknown
 # A tick and a cross, for readers who cannot tell green from red.
 MARKS = {True: [(3, 8), (6, 11), (12, 4)], False: [(4, 4), (11, 11), (8, 8), (11, 4), (4, 11)]}
+SHOWN, HITS = 8, 10  # queries and results of queries.png
 FRAME, GAP, LINE, BADGE = 4, 6, 14, 15  # pixels: frame, space between thumbnails, line of text, mark
 LEFT, TOP = 120, 134  # pixels of labels beside and above a confusion matrix
 LEGIBLE, PAIRS = 80, 40  # a matrix of more classes becomes a list of so many pairs
@@ -92,9 +94,17 @@ def write_retrieval(rows: Sequence[Row], folder: Path, about: Row) -> None:
     strokes, first = about["config"]["stroke_domains"], rows[0]
     same = [row for row in rows if not row.get("transductive")
             and all(row[part] == first[part] for part in ("protocol", "gallery_name"))]
-    pictures = [shown_query(row, row["details"]["shown"][number], strokes)
-                for number in range(len(first["details"]["shown"])) for row in same]
-    sheet(pictures, folder / "queries.png")
+    chosen = one_of_each(first["details"]["queries"].classes)
+    nearest = [search(row["details"]["query_features"][chosen], row["details"]["gallery_features"],
+                      HITS)[1].tolist() for row in same]
+    sheet([shown_query(row, (i, found[number]), strokes) for number, i in enumerate(chosen)
+           for row, found in zip(same, nearest)], folder / "queries.png")
+
+
+def one_of_each(classes: Sequence[str]) -> list[int]:
+    """Indices of at most SHOWN queries of different classes."""
+    first = [classes.index(name) for name in dict.fromkeys(classes)]
+    return first[::-(-len(first) // SHOWN)]
 
 
 def shown_query(row: Row, found: tuple[int, list[int]], strokes: Sequence[str]) -> tuple[Shown, list[Shown]]:
