@@ -197,9 +197,17 @@ def test_tables_of_speed_are_those_of_the_committed_numbers(name):
             assert f"| {case['queries']} | {case['threads']} | {ours:.0f} | {faiss:.0f} | {ours / faiss:.2f} |\n" in RESULTS
 
 
+def test_ratios_without_avx512_are_those_of_the_committed_numbers():
+    parts, words = numbers("speed-b32-avx2.json")["parts"], " ".join(RESULTS.split())
+    phases = [parts[phase]["plain"]["cpu_s"] / parts[phase]["ours"]["cpu_s"] for phase in ("phase1", "phase2")]
+    assert f"gives {phases[0]:.1f} and {phases[1]:.1f} (`docs/speed-b32-avx2.json`)" in words
+    search = [case["ours_wall_s"] / case["faiss_wall_s"] for case in parts["search"]["cases"]]
+    assert f"for the six lines is {', '.join(f'{ratio:.2f}' for ratio in search)}." in words
+
+
 def test_versions_are_those_of_the_committed_numbers():
     documents = [numbers("real-intel-2cores.json"), numbers("speed-b32.json"), numbers("speed-b16.json"),
-                 *numbers("drawn.json").values()]
+                 numbers("speed-b32-avx2.json"), *numbers("drawn.json").values()]
     for versions in (document["versions"] for document in documents):
         for title in ("Python", "PyTorch", "torchvision", "Pillow"):
             version = versions[{"PyTorch": "torch"}.get(title, title.lower())]
