@@ -177,6 +177,16 @@ def test_files_of_a_retrieval_hold_every_query_and_no_formula(tmp_path: Path) ->
         assert not any(value[:1] in "=+-@" for line in csv.reader(text.splitlines()) for value in line if value)
 
 
+def test_the_picture_shows_one_query_a_class_with_its_nearest(tmp_path: Path) -> None:
+    details = retrieval_row("zero-shot", tmp_path)["details"]
+    found = report.nearest(details)
+    classes = [details["queries"].classes[i] for i, _ in found]
+    assert 1 < len(found) <= report.SHOWN and len(set(classes)) == len(classes)
+    for i, order in found:
+        distances = (details["gallery_features"] - details["query_features"][i]).norm(dim=1)
+        assert order == distances.argsort().tolist()[:report.HITS]
+
+
 def test_the_picture_of_a_retrieval_inverts_strokes_alone(tmp_path: Path) -> None:
     query, results = report.shown_query(retrieval_row("zero-shot", tmp_path), (3, [2, 3]), ["sketch"])
     assert query.inverted and not any(result.inverted for result in results)

@@ -94,17 +94,17 @@ def write_retrieval(rows: Sequence[Row], folder: Path, about: Row) -> None:
     strokes, first = about["config"]["stroke_domains"], rows[0]
     same = [row for row in rows if not row.get("transductive")
             and all(row[part] == first[part] for part in ("protocol", "gallery_name"))]
-    chosen = one_of_each(first["details"]["queries"].classes)
-    nearest = [search(row["details"]["query_features"][chosen], row["details"]["gallery_features"],
-                      HITS)[1].tolist() for row in same]
-    sheet([shown_query(row, (i, found[number]), strokes) for number, i in enumerate(chosen)
-           for row, found in zip(same, nearest)], folder / "queries.png")
+    shown = [[shown_query(row, found, strokes) for found in nearest(row["details"])] for row in same]
+    sheet([picture for pictures in zip(*shown) for picture in pictures], folder / "queries.png")
 
 
-def one_of_each(classes: Sequence[str]) -> list[int]:
-    """Indices of at most SHOWN queries of different classes."""
+def nearest(details: Row) -> list[tuple[int, list[int]]]:
+    """At most SHOWN queries of different classes, each with its HITS nearest: indices of both sides."""
+    classes = details["queries"].classes
     first = [classes.index(name) for name in dict.fromkeys(classes)]
-    return first[::-(-len(first) // SHOWN)]
+    chosen = first[::-(-len(first) // SHOWN)]
+    found = search(details["query_features"][chosen], details["gallery_features"], HITS)[1]
+    return list(zip(chosen, found.tolist()))
 
 
 def shown_query(row: Row, found: tuple[int, list[int]], strokes: Sequence[str]) -> tuple[Shown, list[Shown]]:
