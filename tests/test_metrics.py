@@ -260,8 +260,8 @@ def test_the_float32_scan_changes_no_bit(case: str, k: int, monkeypatch: pytest.
         for threads, block_bytes in ((1, 2**19), (1, 7 * 96), (2, 2**19)):
             monkeypatch.setattr(metrics, "SCAN_BYTES", block_bytes)
             monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-            for rows in (gallery, gallery.numpy()):
-                found = search(query, rows, k, chunk)
+            for rows, lengths in ((gallery, None), (gallery.numpy(), None), (gallery, metrics.row_lengths(gallery))):
+                found = search(query, rows, k, chunk, lengths)
                 assert torch.equal(found[1], expected[1]) and torch.equal(found[0], expected[0]), (chunk, block_bytes)
     assert seen
     if case == "random" and k == 4:
@@ -333,6 +333,25 @@ def test_the_scan_refuses_what_is_not_finite(value: float) -> None:
     for rows in (gallery, gallery.float(), gallery.numpy()):
         with pytest.raises(ValueError, match=r"^2 of 300 gallery feature rows .* row 402\)"):
             search(query, rows, 4, chunk=300)
+
+
+def test_kept_lengths_change_no_bit_and_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One query reads the gallery once then; rows in any order, also where the first look says nothing."""
+    monkeypatch.setattr(metrics, "FIRST_LOOK", 20)
+    for case in NEAR_TIES:
+        query, gallery = near_tie_case(case)
+        for rows in (gallery, gallery.numpy(), gallery.double() + 1e-9):
+            lengths = metrics.row_lengths(rows)
+            assert torch.equal(lengths, torch.as_tensor(rows).float().norm(dim=1))
+            for number in (1, 3):
+                expected = defined_search(query[:number], torch.as_tensor(rows), 4)
+                for found in (search(query[:number], rows, 4, lengths=lengths), search(query[:number], rows, 4)):
+                    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1]), case
+    with pytest.raises(ValueError, match=r"row_lengths\(gallery\), of shape \[700\]; got \[699\]"):
+        search(query, gallery, 4, lengths=lengths[1:])
+    gallery[402] = math.nan
+    with pytest.raises(ValueError, match=r"^1 of 700 gallery feature rows .* row 402\)"):
+        metrics.row_lengths(gallery)
 
 
 def test_search_and_retrieval_agree() -> None:

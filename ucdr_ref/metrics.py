@@ -21,6 +21,8 @@ from torch import Tensor
 
 MEMORY_BUDGET = 2**26  # bytes of a chunk when no size is given; larger ones leave the CPU's cache
 BYTES_PER_PAIR = 48  # of a chunk: distances and bounds in float64, keys and sorted keys, hits, precisions
+BYTES_PER_SCANNED = 16  # of a pair whose distance is only bounded
+FIRST_LOOK = 2**15  # rows of a scan whose k nearest bound what is looked for among the others
 SCAN_BYTES = 2**19  # of gallery rows that `search` reads at once; they stay in a core's cache
 WIDEST_SCAN = 2**16  # features; the scan's error bound is derived for fewer
 INDEX = 0xFFFFFFFF  # the bits of a key that hold the gallery index
@@ -104,44 +106,68 @@ def class_means(values: Tensor, labels: Tensor) -> dict[int, float]:
     return dict(zip(classes.tolist(), (sums / count).tolist(), strict=True))
 
 
-def search(query: Tensor, gallery: Tensor | np.ndarray, k: int,
-           chunk: int | None = None) -> tuple[Tensor, Tensor]:
+def search(query: Tensor, gallery: Tensor | np.ndarray, k: int, chunk: int | None = None,
+           lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The k nearest gallery rows of each query, exactly, with the gallery read `chunk` rows at a time.
 
     query [q, e]; gallery [g, e], a tensor or an array such as a memory map larger than memory: O(q * chunk)
     memory whatever g is. Returns (Euclidean distances [q, k] float32, gallery indices [q, k]) on the query's
     device, nearest first, equal squared distances by index; k is cut to g. Raises ValueError as `retrieval`.
     On a CPU, `_candidates` first leaves out the rows that provably are among nobody's k nearest.
+
+    `lengths`: `row_lengths(gallery)`, where several searches share one gallery: one query reads it once
+    then, not twice. They must be of these very rows: with others, the answer is wrong.
     """
     _check_shapes(query, gallery, k, chunk)
     _check_rows(query.float().norm(dim=1), "query")
+    if lengths is not None and lengths.shape != (len(gallery),):
+        raise ValueError(f"lengths must be row_lengths(gallery), of shape [{len(gallery)}]; "
+                         f"got {list(lengths.shape)}.")
     home, query, k = query.device, _double(query.detach()), min(k, len(gallery))
     q, e = query.shape
-    chunk = chunk or max(1, MEMORY_BUDGET // (BYTES_PER_PAIR * q + 4 * e))
+    exact = chunk or max(1, MEMORY_BUDGET // (BYTES_PER_PAIR * q + 4 * e))
     on_cpu = query.device.type == "cpu" and (not isinstance(gallery, Tensor) or gallery.device.type == "cpu")
-    leaves_out = e <= WIDEST_SCAN and q * k < min(chunk, len(gallery))
+    leaves_out = e <= WIDEST_SCAN and q * k < min(exact, len(gallery))
     scan = on_cpu and leaves_out and _multiplies_in_float32(q, e)
-
     best = torch.empty(q, 0, dtype=torch.int64, device=query.device)
-    for start in range(0, len(gallery), chunk):
-        rows = gallery[start : start + chunk]
-        index = torch.arange(start, start + len(rows), device=query.device)
+
+    def nearest(rows: Tensor, index: Tensor) -> Tensor:
+        new = _keys(squared_distances(query, rows.to(query.device)), index)
+        keys = torch.cat([best, new], dim=1)
+        return keys.topk(min(k, keys.shape[1]), dim=1, largest=False, sorted=True).values
+
+    step = exact if chunk or not scan else max(exact, MEMORY_BUDGET // (BYTES_PER_SCANNED * q))
+    for start in range(0, len(gallery), step):
+        rows = gallery[start : start + step]
         if scan and k <= len(rows):
-            chosen = _candidates(query, rows, k, best, start)
-            rows, index = _tensor(rows[chosen.numpy()]), index[chosen]
+            known = None if lengths is None else lengths[start : start + step]
+            for chosen in _candidates(query, rows, k, best, start, known).split(exact):
+                best = nearest(_tensor(rows[chosen.numpy()]), chosen + start)
         else:
             rows = _tensor(rows)
             _check_rows(rows.float().norm(dim=1), "gallery", start)
-        new = _keys(squared_distances(query, rows.to(query.device)), index)
-        best = torch.cat([best, new], dim=1)
-        best = best.topk(min(k, best.shape[1]), dim=1, largest=False, sorted=True).values
+            best = nearest(rows, torch.arange(start, start + len(rows), device=query.device))
     return _squares(best).sqrt().to(home), (best & INDEX).to(home)
 
 
-def _candidates(query: Tensor, rows: Tensor | np.ndarray, k: int, best: Tensor, start: int) -> Tensor:
+def row_lengths(gallery: Tensor | np.ndarray) -> Tensor:
+    """Euclidean lengths [g], float32 on the CPU, of the rows of a gallery [g, e], for `search`.
+
+    Raises ValueError where a row is not finite.
+    """
+    size = _scan_rows(gallery.shape[1])
+    blocks = (_tensor(gallery[at : at + size]) for at in range(0, len(gallery), size))
+    lengths = torch.cat([block.float().norm(dim=1).cpu() for block in blocks])
+    _check_rows(lengths, "gallery")
+    return lengths
+
+
+def _candidates(query: Tensor, rows: Tensor | np.ndarray, k: int, best: Tensor, start: int,
+                lengths: Tensor | None) -> Tensor:
     """Positions, ascending, of the rows that may be among the k nearest of some query [q, e] (float64).
 
-    rows [c, e], the first of them number `start` of the gallery; best [q, <= k], keys of the nearest before.
+    rows [c, e], the first of them number `start` of the gallery, and their lengths [c] where these are known;
+    best [q, <= k], keys of the nearest before.
 
     With c and tiny of `_scan_error`, Q = |q|^2, G = |g|^2 and low = (1 - c)G - 2 q.g in float32, the defined
     distance D of a pair is
@@ -149,24 +175,38 @@ def _candidates(query: Tensor, rows: Tensor | np.ndarray, k: int, best: Tensor, 
     so a row above the right-hand side of k others, or above the D of k earlier rows, is not among the k.
     """
     # One thread reads rows twice from its cache; several would wait for each other at every small block.
-    left, size = query.float(), _scan_rows(query.shape[1]) if torch.get_num_threads() == 1 else len(rows)
-    products, lengths = torch.empty(len(query), len(rows)), torch.empty(len(rows))
+    reads_once = torch.get_num_threads() > 1 or lengths is not None and len(query) == 1
+    size = MEMORY_BUDGET // (4 * query.shape[1]) if reads_once else _scan_rows(query.shape[1])
+    left, low = -2 * query.float(), torch.empty(len(query), len(rows))
+    norms = torch.empty(len(rows)) if lengths is None else lengths
     for at in range(0, len(rows), size):
         block = _tensor(rows[at : at + size]).float()
-        torch.mm(left, block.T, out=products[:, at : at + size])
-        torch.linalg.vector_norm(block, dim=1, out=lengths[at : at + size])
+        torch.mm(left, block.T, out=low[:, at : at + size])
+        if lengths is None:
+            torch.linalg.vector_norm(block, dim=1, out=norms[at : at + size])
         del block  # the next one takes its memory, which the cache holds
-    _check_rows(lengths, "gallery", start)
+    if lengths is None:
+        _check_rows(norms, "gallery", start)
 
     c, tiny = _scan_error(query.shape[1])
-    query_sq, norms = (query**2).sum(1), lengths**2
-    low = torch.add(norms * (1 - c), products, alpha=-2)
-    smallest, position = low.topk(k, dim=1, largest=False, sorted=False)
-    limit = (smallest.double() + 2 * c * norms[position]).amax(1)
-    if best.shape[1] == k:
-        limit = torch.minimum(limit, _squares(best[:, -1]) * (1 + c) - query_sq)
-    limit = (limit + 2 * c * query_sq + tiny).float()
-    return ((low - limit[:, None]).amin(0) <= 0).nonzero()[:, 0]
+    query_sq = (query**2).sum(1)
+    low.addcmul_(norms, norms, value=1 - c)
+
+    def upper(first: Tensor) -> Tensor:
+        """The right-hand side, less its last two terms, of the k-th of these columns of `low`."""
+        smallest, position = first.topk(k, dim=1, largest=False, sorted=False)
+        return (smallest.double() + 2 * c * norms[position] ** 2).amax(1)
+
+    def below(limit: Tensor) -> Tensor:
+        limit = (limit + 2 * c * query_sq + tiny).float()
+        return torch.from_numpy(np.flatnonzero((low <= limit[:, None]).any(0).numpy()))
+
+    full = best.shape[1] == k
+    limit = _squares(best[:, -1]) * (1 + c) - query_sq if full else upper(low[:, : max(k, FIRST_LOOK)])
+    chosen = below(limit)
+    if len(chosen) > 16 * k * len(query):  # few rows were nearer than a guess allows: look at all
+        chosen = below(torch.minimum(limit, upper(low)))
+    return chosen
 
 
 def _scan_error(e: int) -> tuple[float, float]:
@@ -273,8 +313,9 @@ def _check_shapes(query: Tensor, gallery: Tensor | np.ndarray, k: int, chunk: in
 def _check_rows(lengths: Tensor, name: str, start: int = 0) -> None:
     """ValueError where the lengths [rows] of feature vectors are such that they cannot be ranked."""
     # Two lengths below 9e18 add up to a distance whose square still fits float32. NaN compares false.
-    bad = (~(lengths < 9e18)).nonzero()
-    if len(bad):
+    fine = lengths < 9e18
+    if not fine.all():
+        bad = (~fine).nonzero()
         raise ValueError(f"{len(bad)} of {len(lengths)} {name} feature rows hold NaN, infinite or "
                          f"overflowing values (first: row {start + int(bad[0])}); check images and model.")
 

@@ -227,7 +227,9 @@ def test_search_and_faiss_find_the_same():
     query, _, gallery, _ = bench.random_features(20, 3000, 32)
     index = faiss.IndexFlatL2(32)
     index.add(gallery.numpy())
-    assert metrics.search(query, gallery, 10)[1].tolist() == index.search(query.numpy(), 10)[1].tolist()
+    expected = index.search(query.numpy(), 10)[1].tolist()
+    for lengths in (None, metrics.row_lengths(gallery)):
+        assert metrics.search(query, gallery, 10, lengths=lengths)[1].tolist() == expected
 
 
 def test_search_without_faiss(capsys, monkeypatch):

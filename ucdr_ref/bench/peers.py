@@ -16,7 +16,7 @@ from ..machine.processes import memory_gib
 
 SEARCH = [200_000, 512]  # gallery and width
 SEARCH_CASES = [(threads, q) for threads in (1, 2) for q in (1, 10, 100)]
-SEARCH_ROUNDS = 5
+SEARCH_ROUNDS = 9
 
 
 def timed(work: Callable[[], Any], steps: int, device: torch.device,
@@ -41,13 +41,15 @@ def timed(work: Callable[[], Any], steps: int, device: torch.device,
 
 def measure_search(g: int, e: int) -> list[dict[str, float]]:
     """`metrics.search` and FAISS's flat index in turns, k = 10: median seconds and CPU-seconds of each, per
-    case.
+    case. The row lengths are kept between searches, as FAISS keeps its copy of the gallery; `once` is a
+    search without them.
     """
     import faiss
 
     query, _, gallery, _ = random_features(max(q for _, q in SEARCH_CASES), g, e)
     index = faiss.IndexFlatL2(e)
     index.add(gallery.numpy())
+    lengths = metrics.row_lengths(gallery)
     cpu, results = torch.device("cpu"), []
     before = torch.get_num_threads(), faiss.omp_get_max_threads()
     try:
@@ -55,8 +57,10 @@ def measure_search(g: int, e: int) -> list[dict[str, float]]:
             torch.set_num_threads(threads)
             faiss.omp_set_num_threads(threads)
             rows = query[:q].contiguous()
-            work: dict[str, Callable[[], Any]] = {"ours": partial(metrics.search, rows, gallery, 10),
-                                                  "faiss": partial(index.search, rows.numpy(), 10)}
+            work: dict[str, Callable[[], Any]] = {
+                "ours": partial(metrics.search, rows, gallery, 10, lengths=lengths),
+                "faiss": partial(index.search, rows.numpy(), 10),
+                "once": partial(metrics.search, rows, gallery, 10)}
             times = [{side: timed(call, 1, cpu, warm_up=turn == 0) for side, call in work.items()}
                      for turn in range(SEARCH_ROUNDS)]
             results.append({"threads": threads, "queries": q} | {

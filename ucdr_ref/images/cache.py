@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from ..clip.tensorfile import regular_file, show, tidy
 from ..machine.files import STALE_SECONDS, WriteError, write_atomic, writing
-from ..metrics import search
+from ..metrics import row_lengths, search
 from .listing import File, list_images
 
 BLOCK = 1 << 24  # bytes read at once
@@ -56,7 +57,11 @@ class Index:
 
     def search(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """query [q, e] -> (Euclidean distances [q, k], rows [q, k]), nearest first, as `metrics.search`."""
-        return search(query, self.features, k)
+        return search(query, self.features, k, lengths=self.lengths)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        return row_lengths(self.features)
 
     def export(self, path: str | os.PathLike[str]) -> Path:
         """Writes the vectors to `path` (.npy, float32 [g, e]) and returns the `.paths.txt` written beside it.
