@@ -172,6 +172,9 @@ def test_file_lists_leave_out_what_they_do_not_name(archives, tmp_path):
     path.write_text(before + "zebra 344\n")
     with pytest.raises(ValueError, match=r"real_test.txt, line \d+: 'zebra 344'; expected real/<class>/<image> <number>"):
         build(resolve(given, "domainnet/sketch"))
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="real_test.txt is not UTF-8 text"):
+        build(resolve(given, "domainnet/sketch"))
     path.unlink()
     with pytest.raises(FileNotFoundError, match="no real_test.txt"):
         build(resolve(given, "domainnet/sketch"))
@@ -347,3 +350,8 @@ def test_mistakes_in_folder_ids_are_named(text, message, tmp_path):
             class_folders.read_folder_ids(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="absent"):
         class_folders.read_folder_ids(str(tmp_path / "absent"))
+    (tmp_path / "ids.txt").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match="ids.txt is not UTF-8 text"):
+        class_folders.read_folder_ids(str(tmp_path / "ids.txt"))
+    (tmp_path / "ids.txt").write_text("a n00000001\n", encoding="utf-8-sig")  # as Windows' editor writes it
+    assert class_folders.read_folder_ids(str(tmp_path / "ids.txt")) == {"a": "n00000001"}

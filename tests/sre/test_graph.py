@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,11 @@ def test_class_list_errors(tmp_path: Path) -> None:
                            (["cow", "polar_bear", "horse", "Polar bear"], "twice: polar bear")):
         with pytest.raises(ValueError, match=message):
             read_classes(write_classes(path, *lines))
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="c.txt is not UTF-8 text"):
+        read_classes(path)
+    path.write_text("cow\n", encoding="utf-8-sig")  # as Windows' editor writes it
+    assert read_classes(path) == [(None, None, "cow")]
 
 
 def test_ids_tell_classes_of_one_name_apart_and_need_no_name(tmp_path: Path) -> None:
@@ -136,9 +142,13 @@ def test_wordnet_errors(tmp_path: Path) -> None:
     (tmp_path / "index.noun").write_text(HEADER + "dog n two\n")
     with pytest.raises(ValueError, match="index.noun, line 3: 'dog n two'"):
         WordNet(tmp_path)
+    (tmp_path / "index.noun").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match="index.noun is not UTF-8 text"):
+        WordNet(tmp_path)
 
 
-def test_command_writes_a_graph_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_writes_a_graph_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
     write_wordnet(tmp_path / "wn")
     classes, out = write_classes(tmp_path / "c.txt", "puppy", "polar_bear"), tmp_path / "deep" / "graph.json"
     arguments = ["--wordnet", str(tmp_path / "wn"), "--classes", str(classes), "--out", str(out)]
@@ -153,6 +163,10 @@ def test_command_writes_a_graph_that_loads(tmp_path: Path, capsys: pytest.Captur
     captured = capsys.readouterr().err
     assert captured.startswith("error: missing among WordNet 3.0's nouns: snark") and captured.count("\n") == 1
     assert out.read_text() == before
+    write_classes(classes, "puppy")
+    monkeypatch.setattr(os, "replace", lambda old, new: (_ for _ in ()).throw(OSError("no space left")))
+    assert main(arguments) == 2 and "no space left" in capsys.readouterr().err
+    assert out.read_text() == before and [path.name for path in out.parent.iterdir()] == ["graph.json"]
 
 
 def test_module_runs_as_a_command() -> None:
@@ -186,10 +200,13 @@ def test_files_that_are_no_graph(tmp_path: Path) -> None:
     path = tmp_path / "g.json"
     with pytest.raises(FileNotFoundError, match="g.json does not exist; build it"):
         load_graph(path)
-    for content in (b"{", b"[1, 2]", b"3", b"{}", b"\xff\xfe\x00"):
+    for content in (b"{", b"[1, 2]", b"3", b"{}"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="g.json is not a class graph"):
             load_graph(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="g.json is not UTF-8 text .*; build it"):
+        load_graph(path)
 
 
 def test_adjacency_equals_a_slow_loop() -> None:

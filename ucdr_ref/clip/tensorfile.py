@@ -253,6 +253,17 @@ def regular_file(path: str | os.PathLike[str], advice: str = "") -> Path:
     return file
 
 
+def read_text(path: str | os.PathLike[str], advice: str = "") -> str:
+    """A UTF-8 file's text, less a byte order mark. Raises as `regular_file`, ValueError for other bytes."""
+    file = regular_file(path, advice)
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{show(file)} is not UTF-8 text ({error}){advice}") from None
+    except OSError as error:
+        raise unreadable(file, error) from error
+
+
 def unreadable(file: Path, error: Exception) -> ValueError:
     return ValueError(f"{show(file)} cannot be read ({getattr(error, 'strerror', None) or error})")
 

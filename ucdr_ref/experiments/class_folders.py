@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..clip.model import CLIP
-from ..clip.tensorfile import file_digest, regular_file
+from ..clip.tensorfile import file_digest, read_text
 from ..clip.zero_shot import ZeroShot
 from ..config import Config
 from ..images.batches import Files
@@ -148,10 +148,10 @@ def read_folder_ids(path: str) -> dict[str, str]:
         return {}
     file, ids, found = Path(path), dict[int, str](), dict[str, str]()
     if info := file.is_dir():
-        synsets = regular_file(file / "synsets.txt").read_text(encoding="utf-8").splitlines()
+        synsets = read_text(file / "synsets.txt").splitlines()
         ids = dict(enumerate((line.split()[0] for line in synsets if line.strip()), start=1))
         file = file / "queries_synsets_map.txt"
-    for number, line in enumerate(regular_file(file).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(file).splitlines(), start=1):
         if not line.strip():
             continue
         try:

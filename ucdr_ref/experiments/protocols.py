@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from ..clip.tensorfile import regular_file
+from ..clip.tensorfile import read_text
 from ..config import Config
 from ..images.batches import Files
 from .datasets import DATASETS, Dataset, alias_list, compared, folder_key, some
@@ -249,7 +249,7 @@ def folder_split(config: Config, tree: Tree) -> Splits:
     where = f"--class-split {config.class_split}"
     keys = {"train": ("train", "seen"), "val": ("val", "val_unseen"), "test": ("test", "unseen")}
     try:
-        data = json.loads(regular_file(config.class_split).read_text(encoding="utf-8"))
+        data = json.loads(read_text(config.class_split))
         splits = {part: next(data[key] for key in names if key in data) for part, names in keys.items()}
         if not all(isinstance(names, list) for names in splits.values()):
             raise TypeError

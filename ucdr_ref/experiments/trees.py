@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from ..clip.tensorfile import regular_file
+from ..clip.tensorfile import read_text
 from ..images.batches import ENDINGS
 from .datasets import AUGMENTED, folder_key, some
 
@@ -196,8 +196,7 @@ def only_listed(tree: Tree, root: str, lists: str) -> Tree:
         for file in (Path(lists, f"{domain}_{part}.txt") for part in ("train", "test")):
             if not file.is_file():
                 raise FileNotFoundError(f"--file-lists {lists}: no {file.name}; expected it of every domain")
-            lines = regular_file(file).read_text(encoding="utf-8").splitlines()
-            for number, line in enumerate(lines, start=1):
+            for number, line in enumerate(read_text(file).splitlines(), start=1):
                 name, _, label = line.rpartition(" ")
                 if line and not (label.isdigit() and name.startswith(f"{domain}/")):
                     raise ValueError(f"{file}, line {number}: {line[:80]!r}; expected "

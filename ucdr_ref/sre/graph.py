@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..clip.tensorfile import regular_file
+from ..clip.tensorfile import read_text
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ def duplicates(items: Sequence[str]) -> list[str]:
 
 def load_graph(path: str | Path) -> Graph:
     """Reads `save_graph`'s file. Raises FileNotFoundError, or ValueError for malformed JSON or a bad edge."""
-    file = regular_file(path, "; build it with python -m ucdr_ref.sre.wordnet")
+    text = read_text(path, "; build it with python -m ucdr_ref.sre.wordnet")
     try:
-        return parse_graph(json.loads(file.read_text(encoding="utf-8")))
+        return parse_graph(json.loads(text))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a class graph as ucdr_ref.sre.wordnet writes it "
                          f"({type(error).__name__}: {error}); build it again") from None

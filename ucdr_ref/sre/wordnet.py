@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-from ..clip.tensorfile import regular_file
+from ..clip.tensorfile import read_text, regular_file
 from .graph import Graph, canonical, duplicates
 
 SYNSET_ID = re.compile(r"n\d{8}")
@@ -35,10 +35,10 @@ class WordNet:
     def __init__(self, folder: str | Path) -> None:
         """Raises FileNotFoundError for a missing file, ValueError for a malformed line of `index.noun`."""
         advice = "; install Debian's wordnet-base (/usr/share/wordnet) or unpack WordNet 3.0's database files"
-        self.path, index = (regular_file(Path(folder) / name, advice) for name in ("data.noun", "index.noun"))
+        self.path, index = regular_file(Path(folder, "data.noun"), advice), Path(folder, "index.noun")
         self.data = io.BytesIO(self.path.read_bytes())
         self.senses: dict[str, list[str]] = {}  # ids of a lemma's synsets
-        for number, line in enumerate(index.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(read_text(index, advice).splitlines(), start=1):
             if line.startswith("  "):  # licence header
                 continue
             try:
@@ -92,13 +92,8 @@ def read_classes(path: str | Path) -> list[ClassLine]:
     Raises FileNotFoundError, or ValueError for a file without a class, and a class (by id where there is one)
     listed twice: classes with different ids may have one name.
     """
-    file = regular_file(path, "; expected a text file with one class per line")
-    try:
-        content = file.read_text(encoding="utf-8")
-    except ValueError as error:
-        raise ValueError(f"class list {path} is not UTF-8 text ({error})") from None
     lines: list[ClassLine] = []
-    for text in content.splitlines():
+    for text in read_text(path, "; expected a text file with one class per line").splitlines():
         words = text.split()
         if not words or words[0].startswith("#"):
             continue
@@ -157,8 +152,11 @@ def save_graph(graph: Graph, path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     fields = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in asdict(graph).items())
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("{\n" + fields + "\n}\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text("{\n" + fields + "\n}\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
