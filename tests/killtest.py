@@ -20,12 +20,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import BinaryIO
 
 import torch
 
 import train
 from tests.helpers import LONGER, flags, same_runs, write_world
-from ucdr_ref.machine import files as checkpoint
+from ucdr_ref.machine import files
 from ucdr_ref.machine.files import load_state
 
 KINDS = ("moment", "write", "signal")
@@ -70,15 +71,20 @@ def ended(pid: int) -> bool:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
+class SlowFile:
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+
+    def write(self, data: bytes) -> None:
+        for start in range(0, len(data), len(data) // 100 + 1):
+            time.sleep(0.002)
+            self.file.write(data[start:start + len(data) // 100 + 1])
+
+
 def slow_training(arguments: list[str]) -> int:
     """The same training on a slow disk: a checkpoint takes long enough to be killed in."""
-    write = checkpoint.Sink.write
-
-    def slow(self: checkpoint.Sink, data: bytes) -> int:
-        time.sleep(0.002)
-        return write(self, data)
-
-    checkpoint.Sink.write = slow  # type: ignore[method-assign]
+    fast = files.write_atomic
+    files.write_atomic = lambda path, fill: fast(path, lambda file: fill(SlowFile(file)))  # type: ignore[arg-type]
     return train.main(arguments)
 
 

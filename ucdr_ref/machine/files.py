@@ -56,10 +56,9 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
 def save_atomic(obj: Any, path: str | os.PathLike[str]) -> None:
     """torch.save; `path` is the old file or the whole new one, even after a power cut. Raises WriteError."""
     def fill(file: BinaryIO) -> None:
-        sink = Sink(file)
-        torch.save(obj, sink)  # type: ignore[arg-type]
-        if sink.error is not None:
-            raise sink.error
+        content = io.BytesIO()  # PyTorch's zip writer would hide what a full disk answers
+        torch.save(obj, content)
+        file.write(content.getbuffer())
 
     write_atomic(path, fill)
 
@@ -67,25 +66,6 @@ def save_atomic(obj: Any, path: str | os.PathLike[str]) -> None:
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     """`text` as UTF-8 under `path`, whole or not at all. Raises WriteError as `save_atomic` does."""
     write_atomic(path, lambda file: file.write(text.encode()))
-
-
-class Sink(io.RawIOBase):
-    """Passes writes on until one fails, and keeps that error, which PyTorch's zip writer would hide."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.error: OSError | None = None
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        if self.error is None:
-            try:
-                self.file.write(data)
-            except OSError as error:
-                self.error = error
-        return memoryview(data).nbytes
 
 
 def write_atomic(path: str | os.PathLike[str], fill: Callable[[BinaryIO], object]) -> None:
