@@ -90,10 +90,11 @@ def test_rows_without_training_equal_open_clip_and_encode_once(images, tower, tm
     assert str(images) not in json.dumps(found) and str(tmp_path) not in json.dumps(found)
     capsys.readouterr()
     monkeypatch.setattr("ucdr_ref.images.features.Extractor.stream", lambda *_: pytest.fail("encoded a second time"))
-    real.main(flags)
+    real.main([*flags, "--precision", "fp32"])  # which is this subset's own
     assert f"| zero-shot | - | - | - | {first['unseen']['mAP@all']:.1f} | - |" in capsys.readouterr().out
-    again = json.loads((tmp_path / "real-my-cpu.json").read_text())["frozen"]
-    assert [(row["method"], row["unseen"], row["mixed"]) for row in again] == [
+    again = json.loads((tmp_path / "real-my-cpu.json").read_text())
+    assert again["settings"] == found["settings"] + " --precision fp32"
+    assert [(row["method"], row["unseen"], row["mixed"]) for row in again["frozen"]] == [
         (row["method"], row["unseen"], row["mixed"]) for row in found["frozen"]]
 
 

@@ -183,6 +183,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--closed-form", nargs="*", choices=DOMAINS, default=list(DOMAINS),
                         help="held-out domains whose `paper`, seed 0, gets the closed form of its features")
+    parser.add_argument("--precision", choices=("fp32", "bf16"),
+                        help="arithmetic of the towers, where a subset's own is slow (bfloat16 on a CPU "
+                             "without AMX)")
     parser.add_argument("--check-open-clip", choices=DOMAINS, metavar="DOMAIN")
     name = torch.cuda.get_device_name() if gpu else f"cpu-{os.cpu_count()}cores"
     parser.add_argument("--machine", default=name)
@@ -194,18 +197,19 @@ def main(argv: list[str] | None = None) -> None:
     machine = re.sub(r"[^a-z0-9]+", "-", args.machine.lower())
     path, device = out / f"real-{machine}.json", pick_device("auto")
     found = json.loads(path.read_text()) if path.exists() else {}
+    settings = [*SETTINGS[args.subset], *(["--precision", args.precision] if args.precision else [])]
 
     def write(**parts: Any) -> None:
         found.update(command="python -m ucdr_ref.bench.real --data DIR --weights FILE --out OUT "
                              f"--subset {args.subset}", machine=machine, versions=versions(),
                      date=time.strftime("%Y-%m-%d"), subset=args.subset,
-                     settings=" ".join(SETTINGS[args.subset]), **parts)
+                     settings=" ".join(settings), **parts)
         path.write_text(json.dumps(found, indent=1) + "\n")
 
     def config_of(domain: str, *more: str) -> Config:
         parser = argparse.ArgumentParser()
         add_arguments(parser)
-        flags = [*command(domain, data, weights), *SETTINGS[args.subset], *more]
+        flags = [*command(domain, data, weights), *settings, *more]
         return resolve(vars(parser.parse_args([*flags, "--workers", str(args.workers)])))
 
     rows = []
@@ -217,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     write(frozen=rows)
     for job in plan(args.subset):
         if job.variant in args.variants and job.held_out in args.held_out and job.seed in args.seeds:
-            flags = [*command(job.held_out, data, weights), *SETTINGS[args.subset], *VARIANTS[job.variant]]
+            flags = [*command(job.held_out, data, weights), *settings, *VARIANTS[job.variant]]
             train(["--run", str(out / job.name), "--seed", str(job.seed), *flags], args.workers)
     trained = []
     for job in plan(args.subset):
