@@ -4,14 +4,11 @@ Legend: `b` batch, `e` CLIP embedding, `n` images.
 """
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +23,7 @@ from ..images.batches import Files
 from ..images.cache import build_index
 from ..images.features import Extractor
 from ..images.listing import list_images
+from ..machine.files import digest_of
 from ..machine.processes import fold
 from ..sre.adapter import EPOCH, Batch, check_unseen
 from ..sre.closed_form import CHUNK
@@ -130,11 +128,6 @@ def listed_classes(lines: Sequence[ClassLine], graph: Graph, origin: str) -> lis
     if missing:
         raise ValueError(f"{origin}: not among the graph's {graph.classes} classes: {some(missing)}")
     return [places[name] for name in listed]
-
-
-def digest(content: Any) -> str:
-    """sha256 of what JSON can hold."""
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def read_folder_ids(path: str) -> dict[str, str]:
@@ -256,7 +249,7 @@ def features(folders: Sequence[Folder], clip: CLIP, config: Config, cache: Path,
     encoder = Extractor(ZeroShot(clip, normalized=False), config, device)
     parts, paths, labels, skipped = [], [], [], 0
     for folder in folders:
-        index = build_index(folder.root, encoder.of_paths(), digest(model), cache, config.bad_images)
+        index = build_index(folder.root, encoder.of_paths(), digest_of(model), cache, config.bad_images)
         label = dict(zip(folder.files.paths, folder.labels))
         rows = [row for row in range(len(index.paths)) if index.path(row) in label]
         used = list(map(index.path, rows))

@@ -20,7 +20,7 @@ from ..clip.tensorfile import file_digest, show
 from ..clip.zero_shot import ZeroShot, class_text_features
 from ..config import Config
 from ..images.features import prototypes
-from ..machine.files import write_text_atomic
+from ..machine.files import digest_of, write_text_atomic
 from ..machine.processes import world
 from ..sre.adapter import SRECLIP, check_unseen
 from ..sre.class_vectors import node_vectors
@@ -63,7 +63,7 @@ class Data:
                           for folders in (self.sources, [self.target]))
         graph = self.graph
         content = [graph.ids, graph.names, graph.edges, graph.classes, self.unseen]
-        return {"source": source, "target": target, "graph": class_folders.digest(content)}
+        return {"source": source, "target": target, "graph": digest_of(content)}
 
     @property
     def listing(self) -> Listing:

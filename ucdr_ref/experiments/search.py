@@ -5,7 +5,6 @@ shapes its features: digests of the weights that were loaded and of best.pt, pre
 """
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from ..clip.zero_shot import ZeroShot
 from ..config import Config, from_dict, located
 from ..images.cache import EncodePaths, Index, build_index
 from ..images.features import Extractor
+from ..machine.files import digest_of
 from ..machine.processes import pick_device
 from ..ucdr.adapter import UCDRAdapter
 from ..ucdr.closed_form import center, centred
@@ -112,8 +112,7 @@ def encode_folder(model: Model, folder: Path, invert: str, cache: Path) -> tuple
     """The index of a folder, and which of its images were inverted, bool [g]. Raises as `build_index`."""
     config = model.config
     made_of = [*model.digests, config.precision, config.image_reading, invert]
-    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
-    index = build_index(folder, model.encoder(invert), key, cache, config.bad_images)
+    index = build_index(folder, model.encoder(invert), digest_of(made_of), cache, config.bad_images)
     return replace(index, features=index.features[:, :-1]), index.features[:, -1] > 0
 
 

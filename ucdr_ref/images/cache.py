@@ -8,7 +8,6 @@ entries until the next change. Entries of other folders and models stay until th
 """
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -28,7 +27,7 @@ import numpy as np
 from torch import Tensor
 
 from ..clip.tensorfile import regular_file, show, tidy
-from ..machine.files import STALE_SECONDS, WriteError, write_atomic, writing
+from ..machine.files import STALE_SECONDS, WriteError, digest_of, write_atomic, writing
 from ..metrics import row_lengths, search
 from .listing import File, list_images
 
@@ -108,7 +107,7 @@ def build_index(folder: str | os.PathLike[str], encode_paths: EncodePaths, key: 
     say = say or (lambda line: print(line, file=sys.stderr))
     root, cache = os.path.realpath(folder), Path(cache_dir)
     files = list_images(root)
-    digest = hashlib.sha256(json.dumps([2, root, key]).encode()).hexdigest()
+    digest = digest_of([2, root, key])
     entries = sound_entries(cache, digest, say)
     entry = next((old for old in entries if sorted(old.files + old.skipped) == files), None)
     cached, encoded = entry is not None, 0

@@ -1,7 +1,9 @@
 """Files that are written whole or not at all, and checkpoints read back without executing anything."""
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
 import stat
 import time
@@ -32,6 +34,11 @@ def writing(what: str, advice: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise WriteError(f"could not write {what} ({error.strerror or error}); {advice}") from error
+
+
+def digest_of(content: Any) -> str:
+    """sha256 of what JSON can hold, in hexadecimal."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
