@@ -12,6 +12,7 @@ Conventions (the evaluation protocol of UCDR-Adapter, shared with ProS and SnMpN
 """
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -123,10 +124,11 @@ def search(query: Tensor, gallery: Tensor | np.ndarray, k: int, chunk: int | Non
     if lengths is not None and lengths.shape != (len(gallery),):
         raise ValueError(f"lengths must be row_lengths(gallery), of shape [{len(gallery)}]; "
                          f"got {list(lengths.shape)}.")
+    gallery = _tensor(gallery)
     home, query, k = query.device, _double(query.detach()), min(k, len(gallery))
     q, e = query.shape
     exact = chunk or max(1, MEMORY_BUDGET // (BYTES_PER_PAIR * q + 4 * e))
-    on_cpu = query.device.type == "cpu" and (not isinstance(gallery, Tensor) or gallery.device.type == "cpu")
+    on_cpu = query.device.type == gallery.device.type == "cpu"
     leaves_out = e <= WIDEST_SCAN and q * k < min(exact, len(gallery))
     scan = on_cpu and leaves_out and _multiplies_in_float32(q, e)
     best = torch.empty(q, 0, dtype=torch.int64, device=query.device)
@@ -142,9 +144,8 @@ def search(query: Tensor, gallery: Tensor | np.ndarray, k: int, chunk: int | Non
         if scan and k <= len(rows):
             known = None if lengths is None else lengths[start : start + step]
             for chosen in _candidates(query, rows, k, best, start, known).split(exact):
-                best = nearest(_tensor(rows[chosen.numpy()]), chosen + start)
+                best = nearest(rows[chosen], chosen + start)
         else:
-            rows = _tensor(rows)
             _check_rows(rows.float().norm(dim=1), "gallery", start)
             best = nearest(rows, torch.arange(start, start + len(rows), device=query.device))
     return _squares(best).sqrt().to(home), (best & INDEX).to(home)
@@ -155,14 +156,14 @@ def row_lengths(gallery: Tensor | np.ndarray) -> Tensor:
 
     Raises ValueError where a row is not finite.
     """
-    size = _scan_rows(gallery.shape[1])
-    blocks = (_tensor(gallery[at : at + size]) for at in range(0, len(gallery), size))
+    gallery = _tensor(gallery)
+    blocks = gallery.split(_scan_rows(gallery.shape[1]))
     lengths = torch.cat([block.float().norm(dim=1).cpu() for block in blocks])
     _check_rows(lengths, "gallery")
     return lengths
 
 
-def _candidates(query: Tensor, rows: Tensor | np.ndarray, k: int, best: Tensor, start: int,
+def _candidates(query: Tensor, rows: Tensor, k: int, best: Tensor, start: int,
                 lengths: Tensor | None) -> Tensor:
     """Positions, ascending, of the rows that may be among the k nearest of some query [q, e] (float64).
 
@@ -175,12 +176,13 @@ def _candidates(query: Tensor, rows: Tensor | np.ndarray, k: int, best: Tensor, 
     so a row above the right-hand side of k others, or above the D of k earlier rows, is not among the k.
     """
     # One thread reads rows twice from its cache; several would wait for each other at every small block.
-    reads_once = torch.get_num_threads() > 1 or lengths is not None and len(query) == 1
+    once = lengths is not None and len(query) == 1 and rows.dtype == torch.float32
+    reads_once = once or torch.get_num_threads() > 1
     size = MEMORY_BUDGET // (4 * query.shape[1]) if reads_once else _scan_rows(query.shape[1])
     left, low = -2 * query.float(), torch.empty(len(query), len(rows))
     norms = torch.empty(len(rows)) if lengths is None else lengths
     for at in range(0, len(rows), size):
-        block = _tensor(rows[at : at + size]).float()
+        block = rows[at : at + size].float()
         torch.mm(left, block.T, out=low[:, at : at + size])
         if lengths is None:
             torch.linalg.vector_norm(block, dim=1, out=norms[at : at + size])
@@ -295,7 +297,12 @@ def _double(x: Tensor) -> Tensor:
 
 
 def _tensor(rows: Tensor | np.ndarray) -> Tensor:
-    return rows.detach() if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows))
+    """The rows where they are, a memory map's in their file; only an array read backwards is copied."""
+    if isinstance(rows, Tensor):
+        return rows.detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of arrays that must not be written to: none is
+        return torch.from_numpy(rows if min(rows.strides) >= 0 else rows.copy())
 
 
 def _check_shapes(query: Tensor, gallery: Tensor | np.ndarray, k: int, chunk: int | None) -> None:
