@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import metrics
 from ..clip.tensorfile import file_digest
 from ..clip.tokenizer import tokenize
 from ..clip.zero_shot import ZeroShot
@@ -178,7 +179,8 @@ def search(model: Model, gallery: Path, images: Sequence[str], texts: Sequence[s
     if centre:
         index = replace(index, features=centred(rows(index)).numpy())
     if answers:
-        distances, nearest = index.search(torch.cat(features), k)
+        # One search: `index.search` would read the gallery a second time, for lengths to keep.
+        distances, nearest = metrics.search(torch.cat(features), index.features, k)
         for answer, lengths, places in zip(answers, distances.tolist(), nearest.tolist()):
             answer.results.extend(Hit(index.path(j), length, bool(inverted[j]))
                                   for j, length in zip(places, lengths))

@@ -55,7 +55,10 @@ class Index:
         return os.path.join(self.folder, self.paths[i])
 
     def search(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """query [q, e] -> (Euclidean distances [q, k], rows [q, k]), nearest first, as `metrics.search`."""
+        """query [q, e] -> (Euclidean distances [q, k], rows [q, k]), nearest first, as `metrics.search`.
+
+        The first call reads the features once more, for their lengths, which the next ones use.
+        """
         return search(query, self.features, k, lengths=self.lengths)
 
     @cached_property
