@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -47,14 +46,11 @@ def uneven(world: Path, run: Path, *more: str) -> list[str]:
 
 
 def launch(driver: Path, number: int, at: int, arguments: list[str]) -> subprocess.CompletedProcess:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if sys.platform == "linux":
         env["GLOO_SOCKET_IFNAME"] = "lo"
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1",
-                           f"--master_port={port}", "--", str(driver), str(number), str(at), *arguments],
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+                           "--local-addr=127.0.0.1", "--", str(driver), str(number), str(at), *arguments],
                           capture_output=True, text=True, env=env, timeout=300)
 
 
