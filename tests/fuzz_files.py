@@ -379,7 +379,7 @@ def case_names(harness: Harness, scene: Scene, i: int, r: random.Random) -> None
     texts: dict[str, tuple[Callable[[], str], int]] = {  # and the lines they have
         "retrieval table": (lambda: ranking.table([row], scene.configs["ucdr"]), 2),
         "classification table": (lambda: classification.table([classified], scene.configs["sre"]), 3),
-        "summary": (lambda: retrieval.summary(protocol, None), 2),
+        "summary": (lambda: retrieval.summary(protocol), 2),
         "folders": (lambda: class_folders.summary([folder], [folder], scene.graph, [1]), 4),
         "cell": (lambda: report.cell(name()), 1)}
     what = r.choice(sorted(texts))

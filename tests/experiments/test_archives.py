@@ -223,19 +223,25 @@ def test_deeper_images_and_unknown_endings_are_counted_links_followed_and_loops_
     put(tmp_path / "elsewhere", "", "abcd")
     (tmp_path / "data" / "sketch").symlink_to(tmp_path / "elsewhere")
     put(tmp_path / "data", "photo/a", ["deeper", "deeper/still"], 1)
+    put(tmp_path, "", ["data", "data/photo"], 1)  # above the class folders
     for name in ("x.heic", "notes.txt", ".hidden"):
         (tmp_path / "data" / "photo" / "b" / name).touch()
     notes: list[str] = []
     tree = scan(str(tmp_path / "data"), None, notes)
     assert sorted(tree) == ["photo", "sketch"] and {len(paths) for paths in tree["sketch"].values()} == {COUNT}
-    assert len(notes) == 2 and "note     2 images lie deeper" in notes[0] and "note     2 files have unknown" in notes[1]
-    assert "a/deeper/0.png" in notes[0] and "notes.txt" in notes[1]
+    assert len(notes) == 2 and "note     4 images lie elsewhere than" in notes[0] and "note     2 files have unknown" in notes[1]
+    assert "data/0.png" in notes[0] and "notes.txt" in notes[1]
     (tmp_path / "elsewhere" / "a" / "loop").symlink_to(tmp_path / "data")  # data/sketch/a/loop/sketch/a/loop ...
     with pytest.raises(ValueError, match="loop: this link leads back to .*data, in which it lies"):
         scan(str(tmp_path / "data"))
     put(tmp_path / "deep", "photo/a", ["only"], 1)
     with pytest.raises(ValueError, match="a: a class folder without images, but .*only.0.png lies deeper"):
         scan(str(tmp_path / "deep"))
+    put(tmp_path / "flat", "photo", "abcd")
+    put(tmp_path / "flat", "", ["painting"], 1)
+    assert sorted(scan(str(tmp_path / "flat"))) == ["photo"]
+    with pytest.raises(ValueError, match="flat: found no images in painting/<class>/"):
+        scan(str(tmp_path / "flat"), {"photo": ["photo"], "painting": ["painting"]})
 
 
 # SRE-CLIP

@@ -23,6 +23,7 @@ from ucdr_ref.images import cache as index_module
 from ucdr_ref.images.cache import Index, build_index
 from ucdr_ref.images.listing import list_images
 from ucdr_ref.machine.files import WriteError
+from ucdr_ref.metrics import search
 
 COLOURS = {"red.png": (250, 10, 10), "sub/green.png": (10, 250, 10), "sub/blue.png": (10, 10, 250),
            "sub/deep/grey.png": (128, 128, 128), "white.png": (255, 255, 255)}
@@ -94,7 +95,7 @@ def test_built_once_then_cached(gallery: Path) -> None:
 
 def test_search(gallery: Path) -> None:
     index, *_ = build(gallery)
-    distances, rows = index.search(torch.tensor([[250.0, 10, 10], [255, 250, 255]]), k=2)
+    distances, rows = search(torch.tensor([[250.0, 10, 10], [255, 250, 255]]), index.features, 2)
     assert [[index.paths[i] for i in row] for row in rows.tolist()] == [
         ["red.png", "sub/deep/grey.png"], ["white.png", "sub/deep/grey.png"]]
     assert distances[:, 0].tolist() == [0.0, 5.0]

@@ -79,6 +79,7 @@ from theirs.experiments import experiment, protocols
 from theirs.images.cache import build_index
 from theirs.images.features import Extractor
 from theirs.machine.files import load_state
+from theirs.metrics import search
 
 flags = {"dataset": "folder", "data_root": str(world / "data"), "weights": str(world / "clip.pt"), "workers": 0,
          "class_split": str(world / "split.json"), "source_batch": 20, "target_batch": 20, "target_epochs": 1,
@@ -92,7 +93,7 @@ config, method, state = experiment.restore(run, {}, device)
 encode = Extractor(method, config, device).of_paths()
 index = build_index(world / "data/photo", encode, "model", "cache")
 query = str(world / "data/photo/shape_5/0.png")
-distances, rows = index.search(torch.cat([part for _, part in encode([query])]), 3)
+distances, rows = search(torch.cat([part for _, part in encode([query])]), index.features, 3)
 assert Path(index.path(int(rows[0, 0]))).samefile(query) and distances[0, 0] < 1e-3
 """
 END = """

@@ -132,9 +132,6 @@ def build(config: Config, data: Data, clip: CLIP, device: torch.device) -> Exper
         return Training(feeds, validate, replace(config, precision="fp32"), config.sre_iterations, extra)
 
     summary = class_folders.summary(data.sources, [data.target], graph, data.unseen)
-    if isinstance(method, SRECLIP):
-        count = sum(parameter.numel() for parameter in method.trainable("sre").values())
-        summary += f"\nphase sre: {count:,} trainable parameters"
     domains = [Path(root).name for root in config.source]
     return Experiment(method, graph.names[:graph.classes], domains, summary, data.digests(), start)
 

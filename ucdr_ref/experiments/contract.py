@@ -43,7 +43,7 @@ class Experiment:
     method: Any
     class_names: list[str]
     domain_names: list[str]
-    summary: str  # files, classes and trainable parameters, as --dry-run prints them
+    summary: str  # files and classes, as --dry-run prints them
     files: dict[str, Any]  # digests of the file lists, for run.json
     start: Callable[[Path], Training]
     finish: Callable[[Path], None] = lambda folder: None  # after the last phase, before evaluation

@@ -61,6 +61,9 @@ def train(config: Config, folder: Path, verify: bool = True, dry_run: bool = Fal
     experiment = task.build(config, data, clip, device)
     print(f"config   {json.dumps(changes(config))} (all else at its default)")
     print(experiment.summary)
+    for phase in experiment.method.PHASES:
+        count = sum(parameter.numel() for parameter in experiment.method.trainable(phase).values())
+        print(f"phase {phase}: {count:,} trainable parameters")
     if dry_run:
         return
     weights = file_digest(config.weights)

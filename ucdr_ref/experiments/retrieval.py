@@ -106,7 +106,7 @@ def build(config: Config, protocol: Protocol, clip: CLIP, device: torch.device) 
             form = fit_form(config, protocol, encoded(trained, config, device))
             save_atomic({**state, "form": form.state_dict()}, path)
 
-    return Experiment(method, protocol.class_names, protocol.domain_names, summary(protocol, method),
+    return Experiment(method, protocol.class_names, protocol.domain_names, summary(protocol),
                       protocol.digests(), start, finish)
 
 
@@ -135,7 +135,7 @@ def rebuild(config: Config, clip: CLIP, state: dict[str, Any], path: Path, devic
     return ClosedFormAdapter(clip, method.encode, form).to(device)
 
 
-def summary(protocol: Protocol, method: Any) -> str:
+def summary(protocol: Protocol) -> str:
     classes, domains = protocol.class_names, protocol.domain_names
     of_domains = f"{len(domains)} domains ({', '.join(domains)})"
     lines = [*protocol.notes,
@@ -144,10 +144,6 @@ def summary(protocol: Protocol, method: Any) -> str:
         galleries = ", ".join(f"{name} {len(files)}" for name, files in test.galleries.items())
         asked = f"{len(test.query)} queries ({test.query_domain}, {len(set(test.query.classes))} classes)"
         lines.append(f"{test.protocol:<10} {asked}; gallery {galleries} ({protocol.gallery_domain})")
-    if isinstance(method, UCDRAdapter):
-        for phase in method.PHASES:
-            count = sum(parameter.numel() for parameter in method.trainable(phase).values())
-            lines.append(f"phase {phase}: {count:,} trainable parameters")
     return "\n".join(map(plain, lines))
 
 

@@ -179,7 +179,6 @@ def search(model: Model, gallery: Path, images: Sequence[str], texts: Sequence[s
     if centre:
         index = replace(index, features=centred(rows(index)).numpy())
     if answers:
-        # One search: `index.search` would read the gallery a second time, for lengths to keep.
         distances, nearest = metrics.search(torch.cat(features), index.features, k)
         for answer, lengths, places in zip(answers, distances.tolist(), nearest.tolist()):
             answer.results.extend(Hit(index.path(j), length, bool(inverted[j]))

@@ -6,10 +6,9 @@ from bisect import insort
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 from ..clip.tensorfile import read_text
-from ..images.batches import ENDINGS
+from ..images.listing import opened, walk
 from .datasets import AUGMENTED, folder_key, some
 
 Tree = dict[str, dict[str, list[str]]]  # domain -> class -> sorted paths
@@ -17,47 +16,13 @@ Listing = dict[str, list[str]]  # folder -> sorted names of the images below it,
 DEEP = "did the archive unpack one level too deep?"
 
 
-class Folder(NamedTuple):
-    """Sorted paths of what a folder holds, hidden names passed over."""
-
-    images: list[str]
-    others: list[str]
-    folders: list[str]
-    above: tuple[str, ...]  # the real folders that it lies in, and its own
-
-
-def opened(path: str, above: tuple[str, ...] = ()) -> Folder:
-    """ValueError when a link leads back to one of the folders `above`."""
-    real = os.path.realpath(path)
-    if real in above:
-        raise ValueError(f"{path}: this link leads back to {real}, in which it lies; remove it")
-    folder = Folder([], [], [], (*above, real))
-    for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
-        if entry.name.startswith("."):
-            continue
-        # A link may lead nowhere, or to itself.
-        if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
-            folder.folders.append(entry.path)
-        elif os.path.splitext(entry.name)[1].lower() in ENDINGS:
-            folder.images.append(entry.path)
-        else:
-            folder.others.append(entry.path)
-    return folder
-
-
-def images_below(folder: Folder) -> list[str]:
-    """Images in the folders of a folder and all below them."""
-    inner = [opened(path, folder.above) for path in folder.folders]
-    return [image for deeper in inner for image in deeper.images + images_below(deeper)]
-
-
 def scan(root: str, domains: Mapping[str, Sequence[str]] | None = None,
          notes: list[str] | None = None) -> Tree:
     """Sorted images of `<root>/<domain>/<class>/*`; domains: {domain: folders that may be it}, or all.
 
-    Links are followed. `notes` gets a line for what is not used: images that lie deeper, files with unknown
+    Links are followed. `notes` gets a line for what is not used: images elsewhere, files with unknown
     endings, Sketchy's augmented copies. Raises FileNotFoundError for a missing root or domain, ValueError for
-    a class folder without images or a link to a folder that it lies in.
+    a named domain or a class folder without images, or a link to a folder that it lies in.
     """
     if not os.path.isdir(root):
         raise FileNotFoundError(f"--data-root {root}: no such folder; expected <domain>/<class>/* in it")
@@ -66,29 +31,30 @@ def scan(root: str, domains: Mapping[str, Sequence[str]] | None = None,
     present = {os.path.basename(path): path for path in top.folders}
     places = {name: locate(root, may_be, present) for name, may_be in (domains or {}).items()} or present
     tree: Tree = {}
-    nested: list[str] = []
-    unknown: list[str] = []
+    elsewhere, unknown = [*top.images], list[str]()
     for domain, place in places.items():
         within = opened(place, top.above)
         if (unchanged := os.path.join(place, AUGMENTED)) in within.folders:
             if copies := [os.path.basename(path) for path in within.folders if path != unchanged]:
                 notes.append(f"note     {domain}: only {AUGMENTED} is used, not {some(copies)} beside it")
             within = opened(unchanged, within.above)
+        elsewhere += within.images
         for path in within.folders:
-            folder = opened(path, within.above)
-            deeper = images_below(folder)
+            folder, *inner = walk(path, within.above)
+            deeper = [image for each in inner for image in each.images]
             if not folder.images:
-                below = f", but {deeper[0]} lies deeper" if deeper else ""
+                below = f", but {min(deeper)} lies deeper" if deeper else ""
                 raise ValueError(f"{path}: a class folder without images{below}; fill it or remove it")
             tree.setdefault(domain, {})[os.path.basename(path)] = folder.images
-            nested += deeper
+            elsewhere += deeper
             unknown += folder.others
-    for found, what in ((nested, "images lie deeper than <domain>/<class>/<image>"),
+    for found, what in ((elsewhere, "images lie elsewhere than at <domain>/<class>/<image>"),
                         (unknown, "files have unknown endings")):
         if found:
             notes.append(f"note     {len(found)} {what} and are not used, the first is {min(found)}")
-    if not tree:
-        raise ValueError(f"{root}: found no images in <domain>/<class>/*; {DEEP}")
+    bare = [domain for domain in domains or () if domain not in tree]
+    if bare or not tree:
+        raise ValueError(f"{root}: found no images in {some(bare) or '<domain>'}/<class>/*; {DEEP}")
     return tree
 
 
@@ -110,7 +76,7 @@ def below(root: str, paths: Iterable[str]) -> list[str]:
 def with_gone(names: list[str], before: Sequence[str]) -> list[str]:
     """Sorted names with those of `before` that are gone from among them, as if they could not be read.
 
-    Only where nothing else has changed: no name is new, and every folder still holds an image.
+    Only in folders that still hold an image, and only where no name is new.
     """
     if not set(names) <= set(before):
         return names

@@ -19,7 +19,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from torch import Tensor
 
 from ..clip.tensorfile import regular_file, show, tidy
 from ..machine.files import STALE_SECONDS, WriteError, digest_of, write_atomic, writing
-from ..metrics import row_lengths, search
 from .listing import File, list_images
 
 BLOCK = 1 << 24  # bytes read at once
@@ -53,17 +51,6 @@ class Index:
 
     def path(self, i: int) -> str:
         return os.path.join(self.folder, self.paths[i])
-
-    def search(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """query [q, e] -> (Euclidean distances [q, k], rows [q, k]), nearest first, as `metrics.search`.
-
-        The first call reads the features once more, for their lengths, which the next ones use.
-        """
-        return search(query, self.features, k, lengths=self.lengths)
-
-    @cached_property
-    def lengths(self) -> Tensor:
-        return row_lengths(self.features)
 
     def export(self, path: str | os.PathLike[str]) -> Path:
         """Writes the vectors to `path` (.npy, float32 [g, e]) and returns the `.paths.txt` written beside it.
