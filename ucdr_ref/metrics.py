@@ -66,8 +66,7 @@ def retrieval(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labe
         hits = gallery_labels[order] == labels[:, None]
         relevant, first = hits.sum(1), hits[:, :k_used]
         precisions = [hits[:, :cut].sum(1, dtype=torch.float64) / cut for cut in (k_used, hundred)]
-        scores = [average_precision(first), average_precision(first, "relevant", relevant),
-                  average_precision(hits)]
+        scores = [average_precision(first), average_precision(first, relevant), average_precision(hits)]
         columns.append(torch.stack([*scores, *precisions, relevant.double()]))
     ap, ap_relevant, ap_all, precision, precision_100, relevant = torch.cat(columns, dim=1).cpu()
     averaged = {f"mAP@{k}": ap, f"mAP@{k}/relevant": ap_relevant, "Prec@100": precision_100,
@@ -80,21 +79,16 @@ def retrieval(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labe
         "k": k, "k_used": k_used}
 
 
-def average_precision(hits: Tensor, divisor: str = "retrieved", relevant: Tensor | None = None) -> Tensor:
-    """AP@k = sum over hits i <= k of (hits up to i) / i, over the divisor; 0 where that is 0.
+def average_precision(hits: Tensor, relevant: Tensor | None = None) -> Tensor:
+    """AP@k = sum over hits i <= k of (hits up to i) / i, over a divisor; 0 where that is 0.
 
-    hits [..., k] (true where the item at that rank is relevant) -> [...] float64. `divisor`: "retrieved" is
-    the hits within the list (published tables), "relevant" is min(relevant, k), with `relevant` [...] the
-    number of items of the query's class in the gallery. Raises ValueError for another.
+    hits [..., k] (true where the item at that rank is relevant) -> [...] float64. The divisor is the number
+    of hits within the list (published tables) or, where `relevant` [...], the number of items of the query's
+    class in the gallery, is given, min(relevant, k).
     """
     hits = hits.bool()
     k = hits.shape[-1]
-    if divisor == "retrieved":
-        count = hits.sum(-1)
-    elif divisor == "relevant" and relevant is not None:
-        count = relevant.clamp(max=k)
-    else:
-        raise ValueError(f'divisor must be "retrieved", or "relevant" with `relevant`; got {divisor!r}.')
+    count = hits.sum(-1) if relevant is None else relevant.clamp(max=k)
     ranks = torch.arange(1, k + 1, device=hits.device, dtype=torch.int32)
     precision_at_hits = hits.cumsum(-1, dtype=torch.int32) / ranks * hits
     return precision_at_hits.sum(-1, dtype=torch.float64) / count.clamp(min=1)

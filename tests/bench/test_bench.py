@@ -14,9 +14,10 @@ from ucdr_ref import metrics
 from ucdr_ref.bench import costs
 from ucdr_ref.bench import speed as bench
 from ucdr_ref.clip import linear as linear_module
-from ucdr_ref.clip.model import CLIP, random_clip
+from ucdr_ref.clip.model import CLIP
 from ucdr_ref.clip.zero_shot import normalised
 from ucdr_ref.config import Config
+from ucdr_ref.demo.pretrain import random_clip
 from ucdr_ref.ucdr import plain as bench_plain
 from ucdr_ref.ucdr.adapter import Batch, UCDRAdapter
 

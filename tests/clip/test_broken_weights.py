@@ -155,13 +155,12 @@ def test_compressed_copy_and_checksum(files, weights, tmp_path):
     path.write_bytes(files["zip"])
     rewrite(path, lambda name, data: data, compression=zipfile.ZIP_DEFLATED)
     assert "compressed member" in refusal(path)
-    rewrite(path, lambda name, data: data)  # stored again, but unaligned: tensors are copied
+    rewrite(path, lambda name, data: data)  # stored again, but unaligned
     assert equal(load_clip(path), weights)
     data = bytearray(files["zip"])
     data[data.index(struct.pack("<f", float(weights["visual.proj"][0, 0])))] ^= 1
     path.write_bytes(data)
     assert "does not match the stored checksum" in refusal(path)
-    assert not equal(load_clip(path, verify=False), weights)
 
 
 def child(code: str, *arguments: object) -> str:
@@ -194,7 +193,7 @@ for path in sys.argv[2:]:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak memory of a process is read from /proc")
 def test_memory(files, tmp_path):
-    """Loading takes at most about twice the model; the mapped pages of the file are part of that. Hostile files take little."""
+    """Loading takes at most about twice the model. Hostile files take little."""
     sd = tiny_state_dict(vision_width=768, vision_layers=2, text_width=512, text_layers=1, embed_dim=512)
     size = sum(value.nbytes for value in sd.values()) / 2**20
     assert size > 150
@@ -214,13 +213,13 @@ import sys, torch
 from pathlib import Path
 from ucdr_ref.clip import tensorfile
 path, original = Path(sys.argv[1]), tensorfile.read_safetensors
-def shrunk(source):
+def shrunk(*arguments):
     with open(path, "r+b") as file:
         file.truncate(100)
-    return original(source)
+    return original(*arguments)
 tensorfile.read_safetensors = shrunk
 try:
-    tensorfile.read_any(path, copy=True)
+    tensorfile.read_any(path)
 except tensorfile.FormatError as error:
     print(error)
 """

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from ucdr_ref.clip.load import load_clip
-from ucdr_ref.clip.model import random_clip
 from ucdr_ref.config import resolve
 from ucdr_ref.demo.drawing import CLASSES, DOMAINS, SPLIT, draw, write_dataset
-from ucdr_ref.demo.pretrain import CAPTIONS, SHAPE, colour, sample_pair
+from ucdr_ref.demo.pretrain import CAPTIONS, SHAPE, colour, random_clip, sample_pair
 from ucdr_ref.experiments.protocols import build
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights" / "demo-clip.pt"

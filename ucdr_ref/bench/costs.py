@@ -11,8 +11,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from ..clip.model import random_clip
 from ..clip.zero_shot import CLIP_MEAN, CLIP_STD, ZeroShot, cropped
+from ..demo.pretrain import random_clip
 from ..images.batches import Files, ImageDataset, chunks, load
 from ..machine.processes import autocast
 from ..ucdr.closed_form import STRENGTHS, measure

@@ -39,8 +39,8 @@ import torch
 import torch.nn.functional as F
 
 from .. import metrics
-from ..clip.model import random_clip
 from ..config import Config
+from ..demo.pretrain import random_clip
 from ..experiments.datasets import class_list
 from ..experiments.retrieval import cut
 from ..experiments.run_folder import versions

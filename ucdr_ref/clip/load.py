@@ -20,19 +20,13 @@ OPENAI_SHA256 = {  # published: also part of OpenAI's download addresses
 EXPECTED = ("expected ViT CLIP weights: OpenAI's TorchScript archive, a state dict saved by torch.save, or "
             "safetensors (weights/README.md says where to get them)")
 WRAPPERS = ("state_dict", "model_state_dict", "model")
-HUGGING_FACE = {  # part of a name -> OpenAI's
-    "vision_model.embeddings.class_embedding": "visual.class_embedding",
-    "vision_model.embeddings.patch_embedding.": "visual.conv1.",
-    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-    "vision_model.pre_layrnorm.": "visual.ln_pre.",
-    "vision_model.post_layernorm.": "visual.ln_post.",
-    "vision_model.encoder.layers.": "visual.transformer.resblocks.",
-    "visual_projection.weight": "visual.proj",
-    "text_model.embeddings.token_embedding.": "token_embedding.",
-    "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.final_layer_norm.": "ln_final.",
-    "text_model.encoder.layers.": "transformer.resblocks.",
-    "text_projection.weight": "text_projection",
+HUGGING_FACE = {  # part of a name -> OpenAI's, in this order
+    "vision_model.": "visual.", "text_model.": "", "embeddings.class_embedding": "class_embedding",
+    "embeddings.patch_embedding.": "conv1.", "embeddings.token_embedding.": "token_embedding.",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "pre_layrnorm.": "ln_pre.", "post_layernorm.": "ln_post.", "final_layer_norm.": "ln_final.",
+    "visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection",
+    "encoder.layers.": "transformer.resblocks.",
     ".self_attn.q_proj.": ".attn.in_proj_", ".self_attn.out_proj.": ".attn.out_proj.",
     ".layer_norm1.": ".ln_1.", ".layer_norm2.": ".ln_2.",
     ".mlp.fc1.": ".mlp.c_fc.", ".mlp.fc2.": ".mlp.c_proj."}
@@ -46,9 +40,8 @@ def load_clip(path: str | os.PathLike[str], heads: int | tuple[int, int] | None 
     `model_state_dict` or `model`, with or without a `module.` prefix; safetensors. Names: OpenAI's /
     open_clip's, or Hugging Face's `CLIPModel`.
     heads: of both towers, or (vision, text); width / 64 when None. dtype: of the parameters (files are often
-    float16). verify: compare the checksums of a zip archive, and the digest of a file that bears the name of
-    one of OpenAI's. Raises FileNotFoundError, or ValueError that says what the file is, what was expected and
-    where to get it.
+    float16). verify: a file that bears the name of one of OpenAI's must have its digest. Raises
+    FileNotFoundError, or ValueError that says what the file is, what was expected and where to get it.
     """
     file = regular_file(path, f"; {EXPECTED}")
     expected = OPENAI_SHA256.get(file.name)
@@ -56,7 +49,7 @@ def load_clip(path: str | os.PathLike[str], heads: int | tuple[int, int] | None 
         raise ValueError(f"{show(file)} is not OpenAI's {file.name}: its sha256 is {found}, not {expected}; "
                          "download it again (weights/README.md), rename it, or load it with --no-verify")
     try:
-        weights = openai_names(read_any(file, checksums=verify))
+        weights = openai_names(read_any(file))
         if (total := sum(value.nbytes for value in weights.values())) > 2 * file.stat().st_size:
             raise FormatError(f"names {total} bytes of tensors, more than twice its own size: "
                               "they share their storage")

@@ -213,32 +213,9 @@ class CLIP(nn.Module):
             if sd[key].shape != size:
                 found = list(sd[key].shape)
                 raise ValueError(f"{key} has shape {found}, expected {list(size)} beside the other weights")
-        # One tensor at a time, so that a half-precision or memory-mapped source never exists twice in full.
+        # One tensor at a time, so that a half-precision source never exists twice in full.
         model.load_state_dict({key: sd[key].to(dtype, copy=True) for key in expected}, assign=True)
         return model.eval().requires_grad_(False)
-
-
-def random_clip(**shape: int) -> CLIP:
-    """CLIP(**shape) with the initial values of Radford et al., drawn from torch's global generator."""
-    clip = CLIP(**shape)
-    for name, parameter in clip.named_parameters():
-        tower = "vision" if name.startswith("visual.") else "text"
-        module, _, leaf = name.rpartition(".")
-        width, layers = shape[f"{tower}_width"], shape[f"{tower}_layers"]
-        if name == "logit_scale":
-            nn.init.constant_(parameter, math.log(1 / 0.07))
-        elif "ln_" in name or leaf.endswith("bias"):
-            nn.init.constant_(parameter, float(leaf == "weight"))
-        elif module.endswith(("out_proj", "c_proj")):
-            nn.init.normal_(parameter, std=(2 * layers * width) ** -0.5)
-        elif module.endswith("c_fc"):
-            nn.init.normal_(parameter, std=(2 * width) ** -0.5)
-        elif "token_embedding" in name or "positional_embedding" in name:
-            nn.init.normal_(parameter, std=0.02)
-        else:  # class token, patches, in_proj, both projections
-            inputs = 3 * shape["patch"] ** 2 if parameter.dim() == 4 else width
-            nn.init.normal_(parameter, std=inputs ** -0.5)
-    return clip
 
 
 def shorten(names: list[str], limit: int = 8) -> str:

@@ -6,14 +6,13 @@ file, tensors inside their storage, and all of them together are bounded by the 
 """
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
-import mmap
 import os
 import stat
 import zipfile
-import zlib
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .unpickle import MAX_NAME, MAX_RANK, FormatError, Instance, LoadStorage, is_size, unpickle
+from .unpickle import MAX_NAME, MAX_RANK, FormatError, Instance, is_size, unpickle
 
 LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # with which torch.save began before 1.6
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -34,47 +33,18 @@ NOT_WEIGHTS = {b"\x89PNG": "is a PNG image", b"\xff\xd8\xff": "is a JPEG image",
                b"\x80": "is a pickle that torch.save did not write"}
 MAX_HEADER = 10_000_000  # bytes of a safetensors header; CLIP's are below 100,000
 DAMAGED = "(truncated or damaged)"
+TOO_MUCH = f"claims more tensor data than it holds {DAMAGED}"
 BIG_ENDIAN = "was written on a big-endian machine; save it again on a little-endian one"
 
 
-class Source:
-    """A regular file mapped privately; its tensors are views of the pages, unless `copy` is true."""
-
-    def __init__(self, file: BufferedReader, copy: bool, checksums: bool) -> None:
-        self.file, self.copy, self.checksums = file, copy, checksums
-        self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self.size = len(self.map)
-        self.taken = 0
-
-    def number(self, start: int, length: int) -> int:
-        return int.from_bytes(self.map[start:start + length], "little")
-
-    def tensor(self, dtype: torch.dtype, start: int, count: int) -> Tensor:
-        """`count` little-endian elements from byte `start` as a vector."""
-        length = count * dtype.itemsize
-        self.taken += length
-        if count < 0 or start < 0 or start + length > self.size or self.taken > self.size:
-            raise FormatError(f"claims more tensor data than its {self.size} bytes hold {DAMAGED}")
-        if count == 0:
-            return torch.empty(0, dtype=dtype)
-        if self.copy:  # read: pages of a file that became shorter would end the process
-            own = torch.empty(length, dtype=torch.uint8)
-            self.file.seek(start)
-            if self.file.readinto(own.numpy().data) != length:
-                raise FormatError("became shorter while it was read")
-            return own.view(dtype)
-        view = torch.frombuffer(self.map, dtype=torch.uint8, count=length, offset=start)
-        return (view.clone() if start % dtype.itemsize else view).view(dtype)
-
-
-def read_any(path: Path, *, copy: bool = False, checksums: bool = True) -> Any:
+def read_any(path: Path) -> Any:
     """What a tensor file holds: usually a dict; of a TorchScript archive, its tensors by attribute path.
 
-    copy: tensors in memory of their own rather than views of the mapped file. checksums: compare those of a
-    zip archive. Raises FormatError, with a reason but without the path.
+    The tensors are in memory of their own. Raises FormatError, with a reason but without the path.
     """
     with open(path, "rb") as file:
         head = file.read(64)
+        file.seek(0)
         if head.startswith(b"PK\x03\x04"):
             reader = read_zip
         elif head.startswith(LEGACY_MAGIC):
@@ -86,63 +56,54 @@ def read_any(path: Path, *, copy: bool = False, checksums: bool = True) -> Any:
             kinds.append(f"is of an unknown kind (its first bytes are {head[:8].hex(' ')})")
             raise FormatError(kinds[0] if head else "is empty")
         try:
-            return reader(Source(file, copy, checksums))
+            return reader(file, os.fstat(file.fileno()).st_size)
         except FormatError:
             raise
         except Exception as error:  # whatever a broken file makes a parser do is a fact about the file
             raise FormatError(f"is truncated or damaged ({type(error).__name__}: {error})") from error
 
 
-def read_zip(source: Source) -> Any:
+def read_zip(file: BufferedReader, size: int) -> Any:
     """`PREFIX/data.pkl` and `PREFIX/data/KEY` of a torch.save or TorchScript archive, stored uncompressed."""
-    with zipfile.ZipFile(source.file) as archive:
-        listed = archive.infolist()
-    members = {member.filename: member for member in listed}
-    if len(members) != len(listed):
+    archive = zipfile.ZipFile(file)
+    members = {member.filename: member for member in archive.infolist()}
+    if len(members) != len(archive.infolist()):
         raise FormatError("is a zip archive that holds two members of one name")
+    if sum(member.compress_size for member in members.values()) > size:
+        raise FormatError(TOO_MUCH)
     roots = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(roots) != 1:
         raise FormatError("is a zip archive, but not one that PyTorch wrote (it holds no data.pkl)")
     prefix = roots[0].removesuffix("data.pkl")
 
-    def locate(name: str) -> tuple[int, int]:
-        """First byte and end of a member."""
+    @functools.cache
+    def content(name: str) -> bytearray:
         label = f"is a zip archive whose member {name[:MAX_NAME]}"
         if (member := members.get(prefix + name)) is None:
             raise FormatError(f"{label} is missing {DAMAGED}")
-        at = member.header_offset
-        start = at + 30 + source.number(at + 26, 2) + source.number(at + 28, 2)
-        end = start + member.file_size
-        stored = member.compress_type == zipfile.ZIP_STORED and not member.flag_bits & 1
-        if not stored or member.file_size != member.compress_size:
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
             raise FormatError(f"{label} is a compressed member; PyTorch stores members as they are")
-        if source.map[at:at + 4] != b"PK\x03\x04" or end > source.size:
-            raise FormatError(f"{label} does not lie inside it {DAMAGED}")
-        if source.checksums:
-            with memoryview(source.map) as view, view[start:end] as content:
-                if zlib.crc32(content) != member.CRC:
-                    raise FormatError(f"{label} is damaged: it does not match the stored checksum")
-        return start, end
-
-    def content(name: str) -> bytes:
-        start, end = locate(name)
-        return source.map[start:end]
-
-    cache: dict[tuple[str, torch.dtype], Tensor] = {}
+        try:
+            return bytearray(archive.read(member))
+        except (zipfile.BadZipFile, EOFError) as error:
+            raise FormatError(f"{label} is damaged: it does not match the stored checksum") from error
 
     def storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
-        if (key, dtype) not in cache:
-            start, end = locate("data/" + key)
-            if count * dtype.itemsize > end - start:
-                raise FormatError(f"claims {count} elements of {dtype} in its member data/{key}, which holds "
-                                  f"{end - start} bytes")
-            cache[key, dtype] = source.tensor(dtype, start, count)
-        return cache[key, dtype]
+        found = content("data/" + key)
+        if count * dtype.itemsize > len(found):
+            raise FormatError(f"claims {count} elements of {dtype} in its member data/{key}, which holds "
+                              f"{len(found)} bytes")
+        return vector(found, dtype, count)
 
     if prefix + "byteorder" in members and content("byteorder") != b"little":
         raise FormatError(BIG_ENDIAN)
     root = unpickle(content("data.pkl"), storage)
     return dict(tensors_below(root, "")) if isinstance(root, Instance) else root
+
+
+def vector(content: bytearray, dtype: torch.dtype, count: int) -> Tensor:
+    """The first `count` elements, little-endian."""
+    return torch.frombuffer(content, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
 
 
 def tensors_below(module: Instance, prefix: str) -> Iterator[tuple[str, Tensor]]:
@@ -157,42 +118,41 @@ def tensors_below(module: Instance, prefix: str) -> Iterator[tuple[str, Tensor]]
                 yield from tensors_below(value, f"{prefix}{name}.")
 
 
-def read_legacy(source: Source) -> Any:
+def read_legacy(file: BufferedReader, size: int) -> Any:
     """torch.save before 1.6: pickles of magic number, version, platform, object, storage keys; then data."""
-    sizes: dict[str, tuple[torch.dtype, int]] = {}
+    storages: dict[str, tuple[bytearray, int]] = {}  # content and number of elements
 
-    def note(key: str, dtype: torch.dtype, count: int) -> Tensor:
-        if sizes.setdefault(key, (dtype, count)) != (dtype, count):
+    def storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
+        """Filled below, when its place in the file is known."""
+        nonlocal size
+        if key not in storages:
+            size -= count * dtype.itemsize
+            if size < 0:
+                raise FormatError(TOO_MUCH)
+            storages[key] = bytearray(count * dtype.itemsize), count
+        content, elements = storages[key]
+        if (len(content), elements) != (count * dtype.itemsize, count):
             raise FormatError(f"describes its storage {key[:MAX_NAME]} twice, differently")
-        return torch.empty(count, dtype=dtype, device="meta")
+        return vector(content, dtype, count)
 
-    def pickled(storage: LoadStorage = note) -> Any:
-        return unpickle(source.map, storage)
-
-    _, _, platform = pickled(), pickled(), pickled()
+    _, _, platform, root, keys = (unpickle(file, storage) for _ in range(5))
     if platform["little_endian"] is not True:
         raise FormatError(BIG_ENDIAN)
-    start_of_object = source.map.tell()
-    pickled()  # the sizes of the storages, which tell where each begins
-    keys = pickled()
-    position = source.map.tell()
-    storages: dict[str, Tensor] = {}
     for key in keys:
-        dtype, count = sizes[key]
-        if source.number(position, 8) != count:
-            raise FormatError(f"has a storage {key[:MAX_NAME]} of another length than its tensors {DAMAGED}")
-        storages[key] = source.tensor(dtype, position + 8, count)
-        position += 8 + count * dtype.itemsize
-    source.map.seek(start_of_object)
-    return pickled(lambda key, dtype, count: storages[key])
+        content, elements = storages.pop(key)
+        if int.from_bytes(file.read(8), "little") != elements or file.readinto(content) != len(content):
+            raise FormatError(f"does not hold its storage {key[:MAX_NAME]} whole {DAMAGED}")
+    if storages:
+        raise FormatError(f"lacks {len(storages)} storages {DAMAGED}")
+    return root
 
 
-def read_safetensors(source: Source) -> dict[str, Tensor]:
+def read_safetensors(file: BufferedReader, size: int) -> dict[str, Tensor]:
     """Length of the header (8 bytes), JSON header {name: dtype, shape, data_offsets}, data without gaps."""
-    start = 8 + source.number(0, 8)
-    if start > min(source.size, 8 + MAX_HEADER):
+    start = 8 + int.from_bytes(file.read(8), "little")
+    if start > min(size, 8 + MAX_HEADER):
         raise FormatError(f"looks like safetensors, but claims a header of {start - 8} bytes in a file of "
-                          f"{source.size}")
+                          f"{size}")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries = dict(pairs)
@@ -200,7 +160,7 @@ def read_safetensors(source: Source) -> dict[str, Tensor]:
             raise FormatError("is a safetensors file whose header names one key twice")
         return entries
 
-    header = json.loads(source.map[8:start].decode(), object_pairs_hook=unique)
+    header = json.loads(file.read(start - 8).decode(), object_pairs_hook=unique)
     header.pop("__metadata__", None)
     tensors, position = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -214,12 +174,15 @@ def read_safetensors(source: Source) -> dict[str, Tensor]:
         if not (well_formed and all(map(is_size, [*shape, begin, end]))):
             raise FormatError(f"{label} has a malformed shape or negative offsets")
         count = math.prod(shape)
-        if begin != position or end - begin != count * dtype.itemsize or start + end > source.size:
+        if begin != position or end - begin != count * dtype.itemsize or start + end > size:
             raise FormatError(f"{label} lies at bytes {begin} to {end}, which does not fit its shape "
                               f"{shape}, its neighbours or the file")
-        tensors[name] = source.tensor(dtype, start + begin, count).view(shape)
+        content = bytearray(end - begin)
+        if file.readinto(content) != len(content):
+            raise FormatError("became shorter while it was read")
+        tensors[name] = vector(content, dtype, count).view(shape)
         position = end
-    if rest := source.size - start - position:
+    if rest := size - start - position:
         raise FormatError(f"is a safetensors file with {rest} bytes that belong to no tensor")
     return tensors
 

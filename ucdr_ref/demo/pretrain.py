@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..clip.model import random_clip
+from ..clip.model import CLIP
 from ..clip.tokenizer import tokenize
 from ..clip.zero_shot import CLIP_MEAN, CLIP_STD
 from ..machine.files import save_atomic
@@ -43,6 +43,29 @@ CAPTIONS = {
     "sketch": ("a sketch of a {}", "pencil drawing of a {}", "how to draw a {}", "a {} drawing", "my sketchbook"),
     "quickdraw": ("a doodle of a {}", "quick drawing of a {}", "scribbled {}", "a {} doodle", "a doodle"),
 }
+
+
+def random_clip(**shape: int) -> CLIP:
+    """CLIP(**shape) with the initial values of Radford et al., drawn from torch's global generator."""
+    clip = CLIP(**shape)
+    for name, parameter in clip.named_parameters():
+        tower = "vision" if name.startswith("visual.") else "text"
+        module, _, leaf = name.rpartition(".")
+        width, layers = shape[f"{tower}_width"], shape[f"{tower}_layers"]
+        if name == "logit_scale":
+            nn.init.constant_(parameter, math.log(1 / 0.07))
+        elif "ln_" in name or leaf.endswith("bias"):
+            nn.init.constant_(parameter, float(leaf == "weight"))
+        elif module.endswith(("out_proj", "c_proj")):
+            nn.init.normal_(parameter, std=(2 * layers * width) ** -0.5)
+        elif module.endswith("c_fc"):
+            nn.init.normal_(parameter, std=(2 * width) ** -0.5)
+        elif "token_embedding" in name or "positional_embedding" in name:
+            nn.init.normal_(parameter, std=0.02)
+        else:  # class token, patches, in_proj, both projections
+            inputs = 3 * shape["patch"] ** 2 if parameter.dim() == 4 else width
+            nn.init.normal_(parameter, std=inputs ** -0.5)
+    return clip
 
 
 def sample_pair(seed: int, index: int) -> tuple[np.ndarray, str]:

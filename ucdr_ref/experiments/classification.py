@@ -26,7 +26,7 @@ from ..sre.adapter import SRECLIP, check_unseen
 from ..sre.class_vectors import node_vectors
 from ..sre.closed_form import CHUNK, Ridge, fit
 from ..sre.graph import Graph, normalised_adjacency, parse_graph
-from ..training.journal import load_own_state
+from ..training.journal import Run, load_own_state
 from ..ucdr.closed_form import ClosedFormAdapter
 from . import class_folders
 from .class_folders import Features, Folder, features
@@ -114,22 +114,23 @@ def build(config: Config, data: Data, clip: CLIP, device: torch.device) -> Exper
     graph, vectors = data.graph, node_vectors(data.graph, clip, config.class_vectors)
     method = made(config, clip, graph, data.unseen, vectors).to(device)
 
-    def start(folder: Path) -> Training:
+    def start(folder: Path, about: dict[str, Any]) -> Training:
         source, target = (features(folders, clip, config, feature_folder(config, folder), device)
                           for folders in (data.sources, [data.target]))
         name, anchors = baseline(clip, graph, source)
-        extra: dict[str, Any] = {"graph": asdict(graph), "unseen_ids": data.unseen, "baseline": name,
-                                 "anchors": anchors}
+        about = {**about, "graph": asdict(graph), "unseen_ids": data.unseen, "baseline": name,
+                 "anchors": anchors}
         if isinstance(method, ClosedFormAdapter):
-            method.form, extra["strength"] = fit(source.take, source.labels,
+            method.form, about["strength"] = fit(source.take, source.labels,
                                                  vectors[:graph.classes])
-            return Training({}, None, config, config.sre_iterations, extra)
+            return {}, None, Run(folder, config, device, about, config.sre_iterations)
         validate = None
         if config.sre_report == "best-test":  # S6
             validate = partial(test_score, method, target, device, folder)
         feeds = {"sre": class_folders.feed(source, target, config, device)}
         # No tower runs in this loop, so its arithmetic stays float32; no test evaluation stops it early.
-        return Training(feeds, validate, replace(config, precision="fp32"), config.sre_iterations, extra)
+        options = replace(config, precision="fp32")
+        return feeds, validate, Run(folder, options, device, about, config.sre_iterations)
 
     summary = class_folders.summary(data.sources, [data.target], graph, data.unseen)
     domains = [Path(root).name for root in config.source]

@@ -3,37 +3,23 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from ..clip.model import CLIP
-from ..machine.options import Shared
-from ..training.loop import Feed
+from ..images.features import Encoder
+from ..training.journal import Stateful
+from ..training.loop import Feed, Run
 
 
-class Method(typing.Protocol):
+class Method(Encoder, Stateful, typing.Protocol):
     """What evaluation and search need of a method; PHASES is empty for one that is not trained by steps."""
 
     PHASES: tuple[str, ...]
-    clip: CLIP
-
-    def encode(self, images: Tensor) -> Tensor: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any: ...
 
 
-@dataclass(frozen=True)
-class Training:
-    """What the loop is given once the run folder is open."""
-
-    feeds: Mapping[str, Feed]
-    validate: Callable[[], float] | None  # the score that chooses the best epoch; None keeps the last
-    options: Shared
-    patience: int  # epochs without a better score before the last phase stops
-    extra: dict[str, Any] = field(default_factory=dict)  # goes into every checkpoint
+# What the loop is given beside the method: feeds by phase, the score of `loop.train`, the run.
+Training = tuple[Mapping[str, Feed], Callable[[], float] | None, Run]
 
 
 @dataclass(frozen=True)
@@ -45,5 +31,5 @@ class Experiment:
     domain_names: list[str]
     summary: str  # files and classes, as --dry-run prints them
     files: dict[str, Any]  # digests of the file lists, for run.json
-    start: Callable[[Path], Training]
+    start: Callable[[Path, dict[str, Any]], Training]  # of the open run folder and what checkpoints hold
     finish: Callable[[Path], None] = lambda folder: None  # after the last phase, before evaluation

@@ -26,7 +26,7 @@ from ..clip.tensorfile import file_digest
 from ..config import Config, changes
 from ..machine.files import save_atomic, write_text_atomic
 from ..machine.processes import fold, main_first, pick_device, wait
-from ..training.journal import Run, own_state
+from ..training.journal import own_state
 from ..training.loop import train as train_phases
 from . import classification, retrieval
 from .contract import Method
@@ -71,11 +71,10 @@ def train(config: Config, folder: Path, verify: bool = True, dry_run: bool = Fal
     with main_first():
         held = open_run(folder, config, made_of, data.listing)
     with held:
-        training = experiment.start(folder)
         about = describe(config, experiment.class_names, experiment.domain_names, weights)
-        run = Run(folder, training.options, device, {**about, **training.extra}, training.patience)
+        feeds, validate, run = experiment.start(folder, about)
         if experiment.method.PHASES:
-            train_phases(experiment.method, training.feeds, training.validate, run)
+            train_phases(experiment.method, feeds, validate, run)
         else:
             save_atomic({"method": own_state(experiment.method), **run.extra}, folder / "best.pt")
         experiment.finish(folder)

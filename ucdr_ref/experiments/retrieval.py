@@ -27,7 +27,7 @@ from ..images.features import Extractor, prototypes
 from ..machine.files import load_state, save_atomic
 from ..machine.processes import fold, gather_rows, main_first, place, share
 from ..training.journal import load_own_state
-from ..training.loop import Feed
+from ..training.loop import Feed, Run
 from ..ucdr.adapter import Batch, UCDRAdapter
 from ..ucdr.closed_form import ClosedForm, ClosedFormAdapter, Measured, choose_strength, measure
 from . import protocols
@@ -93,10 +93,11 @@ def build(config: Config, protocol: Protocol, clip: CLIP, device: torch.device) 
         assert protocol.validation is not None and protocol.selected is not None
         return validation_score(encoded(method, config, device).of, protocol.validation, protocol.selected)
 
-    def start(folder: Path) -> Training:
+    def start(folder: Path, about: dict[str, Any]) -> Training:
         if config.method == "closed-form":
             method.form = fit_form(config, protocol, encoded(ZeroShot(clip), config, device))
-        return Training(feeds, validate if protocol.selected is not None else None, config, config.patience)
+        run = Run(folder, config, device, about, config.patience)
+        return feeds, validate if protocol.selected is not None else None, run
 
     def finish(folder: Path) -> None:
         """--closed-form 1: the form of the trained adapter's own features goes into best.pt."""

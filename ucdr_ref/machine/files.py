@@ -49,7 +49,7 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     file = regular_file(path)
     try:
-        state = read_any(file, copy=True)
+        state = read_any(file)
         if not isinstance(state, dict):
             raise FormatError(f"holds a {type(state).__name__}, not a dict")
     except FormatError as error:

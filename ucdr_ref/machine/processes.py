@@ -147,14 +147,9 @@ def average(tensors: Sequence[Tensor], weight: int) -> None:
         tensor.copy_(mean.view_as(tensor))
 
 
-def any_of(flag: bool) -> bool:
-    """Whether any process says so; no process goes on before all have answered."""
-    return any(gather([flag]))
-
-
 def wait() -> None:
     """Until every process is here."""
-    any_of(False)
+    gather([])
 
 
 @contextmanager

@@ -87,8 +87,9 @@ class Journal:
         if self.optimizer_state is not None:
             load_optimizer(optimizer, self.optimizer_state, self.run.folder / "last.pt")
 
-    def next_phase(self, index: int) -> None:
-        self.progress, self.optimizer_state = Progress(phase=index, log_bytes=self.progress.log_bytes), None
+    def next_phase(self) -> None:
+        self.progress = Progress(self.progress.phase + 1, log_bytes=self.progress.log_bytes)
+        self.optimizer_state = None
 
     def record(self, values: dict[str, Any]) -> None:
         """Appends one line of JSON to the log."""
@@ -100,7 +101,7 @@ class Journal:
 
     def checkpoint(self, method: Stateful, optimizer: torch.optim.Optimizer, phase: str, due: bool) -> None:
         """Writes last.pt where it is due or a process was told to stop, and then raises Stopped."""
-        stop = processes.any_of(bool(self.stopping))
+        stop = processes.gather([*self.stopping])  # the signals of all processes
         if due or stop:
             if isinstance(self.log, io.FileIO):  # first the log, whose length last.pt knows
                 os.fsync(self.log.fileno())

@@ -56,11 +56,10 @@ def train(method: Method, feeds: Mapping[str, Feed], validate: Callable[[], floa
     last. Raises Stopped after SIGINT or SIGTERM, ValueError at a non-finite loss.
     """
     with opened(run, method, len(method.PHASES)) as journal:
-        for index, phase in enumerate(method.PHASES):
-            if index >= journal.progress.phase:
-                selecting = validate if phase == method.PHASES[-1] else None
-                fit(method, phase, feeds[phase], selecting, journal)
-                journal.next_phase(index + 1)
+        for phase in method.PHASES[journal.progress.phase:]:
+            selecting = validate if phase == method.PHASES[-1] else None
+            fit(method, phase, feeds[phase], selecting, journal)
+            journal.next_phase()
     if validate is None or not feeds[method.PHASES[-1]].epochs:
         journal.keep_best(method)
 
