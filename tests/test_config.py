@@ -61,6 +61,9 @@ def test_presets_without_a_name():
     assert (ridge.method, ridge.graph, ridge.stroke_domains) == ("closed-form", "awa2", ())
     assert resolve({"method": "closed-form", "source": ["a"], "target": "b"}).stroke_domains == ()
     assert resolve({"method": "closed-form"}).dataset == "toy"
+    for flags, preset in (({"dataset": "domainnet"}, None), ({"method": "sre-clip", "source": ["a"]}, None), ({}, "toy")):
+        with pytest.raises(ValueError, match="--fast is short for the demonstration alone"):
+            resolve(flags, preset, fast=True)
     with pytest.raises(ValueError, match="no such preset.*tuberlin"):
         resolve({}, "cats")
     for flags in ({"dataset": "folder"}, {"method": "sre-clip"}):

@@ -127,11 +127,14 @@ def flag_of(name: str) -> str:
 def resolve(flags: Mapping[str, Any], preset: str | None = None, fast: bool = False) -> Config:
     """Defaults < preset < variant < flags. fast: the short demonstration.
 
-    Raises ValueError for an unknown preset, or one of another dataset or method than the flag's.
+    Raises ValueError for an unknown preset, one of another dataset or method than the flag's, or a long one
+    with `fast`.
     """
     name = default_preset(flags, fast) if preset is None else preset
     if name not in PRESETS:
         raise ValueError(f"--preset {name}: no such preset; there are {', '.join(PRESETS)}")
+    if fast and not name.endswith("fast"):
+        raise ValueError(f"--fast is short for the demonstration alone, and this is {name}; leave it out")
     values = {"method": "ucdr-adapter", **PRESETS[name]}
     if preset is None:
         values.pop("seen", None)  # of the table's rows
@@ -159,7 +162,9 @@ def default_preset(flags: Mapping[str, Any], fast: bool) -> str:
         if folders or dataset != "toy":
             return "sre"
         return "sre/toy-fast" if fast else "sre/toy"
-    return "toy/fast" if fast else next(name for name in PRESETS if PRESETS[name]["dataset"] == dataset)
+    if fast and dataset == "toy":
+        return "toy/fast"
+    return next(name for name in PRESETS if PRESETS[name]["dataset"] == dataset)
 
 
 def located(weights: str) -> str:

@@ -67,6 +67,13 @@ def test_trained_linear_and_half_precision_take_the_usual_way():
     assert layer.to(torch.bfloat16)(x.to(torch.bfloat16)).dtype == torch.bfloat16
 
 
+def test_a_trained_bias_of_frozen_weights_gets_its_gradient():
+    x, layer = torch.randn(3, 8, requires_grad=True), linear_module.Linear(8, 8)
+    layer.weight.requires_grad_(False)
+    layer(x).sum().backward()
+    assert layer.bias.grad.tolist() == [3.0] * 8
+
+
 # ---- parity
 
 def same_as(reference: nn.Module, image_size: int, vocabulary: int, batch: int) -> None:

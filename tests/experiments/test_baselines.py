@@ -113,7 +113,8 @@ def test_the_adapters_own_closed_form_is_a_row_and_outlives_a_resume(world, tmp_
 
 
 def test_with_closed_form_adds_a_row_to_any_run(world, tmp_path, form_run):
-    assert train.main(flags(world, tmp_path / "zs", "--method", "zero-shot", "--whitening", "3")) == 0
+    assert train.main(flags(world, tmp_path / "zs", "--method", "zero-shot", "--whitening", "3", "--closed-form", "1")) == 0
+    assert "form" not in load_state(tmp_path / "zs" / "best.pt")  # --closed-form is the adapter's own
     call = ["--run", str(tmp_path / "zs"), "--out", str(tmp_path / "out"), "--workers", "0"]
     assert evaluate.main([*call, "--with-closed-form"]) == 0
     key = ("closed-form", "mixed")
@@ -148,6 +149,9 @@ def test_ridge_is_the_closed_form_of_classification(scene, tmp_path):  # noqa: F
     call = ["--run", str(tmp_path / "sre"), "--out", str(tmp_path / "beside"), "--workers", "0", "--with-closed-form"]
     assert evaluate.main(call) == 0
     assert rows(tmp_path / "beside")["closed-form", ""]["instance"] == found["closed-form", ""]["instance"]
+    released = tmp_path / "released"  # S6 is of a training
+    assert train.main(sre_flags(scene, released, "--method", "closed-form", "--variant", "released")) == 0
+    assert rows(released).keys() == found.keys()
 
 
 def test_centring_changes_what_sre_clip_sees_and_is_kept_in_evaluation(scene, tmp_path):  # noqa: F811

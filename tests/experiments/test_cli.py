@@ -196,6 +196,10 @@ def test_mistakes_in_flags(world, tmp_path, capsys):
     refused(capsys, run_with("--preset", "domainnet/cat"), "no such preset", "domainnet/sketch")
     refused(capsys, run_with("--preset", "tuberlin"), "give one of the two")
     refused(capsys, run_with("--device", "tpu9"), "--device tpu9")
+    refused(capsys, run_with("--fast"), "--fast is short for the demonstration alone, and this is folder")
+    for method in ("ucdr-adapter", "zero-shot"):  # nor is another method trained under this one's name
+        refused(capsys, run_with("--method", method, "--graph", "awa2", "--target", "x"),
+                f"--graph, --target: only for --method sre-clip or closed-form, and this is {method}")
     refused(capsys, run_with("--tau", "-1"), "tau is -1.0")
     refused(capsys, run_with("--class-split", str(tmp_path / "x.json")), "expected a JSON file")
     assert not (tmp_path / "none").exists()
@@ -275,6 +279,8 @@ def test_evaluate_and_retrieve_explain_mistakes(run, world, tmp_path, capsys):
     (run.parent / "broken").mkdir()
     (run.parent / "broken" / "best.pt").write_bytes(b"PK\x03\x04 half a file")
     refused(capsys, evaluate.main(["--run", str(run.parent / "broken")]), "best.pt")
+    refused(capsys, evaluate.main(["--run", str(run), "--target", str(tmp_path)]), "error: --target: only for")
+    refused(capsys, evaluate.main(["--run", str(run), "--eval-batch", "0"]), "error: config field eval_batch is 0")
 
 
 def test_unreadable_images_stop_or_are_counted(world, tmp_path, capsys):

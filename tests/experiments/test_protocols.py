@@ -134,7 +134,9 @@ def test_bad_roots_and_flags_are_explained(folder, tmp_path):
         (dict(held_out="paintings"), "--held-out paintings: no such domain.*icon, photo, sketch"),
         (dict(domains=("photo", "sketches")), "no domain folder 'sketches'"),
         (dict(gallery="x"), "--gallery x: no such domain"), (dict(held_out="photo"), "is the gallery domain"),
-        (dict(seen="sketch"), "--seen sketch is held out"), (dict(class_split=str(tmp_path / "no.json")), "expected a JSON file"),
+        (dict(seen="sketch"), "--seen sketch is held out"),
+        (dict(held_out="none", seen="photo"), "--seen photo is the gallery domain.* icon, photo, sketch"),
+        (dict(class_split=str(tmp_path / "no.json")), "expected a JSON file"),
     ]
     for flags, message in cases:
         with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -242,6 +242,7 @@ def test_mistakes_are_one_sentence(scene, tmp_path, capsys):
     refused(capsys, run_with("--graph", "awa2", "--unseen", ""), "no folder bears the name of a seen class; there are shape_10,")
     refused(capsys, run_with("--target", str(tmp_path / "absent")), "--target", "no such folder")
     refused(capsys, run_with("--target", ""), "give --source DIR")
+    refused(capsys, run_with("--dataset", "toy", "--preset", "sre/toy"), "--dataset toy draws its own images; leave --source")
     refused(capsys, run_with("--class-vectors", equal), "'shape 3' and 'shape 5' have identical vectors")
     refused(capsys, run_with("--class-vectors", short), "no vector for 2 of 10", "even, odd")
     refused(capsys, run_with("--weights", str(tmp_path / "absent.pt")), "absent.pt")

@@ -197,15 +197,16 @@ def test_unreadable_images_stop_or_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "photo" / "cow" / "0.png").write_bytes(b"no image")
     clip = CLIP.from_state_dict(tiny_state_dict())
 
-    def compute(bad: str) -> Features:
+    def compute(bad: str, only: set[int] | None = None) -> Features:
         config = Config(workers=0, bad_images=bad)
-        return sre_data.features([sre_data.scan_folder("--target", root, GRAPH)], clip, config, tmp_path / "cache",
+        return sre_data.features([sre_data.scan_folder("--target", root, GRAPH, only=only)], clip, config, tmp_path / "cache",
                                  torch.device("cpu"))
 
     with pytest.raises(ValueError, match="1 of 3 images could not be read.*--bad-images skip"):
         compute("error")
     found = compute("skip")
     assert [Path(path).name for path in found.paths] == ["1.png", "3.png"] and found.labels.tolist() == [2, 1]
+    assert compute("error", only={1}).labels.tolist() == [1]  # a folder that is not used is not read
 
 
 def test_presets_know_their_method_and_dataset() -> None:

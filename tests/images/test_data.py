@@ -98,7 +98,7 @@ def test_tiles_make_the_same_image(tmp_path, monkeypatch):
 
 def test_small_files_of_many_pixels_take_little_memory(tmp_path):
     """Eight bytes a pixel for what is read and what is returned, and some; in a process of its own."""
-    cases = [((6000, 5000), "I;16", 30_000), ((10_000_000, 1), "I;16", 30_000), ((5000, 6000), "LA", (9, 128))]
+    cases = [((6000, 5000), "I;16", 30_000), ((100_000, 100), "I;16", 30_000), ((5000, 6000), "LA", (9, 128))]
     paths = [saved(tmp_path, Image.new(mode, size, colour), f"{i}.png", compress_level=1)
              for i, (size, mode, colour) in enumerate(cases)]
     code = ("import resource, sys; from ucdr_ref.images.batches import open_image\n"
@@ -161,6 +161,10 @@ def test_truncated_image_is_an_error_and_a_bomb_too(tmp_path, monkeypatch):
         file.write(content[: len(content) // 2])
     with pytest.raises(ValueError, match="cut.png"):
         open_image(path)
+    for size in ((1, 1001), (1001, 1)):  # its short side would become hundreds of pixels, and the long one with it
+        with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} pixels: one side is more than 1000 times"):
+            open_image(saved(tmp_path, Image.new("RGB", size), "strip.png"))
+    assert open_image(saved(tmp_path, Image.new("RGB", (1, 1000)), "strip.png")).size == (1, 1000)
     monkeypatch.setattr("ucdr_ref.images.batches.MAX_PIXELS", 10)
     with pytest.raises(ValueError, match="8 x 8 pixels"):
         open_image(saved(tmp_path, Image.new("RGB", (8, 8)), "big.png"))

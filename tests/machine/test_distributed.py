@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import retrieve
 import train
 from tests.helpers import flags
-from ucdr_ref.experiments import classification
 from ucdr_ref.machine import processes as distributed
 from ucdr_ref.machine.files import load_state
 from ucdr_ref.ucdr.adapter import UCDRAdapter
@@ -112,7 +112,10 @@ def test_shares_are_the_whole_in_order(monkeypatch, world):
         assert sum(shares, []) == list(range(count)) and max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_sre_clip_wants_one_process(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(classification, "world", lambda: 2)
+def test_sre_clip_and_a_search_want_one_process(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(distributed, "world", lambda: 2)
     assert train.main(["--method", "sre-clip", "--run", str(tmp_path / "sre")]) == 2
     assert "without torchrun" in capsys.readouterr().err and not (tmp_path / "sre").exists()
+    weights = str(ROOT / "weights" / "demo-clip.pt")
+    assert retrieve.main(["--weights", weights, "--gallery", str(tmp_path), "--query", "a.png"]) == 2
+    assert "a search needs one process" in capsys.readouterr().err

@@ -1,7 +1,9 @@
 """Files that are written in place or replaced: never through a link, never a special file; the run's own device in the record."""
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,25 @@ def test_files_of_the_kernel_that_may_never_end_are_not_read(tmp_path):
             file_digest(path)
 
 
+def test_a_file_system_that_cannot_sync_a_folder_is_good_enough(tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def refuses(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuses)
+    write_text_atomic(tmp_path / "a.json", "new")
+    assert (tmp_path / "a.json").read_text() == "new"
+
+
+@pytest.mark.parametrize("name", ["meta", "cuda:99", "hpu:0", "tpu9"])
+def test_a_device_that_cannot_compute_is_refused(name):
+    with pytest.raises(ValueError, match=f"--device {name} is not usable .*; try --device cpu"):
+        processes.pick_device(name)
+
+
 def test_the_gpu_that_is_recorded_is_the_run_s_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"card {device}")
@@ -76,7 +97,8 @@ def test_every_process_takes_its_own_gpu_for_what_names_none(monkeypatch):
     chosen: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(torch, "empty", lambda *size, device: device)
+    one = torch.ones(1)
+    monkeypatch.setattr(torch, "ones", lambda count, device: one)
     monkeypatch.setattr(processes, "world", lambda: 4)
     for local in range(4):
         monkeypatch.setenv("LOCAL_RANK", str(local))

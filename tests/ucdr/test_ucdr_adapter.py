@@ -216,6 +216,9 @@ def test_ledger_switches_change_what_they_name():
     assert small().learning_rate("target", 0, 0) == 1e-4 and small().learning_rate("source", 9, 0) == 1e-4
     assert small().learning_rate("target", 5, 0) == pytest.approx(1e-4 * 10 ** -0.75)  # D11
     assert small().learning_rate("target", 19, 0) == 1e-6
+    for rate in (0.0, 1e-7):  # a smaller one is not raised to the floor
+        assert small(target_lr=rate).learning_rate("target", 19, 0) == rate
+    assert [small(target_lr=3e-4).optimizer(phase).defaults["lr"] for phase in ("source", "target")] == [1e-4, 3e-4]
 
 
 @pytest.mark.parametrize("phase", ["source", "target"])

@@ -35,11 +35,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """F.linear: x [..., i], weight [o, i], bias [o] -> [..., o].
 
     On a CPU PyTorch's float32 products go to MKL, which leaves up to half of the speed of AMD's processors
-    unused. Where the weights are frozen, this takes oneDNN: the same within rounding.
+    unused. Where weight and bias are frozen, this takes oneDNN: the same within rounding.
     """
     here = ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
     plain = not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-    if here and plain and not weight.requires_grad:
+    if here and plain and not (weight.requires_grad or bias.requires_grad):
         return OneDNNLinear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 

@@ -49,7 +49,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Features:
-    """Frozen CLIP features, not normalised, of one or more folders; each part [n, e] is memory-mapped."""
+    """Frozen CLIP features, not normalised, of one or more folders: parts [n, e], mapped from their files."""
 
     parts: list[np.ndarray]
     paths: list[str]
@@ -249,7 +249,8 @@ def features(folders: Sequence[Folder], clip: CLIP, config: Config, cache: Path,
     encoder = Extractor(ZeroShot(clip, normalized=False), config, device)
     parts, paths, labels, skipped = [], [], [], 0
     for folder in folders:
-        index = build_index(folder.root, encoder.of_paths(), digest_of(model), cache, config.bad_images)
+        index = build_index(folder.root, encoder.of_paths(), digest_of(model), cache, config.bad_images,
+                            without=folder.skipped)
         label = dict(zip(folder.files.paths, folder.labels))
         rows = [row for row in range(len(index.paths)) if index.path(row) in label]
         used = list(map(index.path, rows))

@@ -21,7 +21,7 @@ from ..clip.zero_shot import ZeroShot, class_text_features
 from ..config import Config
 from ..images.features import prototypes
 from ..machine.files import digest_of, write_text_atomic
-from ..machine.processes import world
+from ..machine.processes import one_process
 from ..sre.adapter import SRECLIP, check_unseen
 from ..sre.class_vectors import node_vectors
 from ..sre.closed_form import CHUNK, Ridge, fit
@@ -75,18 +75,12 @@ class Data:
 
 def prepare(config: Config, before: Listing) -> tuple[Config, Data]:
     """Graph and folders; the drawn data is drawn first where it is absent. before: for `trees.with_gone`."""
-    refuse_torchrun()
-    if config.dataset == "toy" and not config.source:
+    one_process("sre-clip, which encodes each image once and then works on features,")
+    if config.dataset == "toy":
         config = class_folders.drawn(config)
     graph, unseen = class_folders.graph_and_unseen(config)
     sources = class_folders.scan_sources(config, graph, unseen, before)
     return config, Data(graph, unseen, sources, target_folder(config, graph, before))
-
-
-def refuse_torchrun() -> None:
-    if world() > 1:
-        raise ValueError("sre-clip encodes each image once and then works on features, for which one process "
-                         "is enough: start it without torchrun")
 
 
 def feature_folder(config: Config, run: Path) -> Path:
@@ -179,7 +173,10 @@ def baseline(clip: CLIP, graph: Graph, source: Features) -> tuple[str, Tensor]:
 
 
 def test_score(method: SRECLIP, target: Features, device: torch.device, folder: Path) -> float:
-    """H (instance) on the test images, which the released code reports (S6); noted in the run folder."""
+    """H (instance) on the test images, which the released code reports (S6); noted in the run folder.
+
+    The loop logs it as `validation_mAP`, its name for whatever score it is given.
+    """
     unseen, c = method.unseen_ids.tolist(), len(method.class_names)
     predicted = predict(method_scores(method, target, device), len(target), c, unseen)
     found = accuracies(predicted, target.labels, unseen, c)
@@ -209,7 +206,7 @@ def best_scores(folder: Path) -> tuple[int, dict[str, dict[str, float | None]]]:
 
 def tested(config: Config, state: dict[str, Any], before: Listing) -> Data:
     """What a run is evaluated on: the graph it was trained with, and the target images."""
-    refuse_torchrun()
+    one_process("sre-clip")
     graph = parse_graph(state["graph"])
     return Data(graph, list(state["unseen_ids"]), [], target_folder(config, graph, before))
 
@@ -246,7 +243,7 @@ def evaluate(config: Config, data: Data, method: Any, state: dict[str, Any], fol
             details = {"predicted": predicted, "labels": target.labels, "names": names, "unseen": unseen}
             rows.append({"method": title, **about, **accuracies(predicted, target.labels, unseen, len(names)),
                          "details": details})
-    if config.sre_report == "best-test":  # S6
+    if config.method == "sre-clip" and config.sre_report == "best-test":  # S6
         count, best = best_scores(folder)
         rows.append({"method": "best-test", "evaluations": count, **about, **best})
     return rows
@@ -268,6 +265,8 @@ def table(rows: list[dict[str, Any]], config: Config) -> str:
         if "evaluations" in row:
             lines.append(f"{indent}(each metric's maximum over {row['evaluations']} evaluations on the test "
                          "images, S6)")
+    if config.sre_center:
+        lines.append(f"{indent}(transductive: the target features have lost their mean)")
     # Published numbers stand beside the whole target alone, and OpenAI's weights.
     whole = config.graph in PUBLISHED and rows[0]["classes"] == 50
     if whole and file_digest(config.weights) in OPENAI_SHA256.values():

@@ -32,12 +32,27 @@ from . import classification, retrieval
 from .contract import Method
 from .page import log_lines
 from .report import plain
-from .run_folder import describe, first_gone, open_run, recorded_files, remembered, restore_state, versions
+from .run_folder import (
+    checkpoint,
+    describe,
+    first_gone,
+    open_run,
+    recorded_files,
+    remembered,
+    restore_state,
+    versions,
+)
 
 
 def task_of(config: Config) -> Any:
-    """The module of a config's task: a class graph or a target folder makes it classification."""
-    return classification if config.method == "sre-clip" or config.graph or config.target else retrieval
+    """The module of a config's task; ValueError for classification by a method that is none of it."""
+    given = [f"--{name}" for name in ("graph", "source", "target") if getattr(config, name)]
+    if config.method == "sre-clip" or given and config.method == "closed-form":
+        return classification
+    if given:
+        raise ValueError(f"{', '.join(given)}: only for --method sre-clip or closed-form, and this is "
+                         f"{config.method}; give one of the two, or leave out {' and '.join(given)}")
+    return retrieval
 
 
 def load_tower(config: Config, verify: bool, device: torch.device) -> CLIP:
@@ -89,10 +104,12 @@ def restore(folder: Path, overrides: dict[str, Any], device: torch.device, verif
     there was in training is in the checkpoint. Raises FileNotFoundError or ValueError when the folder holds
     no finished run, or the weights' digest is not the run's, unless `other_weights`.
     """
-    config, state = restore_state(folder, overrides, other_weights,
-                                  lambda config, state, path: task_of(config).check(config, state, path))
+    config, state = restore_state(folder, overrides, other_weights)
+    task, path = task_of(config), folder / "best.pt"
+    with checkpoint(path):
+        task.check(config, state, path)
     clip = load_tower(config, verify, device)
-    return config, task_of(config).rebuild(config, clip, state, folder / "best.pt", device), state
+    return config, task.rebuild(config, clip, state, path, device), state
 
 
 def evaluate(folder: Path, overrides: dict[str, Any], out: Path | None = None, other_data: bool = False,

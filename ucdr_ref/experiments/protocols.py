@@ -28,7 +28,7 @@ Splits = dict[str, list[str]]  # train, val and test classes
 class Test:
     """Queries of one domain against one or more galleries."""
 
-    protocol: str  # UCDR, UdCDR or UcCDR
+    protocol: str  # UCDR, UdCDR, UcCDR or validation
     query_domain: str
     query: Files
     galleries: dict[str, Files]
@@ -205,6 +205,9 @@ def roles(config: Config, row: Dataset | None, tree: Tree) -> tuple[str | None, 
         raise ValueError(f"--seen {seen} is held out; name a source domain for the validation queries")
     if held_out is None and len(tree) < 2:
         raise ValueError(f"{config.data_root}: only the domain {there}; give two or more")
+    if held_out is None and seen == gallery:
+        raise ValueError(f"--seen {seen} is the gallery domain, where each query would find itself; name "
+                         f"another one of {there}")
     return held_out, gallery, seen
 
 

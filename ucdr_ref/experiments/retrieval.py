@@ -101,8 +101,8 @@ def build(config: Config, protocol: Protocol, clip: CLIP, device: torch.device) 
 
     def finish(folder: Path) -> None:
         """--closed-form 1: the form of the trained adapter's own features goes into best.pt."""
-        path = folder / "best.pt"
-        if config.closed_form and "form" not in (state := load_state(path)):
+        path, wanted = folder / "best.pt", config.closed_form and config.method == "ucdr-adapter"
+        if wanted and "form" not in (state := load_state(path)):
             trained = rebuild(config, clip, state, path, device)
             form = fit_form(config, protocol, encoded(trained, config, device))
             save_atomic({**state, "form": form.state_dict()}, path)

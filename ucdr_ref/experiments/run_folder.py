@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -125,8 +125,16 @@ def check_entries(folder: Path) -> None:
 def explained(path: Path, what: str, advice: str = ADVICE) -> Iterator[None]:
     try:
         yield
+    except Misfit:
+        raise
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise ValueError(f"{show(path)} {what} ({tidy(error)}); {advice}") from None
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{show(path)} {what} ({type(error).__name__}: {tidy(error)}); {advice}") from error
+
+
+def checkpoint(path: Path) -> AbstractContextManager[None]:
+    return explained(path, "is no checkpoint of a run of this version", "train again")
 
 
 def read_config(path: Path) -> Config:
@@ -204,9 +212,9 @@ def describe(config: Config, class_names: list[str], domain_names: list[str],
             "weights_sha256": weights_sha256, "version": __version__}
 
 
-def restore_state(folder: Path, overrides: dict[str, Any], other_weights: bool,
-                  check: Callable[[Config, dict[str, Any], Path], None]) -> tuple[Config, dict[str, Any]]:
-    """The config and the content of a run folder's best.pt; `check` sees to the sizes that its task needs.
+def restore_state(folder: Path, overrides: dict[str, Any],
+                  other_weights: bool) -> tuple[Config, dict[str, Any]]:
+    """The config and the content of a run folder's best.pt.
 
     Raises FileNotFoundError or ValueError for a folder without a finished run, or weights that are not its.
     """
@@ -214,17 +222,12 @@ def restore_state(folder: Path, overrides: dict[str, Any], other_weights: bool,
     path = folder / "best.pt"
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; train first: python train.py --run {folder}")
+    from_dict(overrides)  # what does not fit here is no fault of the checkpoint
     state = load_state(path)
-    try:
+    with checkpoint(path):
         config = from_dict({**state["config"], **overrides})
-        config = replace(config, weights=located(config.weights))
         check_state(state)
-        check(config, state, path)
-    except Misfit:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path} is no checkpoint of a run of this version ({type(error).__name__}: "
-                         f"{tidy(error)}); train again") from error
+    config = replace(config, weights=located(config.weights))
     try:
         digest = file_digest(config.weights)
     except (ValueError, OSError) as error:

@@ -25,7 +25,7 @@ from ..config import Config, from_dict, located
 from ..images.cache import EncodePaths, Index, build_index
 from ..images.features import Extractor
 from ..machine.files import digest_of
-from ..machine.processes import pick_device
+from ..machine.processes import one_process, pick_device
 from ..ucdr.adapter import UCDRAdapter
 from ..ucdr.closed_form import center, centred
 from .contract import Method
@@ -150,6 +150,7 @@ def search(model: Model, gallery: Path, images: Sequence[str], texts: Sequence[s
     centre (transductive): the gallery loses its mean, query images that of the folder `like` or, as texts
     do, their own when they are FEW or more. Raises ValueError for fewer, and as those above.
     """
+    one_process("a search")
     for what, asked in (("texts or more", texts),
                         ("query images or more, or --queries-like DIR", () if like else images)):
         if centre and 0 < len(asked) < FEW:

@@ -30,6 +30,7 @@ from ..machine.processes import fold
 # Mean and standard deviation of the training images' normalisation (D4).
 STATISTICS = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 MAX_PIXELS = 120_000_000  # more is taken for a decompression bomb
+MAX_RATIO = 1000  # of the sides: a longer strip would be scaled to gigabytes with its short side
 TILE = 1024  # side in pixels of what is converted at once
 STOPS = (signal.SIGINT, signal.SIGTERM)
 # Raster formats alone: Pillow would hand an EPS, whatever its name, to Ghostscript.
@@ -74,8 +75,11 @@ def open_image(path: str, as_is: bool = False) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of size, an error below, and of broken EXIF
             with Image.open(path, formats=known) as image:
+                size = f"{image.width} x {image.height} pixels"
                 if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+                    raise ValueError(f"{size} are more than {MAX_PIXELS}")
+                if max(image.size) > MAX_RATIO * min(image.size):
+                    raise ValueError(f"{size}: one side is more than {MAX_RATIO} times the other")
                 if as_is:  # D19
                     return image.convert("RGB")
                 ImageOps.exif_transpose(image, in_place=True)

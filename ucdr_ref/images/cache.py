@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,23 +81,24 @@ class Entry:
 
 def build_index(folder: str | os.PathLike[str], encode_paths: EncodePaths, key: str,
                 cache_dir: str | os.PathLike[str], bad: str = "error",
-                say: Callable[[str], None] | None = None) -> Index:
+                say: Callable[[str], None] | None = None, without: Collection[str] = ()) -> Index:
     """The index of all images below `folder`: from the cache as far as it goes, the rest encoded now.
 
     encode_paths(absolute paths) yields (indices into them [b], features [b, e]) in any order; an index that
     never comes is an image that it could not read: an error, once the others are cached, or with bad="skip"
-    left out and not tried again before it changes. `key` identifies model and preprocessing. Features are
-    reused only for the same folder, path, size, times and `key`. What stops the encoding, such as
-    KeyboardInterrupt, leaves in the cache what was encoded before. `say` gets lines about broken entries and
-    about how far it is (default: stderr). Raises FileNotFoundError for a missing folder, ValueError for one
-    without images, an unreadable image or features that are not finite, WriteError for a blocked cache.
+    left out and not tried again before it changes. `key` identifies model and preprocessing. without: folders
+    in it that are passed over. Features are reused only for the same folder, path, size, times and `key`.
+    What stops the encoding, such as KeyboardInterrupt, leaves in the cache what was encoded before. `say`
+    gets lines about broken entries and about how far it is (default: stderr). Raises FileNotFoundError for a
+    missing folder, ValueError for one without images, an unreadable image or features that are not finite,
+    WriteError for a blocked cache.
     """
     if bad not in ("error", "skip"):
         raise ValueError(f'bad must be "error" or "skip"; got {bad!r}')
     say = say or (lambda line: print(line, file=sys.stderr))
     root, cache = os.path.realpath(folder), Path(cache_dir)
-    files = list_images(root)
-    digest = digest_of([2, root, key])
+    files = [file for file in list_images(root) if file[0].split(os.sep)[0] not in without]
+    digest = digest_of([2, root, key, *without])
     entries = sound_entries(cache, digest, say)
     entry = next((old for old in entries if sorted(old.files + old.skipped) == files), None)
     cached, encoded = entry is not None, 0

@@ -98,7 +98,8 @@ def write_atomic(path: str | os.PathLike[str], fill: Callable[[BinaryIO], object
         if os.name == "posix":
             folder = os.open(target.parent, os.O_RDONLY)
             try:
-                os.fsync(folder)
+                with suppress(OSError):  # some network file systems know no fsync of a folder
+                    os.fsync(folder)
             finally:
                 os.close(folder)
 

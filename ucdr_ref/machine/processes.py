@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import signal
 import sys
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -19,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-GRACE_SECONDS = 20  # from SIGTERM until a process ends that waits in vain; torchrun kills it after 30
+from ..clip.tensorfile import tidy
+
 Items = TypeVar("Items", bound=Sequence[Any])
 
 
@@ -48,8 +46,8 @@ def processes() -> Iterator[None]:
         yield
         return
     # Numbers on the CPU go by gloo, so that they never wait for a GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    end_when_stuck()
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
     if not is_main():
         sys.stdout = open(os.devnull, "w")
     try:
@@ -60,39 +58,15 @@ def processes() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def end_when_stuck() -> None:
-    """Ends this process some time after SIGTERM, which torchrun sends when another one died.
-
-    One that waits for a dead one's tensors on a GPU runs no Python handler, but a thread sees the signal.
-    """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    name = f"process {rank()}"
-
-    def watch() -> None:
-        while os.read(reader, 1)[0] not in (signal.SIGINT, signal.SIGTERM):
-            pass
-        time.sleep(GRACE_SECONDS)
-        print(f"error: {name} was told to stop and waits in vain for another one", file=sys.stderr)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 @contextmanager
 def together() -> Iterator[None]:
     """Around every exchange: when another process is gone, says so before torchrun ends this one too."""
     try:
         yield
     except RuntimeError as error:
-        print(f"error: process {rank()} lost another one ({first_line(error)}); what was saved is intact: "
+        print(f"error: process {rank()} lost another one ({tidy(error)}); what was saved is intact: "
               "run the same command to go on", file=sys.stderr)
         sys.exit(2)
-
-
-def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
 
 
 def share(items: Items) -> Items:
@@ -147,6 +121,12 @@ def average(tensors: Sequence[Tensor], weight: int) -> None:
         tensor.copy_(mean.view_as(tensor))
 
 
+def one_process(what: str) -> None:
+    """ValueError where there are more."""
+    if world() > 1:
+        raise ValueError(f"{what} needs one process: start it without torchrun")
+
+
 def wait() -> None:
     """Until every process is here."""
     gather([])
@@ -170,9 +150,9 @@ def pick_device(name: str) -> torch.device:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if device.type == "cuda":
             torch.cuda.set_device(device)  # for what names no device, such as the peak memory or NCCL
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} is not usable ({first_line(error)}); try --device cpu") from None
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"--device {name} is not usable ({tidy(error)}); try --device cpu") from None
     return device
 
 

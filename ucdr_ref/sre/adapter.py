@@ -48,7 +48,7 @@ class ImageAdapter(nn.Module):
 
 
 class GCN(nn.Module):
-    """H = LeakyReLU_0.2(A (drop(X) W1) + b1); G = A (drop(H) W2) + b2."""
+    """H = LeakyReLU_0.2(A (drop(X) W1) + b1); G = A (drop(H) W2) + b2; H is as wide as G."""
 
     def __init__(self, w: int, h: int, dropout: float) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class SRECLIP(nn.Module):
 
     class_vectors: Tensor  # [N, w]
     adjacency: Tensor  # [N, N]
-    unseen_ids: Tensor
+    unseen_ids: Tensor  # [u]
 
     def __init__(self, clip: CLIP, class_names: Sequence[str], class_vectors: Tensor, adjacency: Tensor,
                  unseen_ids: Sequence[int] | Tensor, config: Options) -> None:
@@ -182,6 +182,7 @@ class SRECLIP(nn.Module):
         L_s during the warm-up (the target images enter the bank all the same), then L_t + 1.5 L_s; L_t weighs
         `sre_target`, 0 in the ablation without target losses.
         """
+        # Each of the two runs the graph head, so their dropout masks differ.
         config, source, target = self.config, self.source_step(batch), self.target_step(batch.target)
         loss = source["source"]
         if batch.iteration >= config.sre_warmup:
@@ -224,7 +225,10 @@ class SRECLIP(nn.Module):
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
-        """Test-time class logits [b, c], cosine / temperature, of CLIP features [b, e], not normalised."""
+        """Test-time class logits [b, c], cosine / temperature, of CLIP features [b, e], not normalised.
+
+        Call `eval()` first: in training mode the graph head drops out.
+        """
         return self.encode_features(features) @ self.class_embeddings().T / self.config.sre_temperature
 
     @torch.no_grad()

@@ -39,7 +39,8 @@ class Options:
         str, "KIND",
         "S4: node vectors: clip (text features), clip-classes (of the classes; ancestors: means), or a file "
         "`word v1 v2 ...`"] = "clip"
-    sre_kappa: Annotated[float, "0 <= x <= 1", "S5: kappa of L-bias"] = 0.3
+    sre_kappa: Annotated[
+        float, "0 <= x <= 1", "S5: kappa of L-bias, and the share of unseen classes in calibrated rows"] = 0.3
     sre_report: Annotated[
         Literal["last", "best-test"],
         "S6: the last iteration, or each metric's maximum over evaluations on the test images"] = "last"

@@ -24,7 +24,7 @@ class Batch(NamedTuple):
 class ClassQueues(nn.Module):
     """First-in-first-out queues of momentum features, one per class (M), as one ring tensor: no loop."""
 
-    rows: Tensor  # [c + 1, size, e]; the last row takes what a push need not keep
+    rows: Tensor  # [c + 1, size, e]; the last row takes what a push need not keep, and is never read
     pushed: Tensor  # [c], features ever pushed
 
     def __init__(self, c: int, size: int, e: int) -> None:
@@ -183,13 +183,15 @@ class UCDRAdapter(nn.Module):
         return trained
 
     def optimizer(self, phase: str) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.trainable(phase).values(), betas=(0.9, 0.999))
+        rate = self.learning_rate(phase, epoch=0, step=0)
+        return torch.optim.Adam(self.trainable(phase).values(), lr=rate, betas=(0.9, 0.999))
 
     def learning_rate(self, phase: str, epoch: int, step: int) -> float:
-        """Constant in phase 1; target_lr * 10^(-3 epoch / 20), at least 1e-6, in phase 2 (epochs from 0)."""
+        """Constant in phase 1; target_lr * 10^(-3 epoch / 20), not below 1e-6, in phase 2 (epochs from 0)."""
         if phase == "source":
             return self.config.source_lr
-        return max(self.config.target_lr * 10 ** (-3 * epoch / 20), 1e-6)  # D11
+        first = self.config.target_lr
+        return max(first * 10 ** (-3 * epoch / 20), min(first, 1e-6))  # D11
 
     def start(self, phase: str) -> None:
         """Prepares a phase: in phase 2 the text features are constants, so they are computed once."""

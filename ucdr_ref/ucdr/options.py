@@ -13,7 +13,8 @@ class Options:
     mask: Annotated[Literal["own", "none"], "D1: rows masked in phase 2"] = "own"
     feature_token: Annotated[
         Literal[0, 1], "D2: token that is pooled; 0 the class token, 1 the first domain prompt"] = 0
-    evaluation_features: Annotated[Literal["normalized", "raw"], "D3: features at test time"] = "normalized"
+    evaluation_features: Annotated[
+        Literal["normalized", "raw"], "D3, D18: features at test time"] = "normalized"
     train_normalization: Annotated[Literal["clip", "imagenet"], "D4: pixel mean and std in training"] = "clip"
     selection: Annotated[
         Literal["validation", "test", "test-ud", "last"],
@@ -54,7 +55,7 @@ class Options:
         "none)"] = 0.0
 
     # numbers
-    prompt_length: Annotated[int, "1 <= x <= 1024", "p, tokens of a source prompt"] = 1
+    prompt_length: Annotated[int, "1 <= x <= 1024", "p, tokens of a source prompt (D16)"] = 1
     context_vectors: Annotated[int, "1 <= x <= 1024", "m, learnable vectors of the text template"] = 16
     tau: Annotated[float, "0 < x", "temperature of L-align"] = 0.07
     margin: Annotated[float, "0 <= x", "margin of L-triplet"] = 0.2
