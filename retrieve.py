@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -67,15 +68,15 @@ def run(argv: list[str] | None) -> None:
         model = search.run_model(folder, overrides, not args.no_verify, args.other_weights)
         cache = folder / "index"
     gallery = args.gallery or search.own_gallery(model.config)
-    found = search.search(model, gallery, args.query, args.text, args.k, args.cache or cache,
-                          args.invert_query, args.invert_gallery, args.center, args.queries_like)
+    index, found = search.search(model, gallery, args.query, args.text, args.k, args.cache or cache,
+                                 args.invert_query, args.invert_gallery, args.center, args.queries_like)
     if args.export:  # files before text: the reader of the text may go away
-        names = found.index.export(args.export)
-        rows, width = found.index.features.shape
+        names = index.export(args.export)
+        rows, width = index.features.shape
         print(f"{plain(args.export)}: {rows} x {width} float32; paths in {plain(names)}", file=sys.stderr)
-    if args.out and found.queries:
+    if args.out and found["queries"]:
         search.draw(found, args.out)
-    print(search.as_json(found) if args.json else search.as_text(found))
+    print(json.dumps(found) if args.json else search.as_text(found))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 from tests.fuzzing import Harness, Trap, mutated, png, tidied
 from tests.helpers import tiny_state_dict
 from tests.weight_files import SMALL, WRITERS, equal, rewrite
+from ucdr_ref import __version__
 from ucdr_ref.clip.load import load_clip
 from ucdr_ref.clip.tensorfile import file_digest
 from ucdr_ref.config import Config, to_json
@@ -158,7 +159,8 @@ class Scene:
     def train(self, name: str, run: Path) -> None:
         """As train.py does it, two batches a phase."""
         config, method = self.configs[name], self.method(name)
-        extra = {**runs.describe(config, NAMES, ["photo", "sketch"], self.sha), "graph": self.graph.__dict__, "unseen_ids": [1],
+        extra = {"config": asdict(config), "class_names": NAMES, "domain_names": ["photo", "sketch"],
+                 "weights_sha256": self.sha, "version": __version__, "graph": self.graph.__dict__, "unseen_ids": [1],
                  "baseline": "prototypes", "anchors": torch.zeros(4, self.clip.embed_dim)}
 
         def load(epoch: int, left: Any) -> Iterator[tuple[Any, list[str]]]:

@@ -40,6 +40,7 @@ def slow_ap(hits: list[bool], divisor: float) -> float:
 
 def slow_retrieval(query: Tensor, labels: Tensor, gallery: Tensor, gallery_labels: Tensor, k: int) -> dict[str, Any]:
     rows: dict[str, list[float]] = {name: [] for name in ("AP", "relevant", "Prec", "AP@all", "Prec@100")}
+    curves: list[list[float]] = []
     cut, hundred, no_relevant = min(k, len(gallery)), min(100, len(gallery)), 0
     for label, ranking in zip(labels.tolist(), slow_ranking(query, gallery)):
         hits = [gallery_labels[j].item() == label for j in ranking]
@@ -48,8 +49,9 @@ def slow_retrieval(query: Tensor, labels: Tensor, gallery: Tensor, gallery_label
         rows["Prec"].append(sum(hits[:cut]) / cut)
         rows["AP@all"].append(slow_ap(hits, sum(hits)))
         rows["Prec@100"].append(sum(hits[:hundred]) / hundred)
+        curves.append([sum(hits[:rank]) / rank for rank in range(1, max(cut, hundred) + 1)])
         no_relevant += not any(hits)
-    return {**rows, "no_relevant": no_relevant}
+    return {**rows, "precision": [mean(column) for column in zip(*curves)], "no_relevant": no_relevant}
 
 
 def mean(values: list[float]) -> float:
@@ -84,8 +86,8 @@ def test_retrieval_equals_double_loop(q: int, g: int, classes: int, k: int, ties
     query, labels, gallery, gallery_labels = random_case(q * g + k, q, g, 5, classes, ties)
     expected = slow_retrieval(query, labels, gallery, gallery_labels, k)
     result = retrieval(query, labels, gallery, gallery_labels, k=k, chunk=chunk)
-    for key, name in {"AP": "AP", "AP@all": "AP@all"}.items():
-        assert result[key].tolist() == pytest.approx(expected[name], abs=1e-6)
+    for key in ("AP", "AP@all", "precision"):
+        assert result[key].tolist() == pytest.approx(expected[key], abs=1e-6)
     named = {
         f"mAP@{k}": "AP",
         f"mAP@{k}/relevant": "relevant",

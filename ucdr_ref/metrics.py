@@ -39,6 +39,7 @@ def retrieval(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labe
     Returns, for k = 200:
       `mAP@200`, `mAP@200/relevant`, `Prec@200`, `mAP@all`, `Prec@100`: means over all queries, in 0..1
       `AP`, `AP@all`: AP@k and AP@g of each query, float64 tensors [q] on the CPU
+      `precision`: Prec@1, Prec@2, ... to the larger of k and 100, or g, a float64 tensor on the CPU
       `per_class`, `per_class@all`: {label: mean of `AP` / of `AP@all` over that class's queries}
       `queries`, `gallery`, `k`, `k_used`: q, g, what was asked for, and min(k, g)
       `no_relevant`: the number of queries whose class is absent from the gallery
@@ -61,19 +62,21 @@ def retrieval(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labe
     chunk = chunk or max(1, MEMORY_BUDGET // (BYTES_PER_PAIR * len(gallery)))
 
     columns: list[Tensor] = []
+    found = torch.zeros(max(k_used, hundred), dtype=torch.long, device=query.device)  # hits at each rank
     for rows, labels in zip(query.split(chunk), query_labels.split(chunk)):
         order = _sort(_keys(squared_distances(rows, gallery), index)) & INDEX
         hits = gallery_labels[order] == labels[:, None]
         relevant, first = hits.sum(1), hits[:, :k_used]
-        precisions = [hits[:, :cut].sum(1, dtype=torch.float64) / cut for cut in (k_used, hundred)]
+        found += hits[:, :len(found)].sum(0)
         scores = [average_precision(first), average_precision(first, relevant), average_precision(hits)]
-        columns.append(torch.stack([*scores, *precisions, relevant.double()]))
-    ap, ap_relevant, ap_all, precision, precision_100, relevant = torch.cat(columns, dim=1).cpu()
-    averaged = {f"mAP@{k}": ap, f"mAP@{k}/relevant": ap_relevant, "Prec@100": precision_100,
-                f"Prec@{k}": precision, "mAP@all": ap_all}
+        columns.append(torch.stack([*scores, relevant.double()]))
+    ap, ap_relevant, ap_all, relevant = torch.cat(columns, dim=1).cpu()
+    precision = found.cpu().cumsum(0).double() / torch.arange(1, len(found) + 1) / len(query)
+    averaged = {f"mAP@{k}": ap.mean(), f"mAP@{k}/relevant": ap_relevant.mean(), "mAP@all": ap_all.mean(),
+                f"Prec@{k}": precision[k_used - 1], "Prec@100": precision[hundred - 1]}
     return {
-        **{name: values.mean().item() for name, values in averaged.items()},
-        "AP": ap, "AP@all": ap_all,
+        **{name: value.item() for name, value in averaged.items()},
+        "AP": ap, "AP@all": ap_all, "precision": precision,
         "per_class": class_means(ap, query_labels), "per_class@all": class_means(ap_all, query_labels),
         "queries": len(query), "gallery": len(gallery), "no_relevant": int((relevant == 0).sum()),
         "k": k, "k_used": k_used}

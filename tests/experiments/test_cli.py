@@ -292,5 +292,9 @@ def test_unreadable_images_stop_or_are_counted(world, tmp_path, capsys):
     assert train.main(flags(world, tmp_path / "b", "--data-root", str(data), "--bad-images", "skip")) == 0
     captured = capsys.readouterr()
     assert "skipped" in captured.err and "11 x 12" in captured.out
+    for file in (data / "photo" / "shape_3").iterdir():
+        file.write_bytes(b"broken")
+    refused(capsys, train.main(flags(world, tmp_path / "d", "--data-root", str(data), "--bad-images", "skip", "--class-features",
+                                     "prototypes")), "no readable training image in photo for shape_3")
     (data / "photo" / "empty").mkdir()
     refused(capsys, train.main(flags(world, tmp_path / "c", "--data-root", str(data))), "a class folder without images")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -177,24 +178,31 @@ def test_files_of_a_retrieval_hold_every_query_and_no_formula(tmp_path: Path) ->
         assert not any(value[:1] in "=+-@" for line in csv.reader(text.splitlines()) for value in line if value)
 
 
-def test_the_picture_shows_one_query_a_class_with_its_nearest(tmp_path: Path) -> None:
-    details = retrieval_row("zero-shot", tmp_path)["details"]
-    found = report.nearest(details)
-    classes = [details["queries"].classes[i] for i, _ in found]
-    assert 1 < len(found) <= report.SHOWN and len(set(classes)) == len(classes)
-    for i, order in found:
+def test_the_picture_shows_one_query_a_class_with_its_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Any] = []
+    monkeypatch.setattr(report, "sheet", lambda rows, path: shown.extend(rows))
+    row = retrieval_row("zero-shot", tmp_path)
+    details = row["details"]
+    write_retrieval([row], tmp_path, {"config": {"stroke_domains": []}})
+    queries = [details["queries"].paths.index(query.path) for query, _ in shown]
+    classes = [details["queries"].classes[i] for i in queries]
+    assert 1 < len(shown) <= report.SHOWN and len(set(classes)) == len(classes)
+    for i, (_, results) in zip(queries, shown):
         distances = (details["gallery_features"] - details["query_features"][i]).norm(dim=1)
-        assert order == distances.argsort().tolist()[:report.HITS]
+        order = distances.argsort().tolist()[:report.HITS]
+        assert [result.path for result in results] == [details["gallery"].paths[j] for j in order]
 
 
 def test_the_picture_of_a_retrieval_inverts_strokes_alone(tmp_path: Path) -> None:
-    query, results = report.shown_query(retrieval_row("zero-shot", tmp_path), (3, [2, 3]), ["sketch"])
+    row = retrieval_row("zero-shot", tmp_path)
+    details = row["details"]
+    [(query, results)] = report.ranked_queries(row, [3], ["sketch"], 2)
     assert query.inverted and not any(result.inverted for result in results)
-    assert [result.hit for result in results] == [False, True]
-    features = retrieval_row("zero-shot", tmp_path)["details"]
-    distance = sum((a - b) ** 2 for a, b in zip(*(features[part][i].tolist() for part, i in (
-        ("query_features", 3), ("gallery_features", 2))))) ** 0.5
-    assert float(results[0].caption) == pytest.approx(distance, abs=1e-3)
+    for result in results:
+        j = details["gallery"].paths.index(result.path)
+        assert result.hit == (details["gallery"].classes[j] == details["queries"].classes[3])
+        distance = math.dist(details["query_features"][3].tolist(), details["gallery_features"][j].tolist())
+        assert float(result.caption) == pytest.approx(distance, abs=1e-3)
 
 
 def classification_row(classes: int) -> dict[str, Any]:

@@ -134,6 +134,7 @@ def test_what_cannot_be_searched_is_refused_in_one_sentence(run, world, tmp_path
     no("--run", run, "--query", query, says=("--gallery DIR",))
     no(*here, says=("nothing to do", "--text"))
     no(*here, "--center", "--query", query, says=("--queries-like DIR", "got 1"))
+    no(*here, "--query", query, "--queries-like", photos, says=("--queries-like", "needs --center as well"))
     no(*here, "--center", "--text", "a", "b", says=("--center needs 5 texts", "got 2"))
     no(*here, "--center", "--query", query, "--queries-like", tmp_path / "no", says=("no such folder",))
     tower = {key: value for key, value in tiny_state_dict().items() if key.startswith("visual.")}

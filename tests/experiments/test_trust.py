@@ -159,11 +159,12 @@ def legacy_sre(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("change, reason", [
     (lambda state: state["method"].update({"gcn.w1": state["method"]["gcn.w1"] * float("nan")}), "gcn.w1 holds values"),
-    (lambda state: state.update(anchors=torch.zeros(60, 7)), "anchors are [60, 7]"),
+    (lambda state: state.update(anchors=torch.zeros(60, 7)), "anchors are torch.float32 [60, 7]"),
+    (lambda state: state.update(anchors=state["anchors"].double()), "anchors are torch.float64"),
     (lambda state: state.update(anchors=[[0.0]]), "is no checkpoint"),
     (lambda state: state.update(anchors=state["anchors"] * float("inf")), "or not finite"),
     (lambda state: state.update(baseline=["zero-shot"]), "the baseline"),
-    (lambda state: state.update(unseen_ids=[1 << 40]), "unseen class indices")])
+    (lambda state: state.update(unseen_ids=[1 << 70]), "the unseen classes")])
 def test_a_classifier_s_checkpoint_of_other_sizes_is_refused(legacy_sre, capsys, change, reason):
     state = load_state(legacy_sre / "best.pt")
     change(state)
@@ -172,7 +173,7 @@ def test_a_classifier_s_checkpoint_of_other_sizes_is_refused(legacy_sre, capsys,
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"instance": 7}', "\udcff", "[" * 100_000, "",
-                                     '{"instance": {"h": "\x1b"}}', None])
+                                     '{"instance": {"h": "\x1b"}}', '{"instance": {"h": 1' + "0" * 400 + "}}", None])
 def test_test_scores_that_are_none_are_told_in_a_sentence(tmp_path, content):
     path = tmp_path / classification.SCORES
     if content is None:
@@ -184,7 +185,8 @@ def test_test_scores_that_are_none_are_told_in_a_sentence(tmp_path, content):
     assert str(path) in str(caught.value) and plain(caught.value) == str(caught.value)
 
 
-@pytest.mark.parametrize("line", ["{", "7", '{"step": 1}', '{"phase": "source", "loss": "x"}', '{"phase": ["source"]}'])
+@pytest.mark.parametrize("line", ["{", "7", '{"step": 1}', '{"phase": "source", "loss": "x"}', '{"phase": ["source"]}',
+                                  '{"phase": "source", "loss": 1' + "0" * 400 + "}"])
 def test_a_log_that_is_none_is_told_in_a_sentence_and_a_torn_line_left_out(tmp_path, line):
     (tmp_path / "log.jsonl").write_text('{"phase": "source", "loss": 1}\n{"phase": "sou')
     assert log_lines(tmp_path) == [{"phase": "source", "loss": 1}]

@@ -236,9 +236,9 @@ def summary(sources: Sequence[Folder], targets: Sequence[Folder], graph: Graph, 
     return "\n".join(map(plain, lines))
 
 
-def features(folders: Sequence[Folder], clip: CLIP, config: Config, cache: Path,
+def features(folders: Sequence[Folder], clip: CLIP, config: Config, run: Path,
              device: torch.device) -> Features:
-    """Features of the folders' images by the frozen tower, as far as they go from `cache`.
+    """Features of the folders' images by the frozen tower, kept in --sre-features or the run folder.
 
     They are of the same files (names, sizes, times), weights and preprocessing. Raises ValueError for an
     unreadable image, unless --bad-images skip.
@@ -247,6 +247,7 @@ def features(folders: Sequence[Folder], clip: CLIP, config: Config, cache: Path,
     if config.image_reading != "upright":  # D19; without it the key is that of earlier versions
         model.append(config.image_reading)
     encoder = Extractor(ZeroShot(clip, normalized=False), config, device)
+    cache = Path(config.sre_features or run / "features")
     parts, paths, labels, skipped = [], [], [], 0
     for folder in folders:
         index = build_index(folder.root, encoder.of_paths(), digest_of(model), cache, config.bad_images,

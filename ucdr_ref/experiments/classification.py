@@ -83,10 +83,6 @@ def prepare(config: Config, before: Listing) -> tuple[Config, Data]:
     return config, Data(graph, unseen, sources, target_folder(config, graph, before))
 
 
-def feature_folder(config: Config, run: Path) -> Path:
-    return Path(config.sre_features or run / "features")
-
-
 def target_folder(config: Config, graph: Graph, before: Listing) -> Folder:
     ids = class_folders.read_folder_ids(config.folder_ids)
     return class_folders.scan_folder("--target", config.target, graph, ids, before=before.get("target", ()))
@@ -109,11 +105,12 @@ def build(config: Config, data: Data, clip: CLIP, device: torch.device) -> Exper
     method = made(config, clip, graph, data.unseen, vectors).to(device)
 
     def start(folder: Path, about: dict[str, Any]) -> Training:
-        source, target = (features(folders, clip, config, feature_folder(config, folder), device)
+        source, target = (features(folders, clip, config, folder, device)
                           for folders in (data.sources, [data.target]))
         name, anchors = baseline(clip, graph, source)
-        about = {**about, "graph": asdict(graph), "unseen_ids": data.unseen, "baseline": name,
-                 "anchors": anchors}
+        about |= {"class_names": graph.names[:graph.classes],
+                  "domain_names": [Path(root).name for root in config.source],
+                  "graph": asdict(graph), "unseen_ids": data.unseen, "baseline": name, "anchors": anchors}
         if isinstance(method, ClosedFormAdapter):
             method.form, about["strength"] = fit(source.take, source.labels,
                                                  vectors[:graph.classes])
@@ -127,15 +124,14 @@ def build(config: Config, data: Data, clip: CLIP, device: torch.device) -> Exper
         return feeds, validate, Run(folder, options, device, about, config.sre_iterations)
 
     summary = class_folders.summary(data.sources, [data.target], graph, data.unseen)
-    domains = [Path(root).name for root in config.source]
-    return Experiment(method, graph.names[:graph.classes], domains, summary, data.digests(), start)
+    return Experiment(method, summary, start)
 
 
 def check(config: Config, state: dict[str, Any], path: Path) -> None:
     """Raises Misfit, KeyError, TypeError or ValueError for a checkpoint that `rebuild` could not take."""
     graph, unseen, anchors = parse_graph(state["graph"]), state["unseen_ids"], state["anchors"]
     if not (isinstance(state["baseline"], str) and isinstance(unseen, list)
-            and all(type(k) is int for k in unseen)):
+            and all(type(k) is int and 0 <= k < graph.classes for k in unseen)):
         raise TypeError("the baseline or the unseen classes are something else")
     if len(state["class_names"]) != graph.classes:
         raise ValueError(f"{len(state['class_names'])} class names, {graph.classes} classes in the graph")
@@ -147,8 +143,9 @@ def check(config: Config, state: dict[str, Any], path: Path) -> None:
         e = weights["adapter.query.weight"].shape[1]
         rows = config.sre_bank + (config.sre_batch - 1 if config.bank_ring == "released" else 0)  # S7
         sizes = {"bank.store": [rows, config.sre_hidden], "class_vectors": [len(graph.ids)]}
-    if anchors.shape != (graph.classes, e) or not torch.isfinite(anchors).all():
-        raise ValueError(f"the baseline's anchors are {list(anchors.shape)}, or not finite")
+    sound = anchors.dtype == torch.float32 and anchors.shape == (graph.classes, e)
+    if not sound or not torch.isfinite(anchors).all():
+        raise ValueError(f"the baseline's anchors are {anchors.dtype} {list(anchors.shape)}, or not finite")
     check_sizes(path, weights, sizes)
 
 
@@ -195,7 +192,7 @@ def best_scores(folder: Path) -> tuple[int, dict[str, dict[str, float | None]]]:
     try:
         for average, name in product(AVERAGES, COLUMNS):
             values = [line[average][name] for line in lines if line[average][name] is not None]
-            if not lines or {type(value) for value in values} - {int, float}:
+            if not lines or not all(0 <= value <= 1 for value in values):
                 raise TypeError
             best[average][name] = max(values, default=None)
     except (KeyError, TypeError):
@@ -221,7 +218,7 @@ def evaluate(config: Config, data: Data, method: Any, state: dict[str, Any], fol
     graph, unseen, names = data.graph, data.unseen, data.graph.names[:data.graph.classes]
 
     def features_of(folders: list[Folder]) -> Features:
-        return features(folders, method.clip, config, feature_folder(config, folder), device)
+        return features(folders, method.clip, config, folder, device)
 
     target = features_of([data.target])
     scores = {state["baseline"]: scores_of(partial(baseline_logits, state["anchors"]), target)}

@@ -27,9 +27,7 @@ class Experiment:
     """An experiment that is ready to be trained."""
 
     method: Any
-    class_names: list[str]
-    domain_names: list[str]
     summary: str  # files and classes, as --dry-run prints them
-    files: dict[str, Any]  # digests of the file lists, for run.json
-    start: Callable[[Path, dict[str, Any]], Training]  # of the open run folder and what checkpoints hold
+    # Of the open run folder and what checkpoints hold, but for the names and what the task adds.
+    start: Callable[[Path, dict[str, Any]], Training]
     finish: Callable[[Path], None] = lambda folder: None  # after the last phase, before evaluation

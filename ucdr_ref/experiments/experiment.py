@@ -14,17 +14,18 @@ third one is a module with the same functions, which `task_of` chooses:
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import __version__
 from ..clip.load import load_clip
 from ..clip.model import CLIP
 from ..clip.tensorfile import file_digest
-from ..config import Config, changes
-from ..machine.files import save_atomic, write_text_atomic
+from ..config import Config, changes, from_dict, located
+from ..machine.files import load_state, save_atomic, write_text_atomic
 from ..machine.processes import fold, main_first, pick_device, wait
 from ..training.journal import own_state
 from ..training.loop import train as train_phases
@@ -33,13 +34,13 @@ from .contract import Method
 from .page import log_lines
 from .report import plain
 from .run_folder import (
+    check_entries,
+    check_state,
     checkpoint,
-    describe,
     first_gone,
     open_run,
     recorded_files,
     remembered,
-    restore_state,
     versions,
 )
 
@@ -82,16 +83,17 @@ def train(config: Config, folder: Path, verify: bool = True, dry_run: bool = Fal
     if dry_run:
         return
     weights = file_digest(config.weights)
-    made_of = {"weights_sha256": weights, "files": experiment.files, "versions": versions(device)}
+    made_of = {"weights_sha256": weights, "files": data.digests(), "versions": versions(device)}
     with main_first():
         held = open_run(folder, config, made_of, data.listing)
     with held:
-        about = describe(config, experiment.class_names, experiment.domain_names, weights)
+        about = {"config": asdict(config), "weights_sha256": weights, "version": __version__}
         feeds, validate, run = experiment.start(folder, about)
         if experiment.method.PHASES:
             train_phases(experiment.method, feeds, validate, run)
         else:
             save_atomic({"method": own_state(experiment.method), **run.extra}, folder / "best.pt")
+        wait()  # until the main process has written best.pt
         experiment.finish(folder)
         evaluate(folder, {"device": str(device)}, verify=verify)
 
@@ -104,8 +106,25 @@ def restore(folder: Path, overrides: dict[str, Any], device: torch.device, verif
     there was in training is in the checkpoint. Raises FileNotFoundError or ValueError when the folder holds
     no finished run, or the weights' digest is not the run's, unless `other_weights`.
     """
-    config, state = restore_state(folder, overrides, other_weights)
-    task, path = task_of(config), folder / "best.pt"
+    check_entries(folder)
+    path = folder / "best.pt"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; train first: python train.py --run {folder}")
+    from_dict(overrides)  # what does not fit here is no fault of the checkpoint
+    state = load_state(path)
+    with checkpoint(path):
+        config = from_dict({**state["config"], **overrides})
+        check_state(state)
+    config = replace(config, weights=located(config.weights))
+    try:
+        digest = file_digest(config.weights)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{error}; {folder} needs the CLIP weights it was trained with: give them as "
+                         "--weights") from error
+    if digest != state["weights_sha256"] and not other_weights:
+        raise ValueError(f"{config.weights} is not the file that {folder} was trained with (its sha256 "
+                         "differs); give that file as --weights, or accept this one with --other-weights")
+    task = task_of(config)
     with checkpoint(path):
         task.check(config, state, path)
     clip = load_tower(config, verify, device)
@@ -119,10 +138,10 @@ def evaluate(folder: Path, overrides: dict[str, Any], out: Path | None = None, o
     Raises ValueError when image lists or weights are not the run's, unless `other_data` or `other_weights`
     is given: then table and results.json say so, and they go into a folder of their own.
     """
-    wait()  # until the main process has written best.pt
+    wait()  # until the main process has written best.pt and the log
     device = pick_device(overrides.get("device", "auto"))
     config, method, state = restore(folder, overrides, device, verify, other_weights)
-    task, weights = task_of(config), file_digest(config.weights)
+    task, weights, log = task_of(config), file_digest(config.weights), log_lines(folder)
     data = task.tested(config, state, remembered(folder) if config.bad_images == "skip" else {})
     digests, before = data.digests(), recorded_files(folder)
     changed = [name for name, digest in digests.items() if digest and before.get(name) != digest]
@@ -141,7 +160,7 @@ def evaluate(folder: Path, overrides: dict[str, Any], out: Path | None = None, o
     task.write_results(rows, out, about)
     text = "\n".join([task.table(rows, config),
                       *(f"          other {what} than the run's own" for what in other)])
-    page = task.page(rows, log_lines(folder), {**about, "defaults": asdict(Config()), "table": text})
+    page = task.page(rows, log, {**about, "defaults": asdict(Config()), "table": text})
     write_text_atomic(out / "report.html", page)
     print(text)
     print(f"{plain(out)}: report.html, results.json, CSV tables and a picture")

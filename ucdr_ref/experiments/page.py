@@ -19,13 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from ..clip.tensorfile import show
-from ..metrics import search
 from .charts import chart, escape, note, table
-from .report import Row, class_accuracies, confusion_picture, contact_sheet, shown_query
+from .report import Row, class_accuracies, confusion_picture, contact_sheet, ranked_queries
 from .run_folder import read_lines
 
 POINTS, LETTERS = 600, "ABCDEFGH"  # points of a map, and its classes
-RANKS = 200  # of the precision curve
 EXTREMES, RESULTS, THUMB = 3, 8, 72  # best and worst queries, results of each, pixels
 MOST_CLASSES = 200  # of a table of classes
 STYLE = """
@@ -48,8 +46,8 @@ def retrieval_page(rows: Sequence[Row], log: Iterable[Row], about: Row) -> str:
     for (protocol, domain, gallery), group in tests:
         members = list(group)
         compared = before_and_after(members, about)
-        ranked = {row["method"]: ranks(row["details"]) for row in members}
-        precision = {name: precision_at_rank(hits) for name, (_, hits) in ranked.items()}
+        precision = {row["method"]: [(k, 100 * value) for k, value in enumerate(
+            row["details"]["metrics"]["precision"].tolist(), 1)] for row in members}
         box = (1, len(precision[members[0]["method"]]), 0, 100)
         classes = [{details["names"][k]: ap for k, ap in details["metrics"]["per_class"].items()}
                    for details in (row["details"] for row in compared)]
@@ -58,7 +56,7 @@ def retrieval_page(rows: Sequence[Row], log: Iterable[Row], about: Row) -> str:
                   chart("Precision at rank, mean over queries, in per cent", precision, (), box, 640, 240),
                   class_table("mAP@200 by query class", compared, classes)]
         if members[0] is rows[0]:  # one test has examples enough
-            parts += [maps(compared), examples(compared, ranked, about["config"]["stroke_domains"])]
+            parts += [maps(compared), examples(compared, about["config"]["stroke_domains"])]
     return page(about, parts)
 
 
@@ -81,7 +79,8 @@ def log_lines(run: Path) -> list[dict[str, Any]]:
     lines = read_lines(path) if path.exists() else []
     for number, values in enumerate(lines, 1):
         numbers = [value for key, value in values.items() if key != "phase"]
-        if type(values.get("phase")) is not str or not all(type(value) in (int, float) for value in numbers):
+        sound = all(type(value) in (int, float) and abs(value) < 1e300 for value in numbers)
+        if type(values.get("phase")) is not str or not sound:
             raise ValueError(f"{show(path)}, line {number}: not a phase and numbers as training logs them; "
                              "name another --run")
     return lines
@@ -93,9 +92,9 @@ def log_lines(run: Path) -> list[dict[str, Any]]:
 def page(about: Row, parts: Sequence[str]) -> str:
     """The whole page: table, parts, the config (what differs from the defaults first) and the versions."""
     printed = "\n".join(map(escape, about["table"].splitlines()))
-    title = escape(f"{about['config'].get('method', '')}: {about['run']}")
+    title = escape(f"{about['config']['method']}: {about['run']}")
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    fields = [[name, *(json.dumps(values.get(name, ""), ensure_ascii=False)
+    fields = [[name, *(json.dumps(values[name], ensure_ascii=False)
                        for values in (about["config"], about["defaults"]))] for name in about["config"]]
     fields.sort(key=lambda field: field[1] == field[2])
     return "\n".join([
@@ -161,8 +160,7 @@ def maps(compared: Sequence[Row]) -> str:
             + note(f"Capital: query; small: gallery. {legend}."))
 
 
-def examples(compared: Sequence[Row], ranked: Mapping[str, tuple[Tensor, Tensor]],
-             strokes: Sequence[str]) -> str:
+def examples(compared: Sequence[Row], strokes: Sequence[str]) -> str:
     """The last row's best and worst queries, each of another class, with every row's first results."""
     last = compared[-1]["details"]
     order = last["metrics"]["AP"].argsort(descending=True, stable=True).tolist()
@@ -172,9 +170,8 @@ def examples(compared: Sequence[Row], ranked: Mapping[str, tuple[Tensor, Tensor]
     for title, chosen in [("Best queries", best), ("Worst queries", worst)]:
         parts.append(f"<h3>{title} of {escape(compared[-1]['method'])}</h3>")
         for i, row in product(chosen, compared):
-            details, nearest = row["details"], ranked[row["method"]][0][i, :RESULTS].tolist()
-            name, ap = details["queries"].classes[i], float(details["metrics"]["AP"][i])
-            picture = contact_sheet([shown_query(row, (i, nearest), strokes)], THUMB)
+            name, ap = last["queries"].classes[i], float(row["details"]["metrics"]["AP"][i])
+            picture = contact_sheet(ranked_queries(row, [i], strokes, RESULTS), THUMB)
             parts += [note(f"{name}, {row['method']}: AP@200 {100 * ap:.2f}"),
                       embedded(picture, "a query and its first results")]
     return "".join(parts)
@@ -190,9 +187,8 @@ def embedded(picture: Image.Image, what: str) -> str:
 
 
 def before_and_after(rows: Sequence[Row], about: Row) -> list[Row]:
-    """The first row and the row of the run's own method; one row where they are the same."""
-    own = next((row for row in rows if row["method"] == about["config"].get("method")), rows[-1])
-    return [rows[0]] if own is rows[0] else [rows[0], own]
+    """The first row and the row of the run's own method, where that is another one."""
+    return [rows[0], *(row for row in rows[1:] if row["method"] == about["config"]["method"])]
 
 
 def plane(features: Tensor) -> tuple[Tensor, float]:
@@ -205,21 +201,6 @@ def plane(features: Tensor) -> tuple[Tensor, float]:
     axes = axes[:2] * axes[:2].gather(1, axes[:2].abs().argmax(dim=1, keepdim=True)).sign()
     positions = torch.nn.functional.pad(centred @ axes.T, (0, 2 - len(axes)))
     return positions, float((lengths[:2] ** 2).sum() / (lengths ** 2).sum().clamp(min=1e-30))
-
-
-def ranks(details: Row) -> tuple[Tensor, Tensor]:
-    """Gallery indices of each query's nearest images and whether they are hits, both [q, k]; k <= RANKS."""
-    order = search(details["query_features"], details["gallery_features"], RANKS)[1]
-    ids = {name: i for i, name in enumerate(details["names"])}
-    query, gallery = (torch.tensor([ids[name] for name in details[part].classes])
-                      for part in ("queries", "gallery"))
-    return order, gallery[order] == query[:, None]
-
-
-def precision_at_rank(hits: Tensor) -> list[tuple[float, float]]:
-    """(k, Prec@k in per cent) for each k, from hits [q, k]."""
-    counts = hits.double().mean(dim=0).cumsum(0).tolist()
-    return [(k, 100 * count / k) for k, count in enumerate(counts, 1)]
 
 
 def one_per_class(order: Iterable[int], classes: Sequence[str]) -> list[int]:

@@ -12,8 +12,9 @@ from torch import Tensor
 from ..clip.load import OPENAI_SHA256
 from ..clip.tensorfile import file_digest
 from ..config import Config
-from ..images.batches import Files
+from ..images.batches import Files, chunks
 from ..images.features import Extractor
+from ..machine.processes import gather, share
 from ..metrics import retrieval
 from ..ucdr.closed_form import ClosedForm, centred
 from .protocols import Test
@@ -37,19 +38,24 @@ Rows = Callable[[Files], tuple[Tensor, Files]]
 
 
 class FeatureTable:
-    """Features of one encoder, each file encoded once: the galleries of tests overlap."""
+    """Features of one encoder, each file encoded once, by one process: the galleries of tests overlap."""
 
     def __init__(self, extractor: Extractor) -> None:
         self.extractor = extractor
         self.rows: dict[str, Tensor | None] = {}  # None: not readable
 
     def of(self, files: Files) -> tuple[Tensor, Files]:
-        """Features [n, e] on the device of the n readable files, and these files."""
-        new = files.keep([i for i, path in enumerate(files.paths) if path not in self.rows])
-        if new:
-            rows, kept = self.extractor.features(new)
+        """Features [n, e] on the device of the n readable files, and these files, in every process.
+
+        Raises ValueError when no file can be read, or one cannot and --bad-images is error.
+        """
+        if new := files.keep([i for i, path in enumerate(files.paths) if path not in self.rows]):
+            options = self.extractor.options
+            batches = share(chunks(len(new), options.eval_batch))
+            found = self.extractor.stream(new, batches, options.bad_images == "skip")
             self.rows |= dict.fromkeys(new.paths)
-            self.rows |= dict(zip(new.keep(kept).paths, rows))
+            for indices, rows in gather([(indices.tolist(), rows.cpu()) for indices, rows, _ in found]):
+                self.rows |= dict(zip(new.keep(indices).paths, rows))
         features = {i: row for i, path in enumerate(files.paths) if (row := self.rows[path]) is not None}
         if not features:
             raise ValueError(f"none of the {len(files)} images could be read; the first is {files.paths[0]}")

@@ -94,27 +94,24 @@ def write_retrieval(rows: Sequence[Row], folder: Path, about: Row) -> None:
     strokes, first = about["config"]["stroke_domains"], rows[0]
     same = [row for row in rows if not row.get("transductive")
             and all(row[part] == first[part] for part in ("protocol", "gallery_name"))]
-    shown = [[shown_query(row, found, strokes) for found in nearest(row["details"])] for row in same]
+    classes = first["details"]["queries"].classes
+    one_each = [classes.index(name) for name in dict.fromkeys(classes)]
+    chosen = one_each[::-(-len(one_each) // SHOWN)]
+    shown = [ranked_queries(row, chosen, strokes, HITS) for row in same]
     sheet([picture for pictures in zip(*shown) for picture in pictures], folder / "queries.png")
 
 
-def nearest(details: Row) -> list[tuple[int, list[int]]]:
-    """At most SHOWN queries of different classes, each with its HITS nearest: indices of both sides."""
-    classes = details["queries"].classes
-    first = [classes.index(name) for name in dict.fromkeys(classes)]
-    chosen = first[::-(-len(first) // SHOWN)]
-    found = search(details["query_features"][chosen], details["gallery_features"], HITS)[1]
-    return list(zip(chosen, found.tolist()))
-
-
-def shown_query(row: Row, found: tuple[int, list[int]], strokes: Sequence[str]) -> tuple[Shown, list[Shown]]:
-    """A query and its results with their distances; found: their indices in a row's queries and gallery."""
-    (i, nearest), details = found, row["details"]
+def ranked_queries(row: Row, chosen: list[int], strokes: Sequence[str],
+                   count: int) -> list[tuple[Shown, list[Shown]]]:
+    """The queries of these indices, each with its `count` nearest results and their distances."""
+    details, shown = row["details"], []
     queries, gallery = details["queries"], details["gallery"]
-    distances = (details["query_features"][i] - details["gallery_features"][nearest]).norm(dim=1)
-    query = Shown(queries.paths[i], row["method"], None, queries.domains[i] in strokes)
-    return query, [Shown(gallery.paths[j], f"{distance:.3f}", gallery.classes[j] == queries.classes[i],
-                         gallery.domains[j] in strokes) for j, distance in zip(nearest, distances.tolist())]
+    found = search(details["query_features"][chosen], details["gallery_features"], count)
+    for i, distances, nearest in zip(chosen, *(part.tolist() for part in found)):
+        results = [Shown(gallery.paths[j], f"{distance:.3f}", gallery.classes[j] == queries.classes[i],
+                         gallery.domains[j] in strokes) for j, distance in zip(nearest, distances)]
+        shown.append((Shown(queries.paths[i], row["method"], None, queries.domains[i] in strokes), results))
+    return shown
 
 
 def write_classification(rows: Sequence[Row], folder: Path, about: Row) -> None:

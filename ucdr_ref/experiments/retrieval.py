@@ -96,6 +96,7 @@ def build(config: Config, protocol: Protocol, clip: CLIP, device: torch.device) 
     def start(folder: Path, about: dict[str, Any]) -> Training:
         if config.method == "closed-form":
             method.form = fit_form(config, protocol, encoded(ZeroShot(clip), config, device))
+        about |= {"class_names": protocol.class_names, "domain_names": protocol.domain_names}
         run = Run(folder, config, device, about, config.patience)
         return feeds, validate if protocol.selected is not None else None, run
 
@@ -107,8 +108,7 @@ def build(config: Config, protocol: Protocol, clip: CLIP, device: torch.device) 
             form = fit_form(config, protocol, encoded(trained, config, device))
             save_atomic({**state, "form": form.state_dict()}, path)
 
-    return Experiment(method, protocol.class_names, protocol.domain_names, summary(protocol),
-                      protocol.digests(), start, finish)
+    return Experiment(method, summary(protocol), start, finish)
 
 
 def check(config: Config, state: dict[str, Any], path: Path) -> None:
@@ -117,9 +117,6 @@ def check(config: Config, state: dict[str, Any], path: Path) -> None:
     if config.method == "ucdr-adapter":
         sizes = {"domain_prompts": [s, p], "class_prompts": [c, p], "queues.rows": [c + 1, config.queue_size]}
         check_sizes(path, state["method"], sizes)
-    form = state.get("form", {})
-    if not all(isinstance(value, Tensor) and torch.isfinite(value).all() for value in form.values()):
-        raise ValueError("its closed form is something else")
 
 
 def rebuild(config: Config, clip: CLIP, state: dict[str, Any], path: Path, device: torch.device) -> Method:
@@ -166,12 +163,12 @@ def class_anchors(config: Config, protocol: Protocol, zero_shot: Extractor) -> T
     if kind == "prototypes":
         train = protocol.train
         files = train.keep([i for i, name in enumerate(train.domains) if name == protocol.gallery_domain])
+        features, files = FeatureTable(zero_shot).of(files)
         if missing := sorted(set(names) - set(files.classes)):
-            raise ValueError(f"--class-features prototypes: no training image in {protocol.gallery_domain} "
-                             f"for {some(missing, 5)}")
-        features, kept = zero_shot.features(files)
-        class_ids, _ = label_ids(protocol, files.keep(kept))
-        return prototypes([(features, class_ids)], len(names)).to(zero_shot.device)
+            raise ValueError(f"--class-features prototypes: no readable training image in "
+                             f"{protocol.gallery_domain} for {some(missing, 5)}")
+        class_ids, _ = label_ids(protocol, files)
+        return prototypes([(features.cpu(), class_ids)], len(names)).to(zero_shot.device)
     try:  # mapped, so that a header which claims more than the file holds is found out before memory is taken
         with np.errstate(over="ignore"):  # in the product of the sizes that it claims
             rows = torch.from_numpy(np.load(regular_file(kind), "c", allow_pickle=False))
@@ -238,12 +235,10 @@ def measured_form(protocol: Protocol, table: FeatureTable) -> Measured:
 def fit_form(config: Config, protocol: Protocol, table: FeatureTable) -> ClosedForm:
     """The closed form; lambda as --whitening says, or chosen on validation classes, or 3 without such."""
     measured, validation, selected = measured_form(protocol, table), protocol.validation, protocol.selected
-    strength = config.whitening
-    if not strength:
-        strength = 3.0  # on a plateau that spans 1 to 10
-        if config.selection == "validation" and validation is not None and selected is not None:
-            strength = choose_strength(
-                measured, lambda form: validation_score(formed(table, form), validation, selected))
+    strength = config.whitening or 3.0  # on a plateau that spans 1 to 10
+    if not config.whitening and config.selection == "validation" and validation and selected:
+        strength = choose_strength(
+            measured, lambda form: validation_score(formed(table, form), validation, selected))
     return measured.form(strength)
 
 
@@ -252,11 +247,11 @@ def evaluate(config: Config, protocol: Protocol, method: Any, state: dict[str, A
     """`ranking.rank`'s rows of zero-shot CLIP and of the method, and of closed forms of their features."""
     clip = encoded(zero_shot(config, method.clip), config, device)
     methods: dict[str, Rows] = {"zero-shot": clip.of}
-    form: Any = method.form if isinstance(method, ClosedFormAdapter) else None
+    form: Any = getattr(method, "form", None)
     if config.method == "closed-form":
         methods["closed-form"] = formed(clip, form)
     elif with_closed_form:
-        methods["closed-form"] = formed(clip, fit_form(config, protocol, clip).to(device))
+        methods["closed-form"] = formed(clip, fit_form(config, protocol, clip))
     if config.method == "ucdr-adapter":
         without = SimpleNamespace(clip=method.clip, encode=method.base) if form else method
         adapter = encoded(without, config, device)

@@ -9,7 +9,6 @@ import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ import torchvision
 from torch import Tensor
 
 from .. import __version__
-from ..clip.tensorfile import file_digest, regular_file, show, tidy
-from ..config import Config, differences, from_dict, located, to_json
-from ..machine.files import in_place, load_state, write_atomic, write_text_atomic
+from ..clip.tensorfile import regular_file, show, tidy
+from ..config import Config, differences, from_dict, to_json
+from ..machine.files import in_place, write_atomic, write_text_atomic
 from ..machine.processes import is_main
 from ..training.journal import Misfit
 from .trees import Listing
@@ -205,40 +204,6 @@ def recorded_files(folder: Path) -> dict[str, Any]:
 # Checkpoints
 
 
-def describe(config: Config, class_names: list[str], domain_names: list[str],
-             weights_sha256: str) -> dict[str, Any]:
-    """What goes with a method's weights into every checkpoint."""
-    return {"config": asdict(config), "class_names": class_names, "domain_names": domain_names,
-            "weights_sha256": weights_sha256, "version": __version__}
-
-
-def restore_state(folder: Path, overrides: dict[str, Any],
-                  other_weights: bool) -> tuple[Config, dict[str, Any]]:
-    """The config and the content of a run folder's best.pt.
-
-    Raises FileNotFoundError or ValueError for a folder without a finished run, or weights that are not its.
-    """
-    check_entries(folder)
-    path = folder / "best.pt"
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; train first: python train.py --run {folder}")
-    from_dict(overrides)  # what does not fit here is no fault of the checkpoint
-    state = load_state(path)
-    with checkpoint(path):
-        config = from_dict({**state["config"], **overrides})
-        check_state(state)
-    config = replace(config, weights=located(config.weights))
-    try:
-        digest = file_digest(config.weights)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{error}; {folder} needs the CLIP weights it was trained with: give them as "
-                         "--weights") from error
-    if digest != state["weights_sha256"] and not other_weights:
-        raise ValueError(f"{config.weights} is not the file that {folder} was trained with (its sha256 "
-                         "differs); give that file as --weights, or accept this one with --other-weights")
-    return config, state
-
-
 def check_state(state: dict[str, Any]) -> None:
     """What every checkpoint of a run holds, whatever its task. Raises KeyError, TypeError or ValueError."""
     for key in ("class_names", "domain_names"):
@@ -246,7 +211,7 @@ def check_state(state: dict[str, Any]) -> None:
             raise TypeError(f"{key} is no list of names")
     if not isinstance(state["weights_sha256"], str):
         raise TypeError("weights_sha256 is no text")
-    for name, value in state["method"].items():
+    for name, value in [*state["method"].items(), *state.get("form", {}).items()]:
         if not (isinstance(name, str) and isinstance(value, Tensor)):
             raise TypeError("the weights are not tensors by name")
         if not torch.isfinite(value).all():

@@ -5,10 +5,9 @@ shapes its features: digests of the weights that were loaded and of best.pt, pre
 """
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,35 +46,6 @@ class Model(NamedTuple):
     def encoder(self, invert: str) -> EncodePaths:
         """Of paths; the last column of the features tells which images were inverted."""
         return Extractor(self.method, self.config, self.device).of_paths(invert, flags=True)
-
-
-@dataclass(frozen=True)
-class Hit:
-    path: str
-    distance: float
-    inverted: bool
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A query, which is the path of an image or a text, and its hits, nearest first."""
-
-    query: str
-    kind: str  # image or text
-    inverted: bool
-    results: list[Hit]
-
-
-@dataclass(frozen=True)
-class Search:
-    """A gallery and the answers to the queries. `index` holds the features that were searched."""
-
-    model: str
-    gallery: str
-    index: Index
-    inverted: int  # images of the gallery
-    centred: str  # which means were removed; empty: none
-    queries: list[Answer]
 
 
 def run_model(folder: Path, overrides: dict[str, Any], verify: bool = True,
@@ -143,20 +113,23 @@ def encode_texts(model: Model, texts: Sequence[str]) -> Tensor:
 
 
 def search(model: Model, gallery: Path, images: Sequence[str], texts: Sequence[str], k: int, cache: Path,
-           invert_query: str = "auto", invert_gallery: str = "auto", centre: bool = False,
-           like: Path | None = None) -> Search:
-    """The k nearest images of a gallery folder to each query image and text.
+           invert_query: str, invert_gallery: str, centre: bool,
+           like: Path | None) -> tuple[Index, dict[str, Any]]:
+    """The k nearest images of a gallery folder to each query image and text: the index with the features that
+    were searched, and what --json prints.
 
     centre (transductive): the gallery loses its mean, query images that of the folder `like` or, as texts
     do, their own when they are FEW or more. Raises ValueError for fewer, and as those above.
     """
     one_process("a search")
+    if like and not centre:
+        raise ValueError(f"--queries-like {like}: a mean to remove, which needs --center as well")
     for what, asked in (("texts or more", texts),
                         ("query images or more, or --queries-like DIR", () if like else images)):
         if centre and 0 < len(asked) < FEW:
             raise ValueError(f"--center needs {FEW} {what}, to know their mean; got {len(asked)}")
     features: list[Tensor] = []
-    answers: list[Answer] = []
+    answers: list[dict[str, Any]] = []
     about = ["the gallery less its mean"] if centre else []
     if images:
         found, flags = encode_images(model, images, invert_query)
@@ -168,66 +141,58 @@ def search(model: Model, gallery: Path, images: Sequence[str], texts: Sequence[s
             about.append(f"query images less the mean of {whose}")
             found = centred(found, mean)
         features.append(found)
-        answers += [Answer(path, "image", flag, []) for path, flag in zip(images, flags)]
+        answers += [{"query": path, "kind": "image", "inverted": flag} for path, flag in zip(images, flags)]
     if texts:
         found = encode_texts(model, texts)
         if centre:
             about.append(f"texts less the mean of these {len(texts)}")
             found = centred(found)
         features.append(found)
-        answers += [Answer(text, "text", False, []) for text in texts]
+        answers += [{"query": text, "kind": "text", "inverted": False} for text in texts]
     index, inverted = encode_folder(model, gallery, invert_gallery, cache)
     if centre:
         index = replace(index, features=centred(rows(index)).numpy())
     if answers:
         distances, nearest = metrics.search(torch.cat(features), index.features, k)
         for answer, lengths, places in zip(answers, distances.tolist(), nearest.tolist()):
-            answer.results.extend(Hit(index.path(j), length, bool(inverted[j]))
-                                  for j, length in zip(places, lengths))
-    return Search(model.title, str(gallery), index, int(inverted.sum()), "; ".join(about), answers)
+            answer["results"] = [{"path": index.path(j), "distance": length, "inverted": bool(inverted[j])}
+                                 for j, length in zip(places, lengths)]
+    count = len(index.paths)
+    return index, {
+        "model": model.title, "gallery": str(gallery), "images": count, "encoded": index.encoded,
+        "cached": count - index.encoded, "skipped": len(index.skipped), "inverted": int(inverted.sum()),
+        "unreadable": index.skipped, "centred": "; ".join(about), "queries": answers}
 
 
 def rows(index: Index) -> Tensor:
     return torch.from_numpy(np.array(index.features))
 
 
-def draw(found: Search, path: Path) -> None:
+def draw(found: dict[str, Any], path: Path) -> None:
     """The contact sheet of the answers, inverted images as the model saw them. Raises as `report.sheet`."""
     pictures = []
-    for answer in found.queries:
-        image = answer.kind == "image"
-        query = Shown(answer.query, "query", None, answer.inverted) if image else Shown("", answer.query)
-        hits = [Shown(hit.path, f"{hit.distance:.3f}", None, hit.inverted) for hit in answer.results]
+    for answer in found["queries"]:
+        query = Shown(answer["query"], "query", None, answer["inverted"])
+        if answer["kind"] == "text":
+            query = Shown("", answer["query"])
+        hits = [Shown(hit["path"], f"{hit['distance']:.3f}", None, hit["inverted"])
+                for hit in answer["results"]]
         pictures.append((query, hits))
     sheet(pictures, path)
 
 
-def counts(found: Search) -> dict[str, int]:
-    """Images of the gallery: encoded now, out of the cache, unreadable, inverted."""
-    images, encoded = len(found.index.paths), found.index.encoded
-    return {"images": images, "encoded": encoded, "cached": images - encoded,
-            "skipped": len(found.index.skipped), "inverted": found.inverted}
-
-
-def as_json(found: Search) -> str:
-    return json.dumps({"model": found.model, "gallery": found.gallery, **counts(found),
-                       "unreadable": found.index.skipped, "centred": found.centred,
-                       "queries": [asdict(answer) for answer in found.queries]})
-
-
-def as_text(found: Search) -> str:
+def as_text(found: dict[str, Any]) -> str:
     """What a terminal shows; names and texts without what does not print."""
-    number = counts(found)
     told = {"encoded": "encoded now", "cached": "from the cache", "skipped": "unreadable",
             "inverted": "inverted as strokes"}
-    notes = ", ".join(f"{number[name]} {words}" for name, words in told.items() if number[name])
-    lines = [plain(found.model), f"{number['images']} images in {plain(found.gallery)}: {notes}"]
-    if found.centred:
-        lines.append(f"centred (transductive): {plain(found.centred)}")
-    for answer in found.queries:
-        kind = " (text)" if answer.kind == "text" else " (inverted)" if answer.inverted else ""
-        lines += ["", plain(answer.query) + kind]
-        for rank, hit in enumerate(answer.results, 1):
-            mark = " (inverted)" if hit.inverted else ""
-            lines.append(f"{rank:4d}  {hit.distance:.4f}  {plain(hit.path)}{mark}")
+    notes = ", ".join(f"{found[name]} {words}" for name, words in told.items() if found[name])
+    lines = [plain(found["model"]), f"{found['images']} images in {plain(found['gallery'])}: {notes}"]
+    if found["centred"]:
+        lines.append(f"centred (transductive): {plain(found['centred'])}")
+    for answer in found["queries"]:
+        kind = " (text)" if answer["kind"] == "text" else " (inverted)" if answer["inverted"] else ""
+        lines += ["", plain(answer["query"]) + kind]
+        for rank, hit in enumerate(answer["results"], 1):
+            mark = " (inverted)" if hit["inverted"] else ""
+            lines.append(f"{rank:4d}  {hit['distance']:.4f}  {plain(hit['path'])}{mark}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Features of image files by any method's `encode`; several processes share the work."""
+"""Features of image files by any method's `encode`."""
 from __future__ import annotations
 
 import typing
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..clip.model import CLIP
 from ..clip.zero_shot import cropped, normalised
 from ..machine.options import Shared
-from ..machine.processes import autocast, gather, share
+from ..machine.processes import autocast
 from .batches import Files, ImageDataset, chunks, load
 from .cache import EncodePaths
 
@@ -49,19 +49,6 @@ class Extractor:
                     features = self.method.encode(inputs).float()
                 # The consumer runs outside of both, with a usual tensor, not an inference one.
                 yield indices, features.clone(), inverted
-
-    def features(self, files: Files) -> tuple[Tensor, list[int]]:
-        """Features [n, e] on the CPU and the indices of the n readable files, in every process.
-
-        Raises ValueError when no file can be read, or one cannot and --bad-images is error.
-        """
-        batches = share(chunks(len(files), self.options.eval_batch))
-        found = self.stream(files, batches, self.options.bad_images == "skip")
-        parts = gather([(indices, rows.cpu()) for indices, rows, _ in found])
-        if not parts:
-            raise ValueError(f"none of the {len(files)} images could be read; the first is {files.paths[0]}")
-        indices, rows = map(torch.cat, zip(*parts))
-        return rows, indices.tolist()
 
     def of_paths(self, invert: str = "domain", flags: bool = False) -> EncodePaths:
         """encode_paths(paths) -> (indices [b], features [b, e]) of each batch's readable images.
