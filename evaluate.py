@@ -1,4 +1,4 @@
-"""Evaluates a run folder: every protocol's table beside zero-shot CLIP, JSON, a per-class CSV and a picture
+"""Evaluates a run folder: every protocol's table beside zero-shot CLIP, a report, JSON, CSV tables and a picture
 of ranked results.
 """
 from __future__ import annotations
@@ -20,7 +20,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
                                      epilog="A field that is not given is the run's own.")
     parser.add_argument("--run", type=Path, metavar="DIR",
-                        help="folder of a finished run (default: the newest demonstration)")
+                        help="folder of a run (default: the newest demonstration)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: the run folder)")
     parser.add_argument("--other-data", action="store_true",
                         help="evaluate although the images are not those of the run")

@@ -57,6 +57,9 @@ def run(argv: list[str] | None) -> None:
         raise ValueError("nothing to do: give --query IMG ..., --text TEXT ... or --export FILE.npy")
     if args.k < 1:
         raise ValueError(f"--k {args.k}: expected at least 1")
+    for file in (args.out, args.export):  # before anything is encoded
+        if file and not (file.suffix and file.parent.is_dir()):
+            raise ValueError(f"{plain(file)}: expected a name with an ending in a folder that exists")
     overrides = {name: getattr(args, name) for name in MAY_DIFFER if hasattr(args, name)}
     if args.run is None and "weights" in overrides:
         if args.gallery is None:

@@ -32,7 +32,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(argv: list[str] | None) -> None:
     args = parse(argv)
     config = resolve(vars(args), args.preset, args.fast)
-    folder = args.run or default_run(config.method, args.fast)
+    folder = args.run or default_run(config.method, args.fast or str(args.preset).endswith("fast"))
     experiment.train(config, folder, verify=not args.no_verify, dry_run=args.dry_run)
 
 

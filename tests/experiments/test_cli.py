@@ -201,7 +201,7 @@ def test_mistakes_in_flags(world, tmp_path, capsys):
         refused(capsys, run_with("--method", method, "--graph", "awa2", "--target", "x"),
                 f"--graph, --target: only for --method sre-clip or closed-form, and this is {method}")
     refused(capsys, run_with("--tau", "-1"), "tau is -1.0")
-    refused(capsys, run_with("--class-split", str(tmp_path / "x.json")), "expected a JSON file")
+    refused(capsys, run_with("--class-split", str(tmp_path / "x.json")), "x.json does not exist")
     assert not (tmp_path / "none").exists()
     with pytest.raises(SystemExit) as stop:
         train.main(["--mask", "theirs"])
@@ -254,6 +254,7 @@ def test_a_run_is_resumed_and_evaluated_after_its_data_moved(world, tmp_path, mo
     refused(capsys, evaluate.main(moved), "before", "no such folder")
     moved += ["--data-root", str(after / "data")]
     refused(capsys, evaluate.main(moved), "--class-split", "split.json")
+    assert train.main(flags(after, tmp_path / "whole", *LONGER)) == 0  # its best.pt names the old places
     assert evaluate.main([*moved, "--class-split", str(after / "split.json")]) == 0
     rows = [json.loads((folder / "results.json").read_text())["rows"] for folder in (tmp_path / "whole", tmp_path / "out")]
     assert rows[0] == rows[1]

@@ -274,15 +274,16 @@ def test_a_signal_in_the_validation_stops_after_it(world, tmp_path, finished, mo
     same_runs(tmp_path / "run", finished)
 
 
-def test_ctrl_c_in_the_evaluation_is_one_line(world, tmp_path, finished, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_evaluation_is_one_line(world, tmp_path, finished, monkeypatch, capsys, number):
     shutil.copytree(finished, tmp_path / "run")
 
     def interrupted(*arguments, **options):
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
 
     monkeypatch.setattr(experiment, "evaluate", interrupted)
     assert train.main(saving(world, tmp_path / "run")) == 130
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert capsys.readouterr().err == f"stopped by {number.name}: run the same command to go on\n"
 
 
 def test_test_scores_of_a_killed_run_count_once(tmp_path, monkeypatch):

@@ -136,7 +136,7 @@ def test_bad_roots_and_flags_are_explained(folder, tmp_path):
         (dict(gallery="x"), "--gallery x: no such domain"), (dict(held_out="photo"), "is the gallery domain"),
         (dict(seen="sketch"), "--seen sketch is held out"),
         (dict(held_out="none", seen="photo"), "--seen photo is the gallery domain.* icon, photo, sketch"),
-        (dict(class_split=str(tmp_path / "no.json")), "expected a JSON file"),
+        (dict(class_split=str(tmp_path / "no.json")), "no.json does not exist; --class-split"),
     ]
     for flags, message in cases:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -153,6 +153,8 @@ def test_bad_roots_and_flags_are_explained(folder, tmp_path):
 def test_domains_are_for_folder_datasets(domainnet):
     with pytest.raises(ValueError, match="--domains sketch is for --dataset folder, and this is domainnet"):
         build(config("domainnet", domainnet, domains=("sketch",)))
+    with pytest.raises(ValueError, match="--class-split x.json is for --dataset folder, and this is domainnet"):
+        build(config("domainnet", domainnet, class_split="x.json"))
 
 
 def test_classes_without_a_folder_are_named(tmp_path):

@@ -237,6 +237,19 @@ def test_inversion_is_told_and_asked_for(world, tmp_path, ask, capsys):
     assert f"{strokes} (inverted)\n" in text and f"{coloured}\n" in text
 
 
+def test_a_run_that_inverted_nothing_searches_without(world, tmp_path, ask):
+    strokes = Image.new("RGB", (64, 64), "white")
+    for x in range(12, 52):
+        strokes.putpixel((x, x), (0, 0, 0))
+    (tmp_path / "drawn").mkdir()
+    strokes.save(tmp_path / "drawn" / "0.png")
+    for domains, count in (("sketch", 1), ("none", 0)):
+        run = tmp_path / domains
+        assert train.main(flags(world, run, "--method", "zero-shot", "--stroke-domains", domains)) == 0
+        call = ("--run", run, "--gallery", tmp_path / "drawn", "--query", tmp_path / "drawn" / "0.png")
+        assert ask(*call)["inverted"] == count and ask(*call, "--invert-gallery", "yes")["inverted"] == 1
+
+
 def test_the_answer_does_not_depend_on_how_a_path_is_typed(run, world, tmp_path, ask, monkeypatch):
     """Not even when a folder on the way is named like a domain of strokes."""
     home = tmp_path / "sketch" / "deep"

@@ -59,12 +59,36 @@ def test_numbers_of_other_data_never_pass_for_the_run_s_own(world, run, tmp_path
     data = Path(shutil.copytree(world / "data", tmp_path / "data"))
     shutil.copy(data / "photo" / "shape_6" / "0.png", data / "photo" / "shape_6" / "new.png")
     before = (run / "results.json").read_bytes()
-    refused(capsys, evaluate.main(call(run, "--data-root", str(data))), "not those that", "--other-data")
+    assert evaluate.main(call(run, "--data-root", str(data))) == 2
+    error = capsys.readouterr().err
+    assert "not those that" in error and "--other-data" in error
     assert (run / "results.json").read_bytes() == before and not (run / "other-data").exists()
     assert evaluate.main(call(run, "--data-root", str(data), "--other-data")) == 0
     assert "other data than the run's own" in capsys.readouterr().out
     assert (run / "results.json").read_bytes() == before
-    assert json.loads((run / "other-data" / "results.json").read_text())["other"] == ["data"]
+    found = json.loads((run / "other-data" / "results.json").read_text())
+    assert found["other"] == ["data"] and found["config"]["data_root"] == str(data)
+    assert "1 are new, the first is photo/shape_6/new.png" in error
+
+
+def test_a_run_that_can_go_on_keeps_its_first_results_apart(run, capsys):
+    (run / "results.json").unlink()
+    assert evaluate.main(call(run)) == 0
+    assert "the best epoch so far: the training has not finished" in capsys.readouterr().out
+    assert json.loads((run / "unfinished" / "results.json").read_text())["unfinished"] and not (run / "results.json").exists()
+
+
+def test_results_never_replace_those_of_another_run(run, finished, tmp_path, capsys):
+    before = (run / "results.json").read_bytes()
+    refused(capsys, evaluate.main(call(finished, "--out", str(run))), "--out", "the folder of another run")
+    refused(capsys, evaluate.main(call(finished, "--out", str(run / "best.pt"))), "best.pt: no folder can be made there")
+    assert (run / "results.json").read_bytes() == before
+
+
+def test_a_run_folder_without_a_model_says_what_to_do(run, tmp_path, capsys):
+    (run / "best.pt").unlink()
+    refused(capsys, evaluate.main(call(run)), "holds no best.pt of a run; go on with the command in its run.json")
+    refused(capsys, evaluate.main(call(tmp_path / "no")), "holds no best.pt of a run; train first")
 
 
 def test_numbers_of_other_weights_never_pass_for_the_run_s_own(run, tmp_path, capsys):
@@ -97,7 +121,7 @@ def test_the_evaluation_after_training_uses_the_training_s_device(world, tmp_pat
     pick = experiment.pick_device
     monkeypatch.setattr(experiment, "pick_device", lambda name: pick((asked.append(name), "cpu")[1]))
     assert train.main(flags(world, tmp_path / "run", *CLIP_ONLY, "--device", "cpu:0")) == 0
-    assert asked == ["cpu:0", "cpu"], "the evaluation must not fall back to --device auto"
+    assert asked == ["cpu:0", "cpu:0"], "the evaluation must not fall back to --device auto"
 
 
 def test_unverified_weights_are_trained_with_and_evaluated(world, tmp_path, capsys):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.cuda._utils import _get_device_index  # of `torch.cuda.set_device`: wants a number
 
 from ucdr_ref.clip.tensorfile import file_digest, regular_file
 from ucdr_ref.experiments.run_folder import versions
@@ -96,9 +97,13 @@ def test_the_gpu_that_is_recorded_is_the_run_s_own(monkeypatch):
 def test_every_process_takes_its_own_gpu_for_what_names_none(monkeypatch):
     chosen: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(torch.device("cuda", _get_device_index(device))))
     one = torch.ones(1)
     monkeypatch.setattr(torch, "ones", lambda count, device: one)
+    for name in ("auto", "cuda"):  # a process alone
+        assert processes.pick_device(name) == torch.device("cuda", 0)
+    chosen.clear()
     monkeypatch.setattr(processes, "world", lambda: 4)
     for local in range(4):
         monkeypatch.setenv("LOCAL_RANK", str(local))

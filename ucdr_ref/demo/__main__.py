@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -23,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.out and not args.sheet and not args.pretrain:
         parser.error("nothing to do; give --out DIR, --sheet FILE.png or --pretrain FILE.pt")
     try:
+        for file, ending in ((args.sheet, ".png"), (args.pretrain, ".pt")):
+            if file and not (file.endswith(ending) and os.path.isdir(os.path.dirname(file) or ".")):
+                raise ValueError(f"{file}: expected a name that ends in {ending}, in a folder that exists")
         if args.pretrain:
             from .pretrain import pretrain
             pretrain(args.pretrain, seed=args.seed)

@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image, ImageDraw
 
+from ..machine.files import make_folder
 from .goods import GOODS
 from .nature import NATURE
 from .places import PLACES
@@ -51,12 +52,12 @@ def check_known(values: Sequence[str], known: Sequence[str], what: str) -> None:
 def draw(class_name: str, domain: str, seed: int | str, size: int = 96) -> Image.Image:
     """One RGB picture of `size` x `size` pixels; the same arguments give the same bytes on every machine.
 
-    Raises ValueError for a class or domain that is not in `CLASSES` or `DOMAINS`, or a size below 32 pixels.
+    Raises ValueError for a class or domain that is not in `CLASSES` or `DOMAINS`, or a size outside 32 to 4096 pixels.
     """
     check_known([class_name], CLASSES, "class")
     check_known([domain], DOMAINS, "domain")
-    if size < 32:
-        raise ValueError(f"a picture of {size} pixels is too small to draw in; ask for at least 32")
+    if not 32 <= size <= 4096:
+        raise ValueError(f"a picture of {size} pixels cannot be drawn; ask for 32 to 4096")
     r = Random(f"{seed}/{domain}/{class_name}")
     return STYLES[domain](SHAPES[class_name](r), r, 2 * size).reduce(2)
 
@@ -80,7 +81,7 @@ def write_dataset(root: str | Path, classes: Sequence[str] = CLASSES, domains: S
         return root
     total = len(classes) * len(domains) * per_class
     workers = workers or (min(8, os.cpu_count() or 1) if total >= 3000 else 1)
-    root.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(root.parent)
     with naming(root), TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as holder, ExitStack() as stack:
         draft = Path(holder) / root.name
         draft.mkdir()

@@ -97,9 +97,10 @@ def graph_and_unseen(config: Config) -> tuple[Graph, list[int]]:
     if not graph_file:
         raise ValueError("no class graph; give --graph FILE (python -m ucdr_ref.sre.wordnet builds one) or "
                          f"one of {', '.join(shipped)}")
+    graph = load_graph(graph_file)
     if not unseen_file:
         raise ValueError("no class is unseen: give --unseen FILE, one class name a line")
-    lines, graph = read_classes(unseen_file), load_graph(graph_file)
+    lines = read_classes(unseen_file)
     listed, whole = listed_classes(lines, graph, unseen_file), any(line.split == "seen" for line in lines)
     if whole and listed != list(range(graph.classes)):
         raise ValueError(f"{unseen_file}: its {len(lines)} classes are not the {graph.classes} of "

@@ -23,9 +23,10 @@ import torch
 from .. import __version__
 from ..clip.load import load_clip
 from ..clip.model import CLIP
-from ..clip.tensorfile import file_digest
+from ..clip.tensorfile import file_digest, show
 from ..config import Config, changes, from_dict, located
-from ..machine.files import load_state, save_atomic, write_text_atomic
+from ..machine.files import load_state, make_folder, save_atomic, write_text_atomic
+from ..machine.options import MACHINE
 from ..machine.processes import fold, main_first, pick_device, wait
 from ..training.journal import own_state
 from ..training.loop import train as train_phases
@@ -34,10 +35,11 @@ from .contract import Method
 from .page import log_lines
 from .report import plain
 from .run_folder import (
+    MAY_DIFFER,
     check_entries,
     check_state,
     checkpoint,
-    first_gone,
+    first_changed,
     open_run,
     recorded_files,
     remembered,
@@ -95,7 +97,9 @@ def train(config: Config, folder: Path, verify: bool = True, dry_run: bool = Fal
             save_atomic({"method": own_state(experiment.method), **run.extra}, folder / "best.pt")
         wait()  # until the main process has written best.pt
         experiment.finish(folder)
-        evaluate(folder, {"device": str(device)}, verify=verify)
+        # Not those in best.pt, which may be of before the data moved.
+        now = {name: getattr(config, name) for name in (*MACHINE, *MAY_DIFFER)}
+        evaluate(folder, now, folder, verify=verify)
 
 
 def restore(folder: Path, overrides: dict[str, Any], device: torch.device, verify: bool = True,
@@ -109,7 +113,10 @@ def restore(folder: Path, overrides: dict[str, Any], device: torch.device, verif
     check_entries(folder)
     path = folder / "best.pt"
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; train first: python train.py --run {folder}")
+        advice = f"train first: python train.py --run {folder}"
+        if (folder / "config.json").exists():
+            advice = "go on with the command in its run.json"
+        raise FileNotFoundError(f"{show(folder)} holds no best.pt of a run; {advice}")
     from_dict(overrides)  # what does not fit here is no fault of the checkpoint
     state = load_state(path)
     with checkpoint(path):
@@ -133,10 +140,11 @@ def restore(folder: Path, overrides: dict[str, Any], device: torch.device, verif
 
 def evaluate(folder: Path, overrides: dict[str, Any], out: Path | None = None, other_data: bool = False,
              other_weights: bool = False, verify: bool = True, with_closed_form: bool = False) -> None:
-    """Writes the results of a finished run into `out` (the run folder), then prints its table.
+    """Writes the results of a run into `out` (the run folder), then prints its table.
 
     Raises ValueError when image lists or weights are not the run's, unless `other_data` or `other_weights`
-    is given: then table and results.json say so, and they go into a folder of their own.
+    is given: then table and results.json say so, and they go into a folder of their own. So do those of a
+    run whose training can go on.
     """
     wait()  # until the main process has written best.pt and the log
     device = pick_device(overrides.get("device", "auto"))
@@ -147,19 +155,22 @@ def evaluate(folder: Path, overrides: dict[str, Any], out: Path | None = None, o
     changed = [name for name, digest in digests.items() if digest and before.get(name) != digest]
     if changed and not other_data:
         raise ValueError(f"the image lists are not those that {folder} was trained with "
-                         f"({', '.join(changed)}){first_gone(folder, data.listing)}; give the run's own "
+                         f"({', '.join(changed)}){first_changed(folder, data.listing)}; give the run's own "
                          "--data-root, --target or --class-split, or accept others with --other-data")
     differs = {"weights": weights != state["weights_sha256"], "data": bool(changed)}
     other = [what for what in differs if differs[what]]
-    out = out or folder.joinpath(*(f"other-{what}" for what in other))
+    unfinished = out != folder and (folder / "last.pt").exists() and not (folder / "results.json").exists()
+    out = out or folder.joinpath(*(f"other-{what}" for what in other), *["unfinished"] * unfinished)
+    if out != folder and (out / "config.json").exists():
+        raise ValueError(f"--out {show(out)} is the folder of another run; name one for these results")
+    make_folder(out)
     rows = task.evaluate(config, data, method, state, folder, device, with_closed_form)
-    trained_with = {**asdict(Config()), **state["config"]}  # an older checkpoint lacks newer fields
-    about = {"run": str(folder), "config": trained_with, "versions": versions(device), "other": other,
-             "weights_sha256": weights, "files": digests}
-    out.mkdir(parents=True, exist_ok=True)
+    about = {"run": str(folder), "config": asdict(config), "versions": versions(device), "other": other,
+             "unfinished": unfinished, "weights_sha256": weights, "files": digests}
     task.write_results(rows, out, about)
     text = "\n".join([task.table(rows, config),
-                      *(f"          other {what} than the run's own" for what in other)])
+                      *(f"          other {what} than the run's own" for what in other),
+                      *["          the best epoch so far: the training has not finished"] * unfinished])
     page = task.page(rows, log, {**about, "defaults": asdict(Config()), "table": text})
     write_text_atomic(out / "report.html", page)
     print(text)

@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from ..clip.tensorfile import read_text
+from ..clip.tensorfile import read_text, regular_file
 from ..config import Config
 from ..images.batches import Files
 from .datasets import DATASETS, Dataset, alias_list, compared, folder_key, some
@@ -164,6 +164,7 @@ def read(config: Config, row: Dataset | None, before: Listing,
     """The images of each domain and class, the class split, and the listing of all images."""
     root = config.data_root
     for flag, given, where in (("--domains", " ".join(config.domains), "folder"),
+                               ("--class-split", config.class_split, "folder"),
                                ("--file-lists", config.file_lists, "domainnet")):
         if given and config.dataset != where:
             raise ValueError(f"{flag} {given} is for --dataset {where}, and this is {config.dataset}; "
@@ -198,7 +199,8 @@ def roles(config: Config, row: Dataset | None, tree: Tree) -> tuple[str | None, 
     there = ", ".join(sorted(tree))
     for flag, domain in (("--held-out", held_out), ("--gallery", gallery), ("--seen", seen)):
         if domain is not None and domain not in tree:
-            raise ValueError(f"{flag} {domain}: no such domain in {config.data_root}; there are {there}")
+            raise ValueError(f"{flag} {domain or '(empty)'}: no such domain in {config.data_root}; "
+                             f"there are {there}")
     if held_out == gallery:
         raise ValueError(f"--held-out {held_out} is the gallery domain; hold out another one of {there}")
     if seen == held_out:
@@ -244,13 +246,15 @@ def folder_split(config: Config, tree: Tree) -> Splits:
     if not config.class_split:
         count = len(present)
         if count < 4:
-            raise ValueError(f"{config.data_root}: {count} classes cannot be split in three; give 4 or more")
+            raise ValueError(f"{config.data_root}: {count} classes cannot be split in three; give 4 or more, "
+                             "or --class-split")
         order = random.Random(f"{config.split_seed}/classes").sample(present, count)
         test, val = max(1, count // 5), max(1, count // 10)
         return {"test": sorted(order[:test]), "val": sorted(order[test:test + val]),
                 "train": sorted(order[test + val:])}
     where = f"--class-split {config.class_split}"
     keys = {"train": ("train", "seen"), "val": ("val", "val_unseen"), "test": ("test", "unseen")}
+    regular_file(config.class_split, "; --class-split wants a JSON file")
     try:
         data = json.loads(read_text(config.class_split))
         splits = {part: next(data[key] for key in names if key in data) for part, names in keys.items()}

@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import __version__
 from ..clip.tensorfile import regular_file, show, tidy
 from ..config import Config, differences, from_dict, to_json
-from ..machine.files import in_place, write_atomic, write_text_atomic
+from ..machine.files import in_place, make_folder, write_atomic, write_text_atomic
 from ..machine.processes import is_main
 from ..training.journal import Misfit
 from .trees import Listing
@@ -79,11 +79,11 @@ def open_run(folder: Path, config: Config, about: dict[str, Any],
             raise ValueError(f"{folder} was started with other weights than there are now; {ADVICE}")
         if before.get("files") != about.get("files"):
             raise ValueError(f"{folder} was started with other image files or class graph than there are now"
-                             f"{first_gone(folder, listing)}; {ADVICE}")
+                             f"{first_changed(folder, listing)}; {ADVICE}")
     elif folder.exists() and (not folder.is_dir() or any(folder.glob("[!.]*"))):
         # A hidden name is what a killed write leaves.
         raise ValueError(f"{folder} exists and is no run folder (it has no config.json); name another --run")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     held = lock(folder)
     write_text_atomic(path, to_json(config))  # first: it makes this a run folder, whatever happens next
     write_text_atomic(record, json.dumps({"command": sys.argv, **about}, indent=2) + "\n")
@@ -181,15 +181,15 @@ def are_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-def first_gone(folder: Path, listing: Listing) -> str:
-    """Part of a sentence: an image that the run was started with and that is gone, and what can be done."""
+def first_changed(folder: Path, listing: Listing) -> str:
+    """Part of a sentence: images of the run's start that are gone, and what can be done, or that are new."""
     before = remembered(folder)
-    gone = sorted(name for part, names in listing.items()
-                  for name in set(before.get(part, ())).difference(names))
-    if not gone:
-        return ""
-    return (f" ({len(gone)} are gone, the first is {show(Path(gone[0]))}: bring them back, or count what was "
-            "only removed as unreadable with --bad-images skip)")
+    gone, new = ([name for part, names in ours.items() for name in {*names}.difference(theirs.get(part, ()))]
+                 for ours, theirs in ((before, listing), (listing, before)))
+    if gone:
+        return (f" ({len(gone)} are gone, the first is {show(Path(min(gone)))}: bring them back, or count "
+                "what was only removed as unreadable with --bad-images skip)")
+    return f" ({len(new)} are new, the first is {show(Path(min(new)))})" if before and new else ""
 
 
 def recorded_files(folder: Path) -> dict[str, Any]:

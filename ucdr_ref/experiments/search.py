@@ -5,7 +5,6 @@ shapes its features: digests of the weights that were loaded and of best.pt, pre
 """
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import metrics
-from ..clip.tensorfile import file_digest
+from ..clip.tensorfile import file_digest, show
 from ..clip.tokenizer import tokenize
 from ..clip.zero_shot import ZeroShot
 from ..config import Config, from_dict, located
@@ -44,7 +43,12 @@ class Model(NamedTuple):
     digests: tuple[str, str]  # of best.pt, empty for CLIP as it is, and of the weights
 
     def encoder(self, invert: str) -> EncodePaths:
-        """Of paths; the last column of the features tells which images were inverted."""
+        """Of paths; the last column of the features tells which images were inverted.
+
+        "auto" inverts nothing for a run that inverted nothing.
+        """
+        if invert == "auto" and not {*self.config.stroke_domains}.difference(["none"]):
+            invert = "no"
         return Extractor(self.method, self.config, self.device).of_paths(invert, flags=True)
 
 
@@ -91,7 +95,7 @@ def encode_images(model: Model, paths: Sequence[str], invert: str) -> tuple[Tens
     """Features [q, e] of query images and which were inverted; ValueError for one that cannot be read."""
     found = list(model.encoder(invert)(list(paths)))
     if unread := sorted(set(range(len(paths))).difference(*(indices.tolist() for indices, _ in found))):
-        raise ValueError(f"{os.fsencode(paths[unread[0]])!r}: not a readable query image")
+        raise ValueError(f"{show(Path(paths[unread[0]]))}: not a readable query image; name another one")
     rows = torch.cat([features for _, features in found]).cpu()
     return rows[:, :-1], (rows[:, -1] > 0).tolist()
 

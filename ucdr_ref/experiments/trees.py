@@ -25,7 +25,8 @@ def scan(root: str, domains: Mapping[str, Sequence[str]] | None = None,
     a named domain or a class folder without images, or a link to a folder that it lies in.
     """
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"--data-root {root}: no such folder; expected <domain>/<class>/* in it")
+        raise FileNotFoundError(f"--data-root {root or '(empty)'}: no such folder; "
+                                "expected <domain>/<class>/* in it")
     notes = [] if notes is None else notes
     top = opened(root)
     present = {os.path.basename(path): path for path in top.folders}

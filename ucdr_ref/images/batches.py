@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from ..clip.tensorfile import regular_file, tidy
+from ..clip.tensorfile import regular_file, show, tidy
 from ..clip.zero_shot import CLIP_MEAN, CLIP_STD, Transform
 from ..machine.processes import fold
 
@@ -85,8 +86,7 @@ def open_image(path: str, as_is: bool = False) -> Image.Image:
                 ImageOps.exif_transpose(image, in_place=True)
                 return to_rgb(image)
     except Exception as error:  # decoders raise anything on damaged files
-        raise ValueError(f"{os.fsencode(path)!r}: not a readable image ({tidy(error)}); remove it or run "
-                         "with --bad-images skip") from None
+        raise ValueError(f"{show(Path(path))}: not a readable image ({tidy(error)})") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -191,7 +191,7 @@ def load(dataset: ImageDataset, batches: Sequence[Sequence[int]], workers: int, 
             loaded = iter(loader)
         for indices, images, inverted, bad in loaded:
             if bad and not skip_bad:
-                raise ValueError(bad[0])
+                raise ValueError(f"{bad[0]}; remove it or run with --bad-images skip")
             for sentence in bad:
                 print(f"skipped {sentence}", file=sys.stderr)
             yield indices, images, inverted

@@ -2,11 +2,19 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
+from types import FrameType
 
 from ..clip.tensorfile import tidy
 from .processes import Stopped, processes
+
+
+def terminated(number: int, frame: FrameType | None) -> None:
+    """SIGTERM ends what it meets as Ctrl-C does, so that nothing half-written stays."""
+    raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 def command(run: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
@@ -14,18 +22,21 @@ def command(run: Callable[[list[str] | None], None], argv: list[str] | None) -> 
 
     0 when it is done, 2 after one line about a mistake, 130 after one line about SIGINT or SIGTERM.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminated)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a file name that this terminal cannot show is no error
             stream.reconfigure(errors="backslashreplace")
     try:
         with processes():
             run(argv)
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return 130
-    except KeyboardInterrupt:
-        print("stopped by SIGINT: run the same command to go on", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"stopped by {str(stop) or 'SIGINT'}: run the same command to go on", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `... | head` has seen enough; results are on the disk before they are printed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

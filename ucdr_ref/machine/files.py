@@ -60,6 +60,15 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     return state
 
 
+def make_folder(path: Path) -> None:
+    """With all above it; ValueError where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{show(path)}: no folder can be made there ({error.strerror}); "
+                         "name another one") from None
+
+
 def save_atomic(obj: Any, path: str | os.PathLike[str]) -> None:
     """torch.save; `path` is the old file or the whole new one, even after a power cut. Raises WriteError."""
     def fill(file: BinaryIO) -> None:

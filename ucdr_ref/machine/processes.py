@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from textwrap import shorten
 from typing import Any, TypeVar
 
 import torch
@@ -146,13 +147,15 @@ def pick_device(name: str) -> torch.device:
     """cpu, cuda, ... or auto; a GPU without a number is the process's own. ValueError when there is none."""
     try:
         device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        if device == torch.device("cuda") and world() > 1:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device == torch.device("cuda"):
+            own = int(os.environ["LOCAL_RANK"]) if world() > 1 else torch.cuda.current_device()
+            device = torch.device("cuda", own)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # for what names no device, such as the peak memory or NCCL
         torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"--device {name} is not usable ({tidy(error)}); try --device cpu") from None
+    except (RuntimeError, AssertionError, ImportError, ValueError) as error:
+        reason = shorten(tidy(error), 200)
+        raise ValueError(f"--device {name} is not usable ({reason}); try --device cpu") from None
     return device
 
 

@@ -151,7 +151,7 @@ def save_graph(graph: Graph, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fields = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in asdict(graph).items())
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text("{\n" + fields + "\n}\n", encoding="utf-8")
         os.replace(temporary, path)
