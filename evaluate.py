@@ -1,16 +1,15 @@
-"""Evaluates a run folder: every protocol's table beside zero-shot CLIP, a report, JSON, CSV tables and a picture
-of ranked results.
+"""Evaluates a run folder: every protocol's table beside zero-shot CLIP, a report, JSON, CSV tables and a
+picture of ranked results.
 """
 from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from ucdr_ref.config import FIELDS, add_arguments
 from ucdr_ref.experiments import experiment
 from ucdr_ref.experiments.run_folder import newest_run
-from ucdr_ref.machine.command import command
+from ucdr_ref.machine.command import command, place
 from ucdr_ref.machine.options import MACHINE
 
 MAY_DIFFER = (*MACHINE, "data_root", "target", "class_split", "weights", "bad_images")
@@ -19,9 +18,9 @@ MAY_DIFFER = (*MACHINE, "data_root", "target", "class_split", "weights", "bad_im
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
                                      epilog="A field that is not given is the run's own.")
-    parser.add_argument("--run", type=Path, metavar="DIR",
+    parser.add_argument("--run", type=place, metavar="DIR",
                         help="folder of a run (default: the newest demonstration)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: the run folder)")
+    parser.add_argument("--out", type=place, metavar="DIR", help="where to write (default: the run folder)")
     parser.add_argument("--other-data", action="store_true",
                         help="evaluate although the images are not those of the run")
     parser.add_argument("--other-weights", action="store_true",

@@ -10,7 +10,7 @@ from ucdr_ref.config import add_arguments
 from ucdr_ref.experiments import search
 from ucdr_ref.experiments.report import plain
 from ucdr_ref.experiments.run_folder import newest_run
-from ucdr_ref.machine.command import command
+from ucdr_ref.machine.command import command, place
 from ucdr_ref.machine.options import MACHINE
 
 MAY_DIFFER = (*MACHINE, "weights", "bad_images")
@@ -22,9 +22,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, usage="%(prog)s [flags]",
         epilog="--weights without --run: CLIP as it is. Another field that is not given is the run's.")
-    parser.add_argument("--run", type=Path, metavar="DIR",
+    parser.add_argument("--run", type=place, metavar="DIR",
                         help="folder of a finished run (default: the newest demonstration)")
-    parser.add_argument("--gallery", type=Path, metavar="DIR",
+    parser.add_argument("--gallery", type=place, metavar="DIR",
                         help="folder of images to search, with all below it (default: the run's gallery)")
     parser.add_argument("--query", nargs="+", default=[], metavar="IMG", help="query images (default: none)")
     parser.add_argument("--text", nargs="+", default=[], metavar="TEXT",
@@ -32,16 +32,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--k", type=int, default=10, metavar="N", help="results per query (default: 10)")
     parser.add_argument("--center", action="store_true",
                         help="remove the mean of the gallery, and that of the queries' kind")
-    parser.add_argument("--queries-like", type=Path, metavar="DIR",
+    parser.add_argument("--queries-like", type=place, metavar="DIR",
                         help="for --center: images of the queries' kind (default: five queries or more)")
-    parser.add_argument("--out", type=Path, metavar="SHEET.png",
+    parser.add_argument("--out", type=place, metavar="SHEET.png",
                         help="write a contact sheet of the results (default: none)")
-    parser.add_argument("--export", type=Path, metavar="FILE.npy",
+    parser.add_argument("--export", type=place, metavar="FILE.npy",
                         help="write the gallery's vectors, and their paths beside it (default: none)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--invert-query", default="auto", choices=INVERT, help=f"query {SEEN}")
     parser.add_argument("--invert-gallery", default="auto", choices=INVERT, help=f"gallery {SEEN}")
-    parser.add_argument("--cache", type=Path, metavar="DIR",
+    parser.add_argument("--cache", type=place, metavar="DIR",
                         help="where indexes are kept (default: RUN/index; without a run, runs/index)")
     parser.add_argument("--other-weights", action="store_true",
                         help="search although the CLIP weights are not the run's")

@@ -3,17 +3,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from ucdr_ref.config import PRESETS, add_arguments, resolve
 from ucdr_ref.experiments import experiment
 from ucdr_ref.experiments.run_folder import default_run
-from ucdr_ref.machine.command import command
+from ucdr_ref.machine.command import command, place
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]")
-    parser.add_argument("--run", type=Path, metavar="DIR",
+    parser.add_argument("--run", type=place, metavar="DIR",
                         help="run folder; the same command again resumes it (default: runs/demo; with --fast "
                              "runs/fast; for sre-clip runs/sre-demo, runs/sre-fast)")
     row, own = "row of a published table", "(default: the dataset's own)"

@@ -17,3 +17,8 @@ torch.set_num_threads(1)  # the tests' models are small: more threads only fight
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as `helpers.write_world` makes it."""
     return write_world(tmp_path_factory.mktemp("world"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, for one of several workers: started last, they alone would run to the end."""
+    items.sort(key=lambda item: "tests/whole/" not in item.nodeid)

@@ -203,9 +203,11 @@ def test_mistakes_in_flags(world, tmp_path, capsys):
     refused(capsys, run_with("--tau", "-1"), "tau is -1.0")
     refused(capsys, run_with("--class-split", str(tmp_path / "x.json")), "x.json does not exist")
     assert not (tmp_path / "none").exists()
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--mask", "theirs"])
-    assert stop.value.code == 2 and "invalid choice" in capsys.readouterr().err
+    for main, flag, value, sentence in ((train.main, "--mask", "theirs", "invalid choice"), (train.main, "--run", "", "it is empty"),
+                                        (evaluate.main, "--out", "", "it is empty"), (retrieve.main, "--gallery", "", "it is empty")):
+        with pytest.raises(SystemExit) as stop:
+            main([flag, value])
+        assert stop.value.code == 2 and sentence in capsys.readouterr().err
 
 
 def test_a_run_folder_of_another_config_is_kept(run, world, capsys):

@@ -1,15 +1,24 @@
 """What every entry point does around its work: one line for a mistake or Ctrl-C, never a traceback."""
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 from ..clip.tensorfile import tidy
 from .processes import Stopped, processes
+
+
+def place(text: str) -> Path:
+    """A flag's path; an empty one, as of a shell variable that is not set, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return Path(text)
 
 
 def terminated(number: int, frame: FrameType | None) -> None:
