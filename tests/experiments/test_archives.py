@@ -325,6 +325,9 @@ def test_webvision_folders_are_classes_by_id(archives, tmp_path, capsys):
     assert "60 classes (20 unseen)" in said and "61 images, 60 classes" in said and "not used: n01440764" in said
     assert train.main(call) == 0
     assert json.loads((tmp_path / "run" / "results.json").read_text())["rows"][0]["classes"] == 60
+    for file in ("per_class.csv", "report.html"):
+        text = (tmp_path / "run" / file).read_text()
+        assert "crane (n02012849)" in text and "crane (n03126707)" in text, file
 
     graph, unseen = class_folders.graph_and_unseen(resolve({"graph": str(tmp_path / "graph.json"),
                                                             "unseen": str(tmp_path / "unseen.txt")}, "i2webv"))

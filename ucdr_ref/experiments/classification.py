@@ -25,7 +25,7 @@ from ..machine.processes import one_process
 from ..sre.adapter import SRECLIP, check_unseen
 from ..sre.class_vectors import node_vectors
 from ..sre.closed_form import CHUNK, Ridge, fit
-from ..sre.graph import Graph, normalised_adjacency, parse_graph
+from ..sre.graph import Graph, duplicates, normalised_adjacency, parse_graph
 from ..training.journal import Run, load_own_state
 from ..ucdr.closed_form import ClosedFormAdapter
 from . import class_folders
@@ -216,6 +216,8 @@ def evaluate(config: Config, data: Data, method: Any, state: dict[str, Any], fol
     predictions.
     """
     graph, unseen, names = data.graph, data.unseen, data.graph.names[:data.graph.classes]
+    twice = set(duplicates(names))  # WebVision has two cranes
+    names = [f"{name} ({synset})" if name in twice else name for name, synset in zip(names, graph.ids)]
 
     def features_of(folders: list[Folder]) -> Features:
         return features(folders, method.clip, config, folder, device)
