@@ -15,7 +15,14 @@ from torch import Tensor
 
 from tests.helpers import fill
 from ucdr_ref import metrics
-from ucdr_ref.metrics import average_precision, class_means, retrieval, search, squared_distances
+from ucdr_ref.metrics import (
+    average_precision,
+    class_means,
+    retrieval,
+    search,
+    squared_distances,
+    zero_shot_accuracy,
+)
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "map_released.json").read_text())
 
@@ -391,3 +398,19 @@ def test_wrong_shapes_are_an_error() -> None:
         search(query, gallery[:0], 3)
     with pytest.raises(ValueError, match="of one width"):
         search(query, np.zeros((4, 2), np.float32), 3)
+
+
+def test_arrays_and_lists_do_as_tensors_do() -> None:
+    query, labels, gallery, gallery_labels = random_case(3, 4, 30, 5, 3, False)
+    for expected, found in ((retrieval(query, labels, gallery, gallery_labels),
+                             retrieval(query.numpy(), labels.tolist(), gallery.numpy(), gallery_labels.numpy())),
+                            (search(query, gallery, 3), search(query.numpy(), gallery.numpy(), 3))):
+        assert str(expected) == str(found)
+
+
+@pytest.mark.parametrize(("logits", "labels", "unseen"), [
+    (torch.zeros(2, 3), [0, 1], torch.tensor([True, False, False])), (torch.zeros(2, 3), [0, -1], [1]),
+    (torch.zeros(2, 3), [0, 3], [1]), (torch.zeros(2, 3), [0, 1], [-1]), (torch.full((2, 3), torch.nan), [0, 1], [1])])
+def test_accuracy_of_what_is_no_classification_is_refused(logits: Tensor, labels: list[int], unseen: Any) -> None:
+    with pytest.raises(ValueError, match=r"expected logits \[b, 3\] without NaN, and labels and unseen_ids of 0 to 2"):
+        zero_shot_accuracy(logits, labels, unseen)

@@ -48,6 +48,8 @@ def retrieval(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labe
     Raises ValueError on empty or mismatching input and on features that are not finite. Source: evaluation
     protocol of UCDR-Adapter (WACV 2025); divisor as in the benchmark's released code.
     """
+    query, gallery = _tensor(query), _tensor(gallery)
+    query_labels, gallery_labels = map(torch.as_tensor, (query_labels, gallery_labels))
     _check_shapes(query, gallery, k, chunk)
     for name, x, labels in (("query", query, query_labels), ("gallery", gallery, gallery_labels)):
         if labels.shape != x.shape[:1]:
@@ -116,6 +118,7 @@ def search(query: Tensor, gallery: Tensor | np.ndarray, k: int, chunk: int | Non
     `lengths`: `row_lengths(gallery)`, where several searches share one gallery: one query reads it once
     then, not twice. They must be of these very rows: with others, the answer is wrong.
     """
+    query = _tensor(query)
     _check_shapes(query, gallery, k, chunk)
     _check_rows(query.float().norm(dim=1), "query")
     if lengths is not None and lengths.shape != (len(gallery),):
@@ -330,10 +333,15 @@ def zero_shot_accuracy(logits: Tensor, labels: Tensor,
 
     `zsl`: unseen-class images among unseen classes; `unseen`, `seen`: images of these classes among all
     classes; `h` = 2US / (U + S). Under `instance` averaged over images, under `class` over the classes that
-    have images. NaN where there is no image.
+    have images. NaN where there is no image. Raises ValueError for NaN logits and ids outside 0..c-1.
     """
-    is_unseen = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-    is_unseen[torch.as_tensor(unseen_ids, dtype=torch.long)] = True
+    labels, unseen_ids = (torch.as_tensor(ids, device=logits.device) for ids in (labels, unseen_ids))
+    c = logits.shape[1]
+    known = all(ids.dtype != torch.bool and ((0 <= ids) & (ids < c)).all() for ids in (labels, unseen_ids))
+    if not known or logits.isnan().any():
+        raise ValueError(f"expected logits [b, {c}] without NaN, and labels and unseen_ids of 0 to {c - 1}.")
+    is_unseen = torch.zeros(c, dtype=torch.bool, device=logits.device)
+    is_unseen[unseen_ids.long()] = True
     among_unseen = logits.masked_fill(~is_unseen, -torch.inf).argmax(dim=1)
     return predicted_accuracy(logits.argmax(dim=1), among_unseen, labels, is_unseen)
 

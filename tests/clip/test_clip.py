@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from tests.helpers import fill, golden_clip_state_dict, tiny_state_dict
 from ucdr_ref.clip import linear as linear_module
 from ucdr_ref.clip.model import CLIP, infer_architecture
 from ucdr_ref.clip.tokenizer import tokenize
+from ucdr_ref.clip.zero_shot import class_text_features, preprocess
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 600
@@ -277,3 +279,29 @@ def test_import_does_no_work():
     assert done.returncode == 0, done.stderr[-2000:]
     opened, devices = done.stdout.splitlines()
     assert opened == "[]" and devices == "False"
+
+
+# ---- what a library user may hand over
+
+@pytest.mark.parametrize("images", [torch.zeros(1, 3, 36, 36), torch.zeros(1, 3, 16, 64), torch.zeros(3, 32, 32),
+                                    torch.zeros(1, 4, 32, 32), torch.zeros(1, 32, 32, 3), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)])
+def test_images_of_another_size_or_kind_are_refused(tiny, images):
+    with pytest.raises(ValueError, match=r"expected floating-point \[b, 3, 32, 32\], as clip.preprocess\(32\) gives them"):
+        tiny.encode_image(images)
+
+
+def test_half_precision_weights_take_what_preprocess_gives():
+    half = CLIP.from_state_dict(tiny_state_dict(), dtype=torch.bfloat16)
+    assert half.encode_image(torch.zeros(1, 3, 32, 32)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "L", "P", "1", "LA", "CMYK"])
+def test_preprocess_takes_images_as_rgb(mode):
+    image = Image.effect_noise((40, 50), 90).convert("RGB").convert(mode)
+    assert torch.equal(preprocess(32)(image), preprocess(32)(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("names", ["dog", []])
+def test_one_text_is_no_list_of_names(tiny, names):
+    with pytest.raises(ValueError, match="expected a list of one or more"):
+        class_text_features(tiny, names)

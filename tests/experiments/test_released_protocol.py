@@ -236,6 +236,8 @@ def test_published_numbers_stand_beside_what_they_describe_alone(tmp_path, monke
     assert ranking.published(resolve(plain), "UdCDR", "seen") == ""  # the published gallery is the released one (D7)
     assert ranking.published(resolve({**plain, "ud_gallery": "trained"}), "UdCDR", "seen")
     assert ranking.published(resolve({**plain, "dataset": "folder"}), "UCDR", "unseen") == ""
+    for gallery, shown in (("real", True), ("painting", False)):
+        assert bool(ranking.published(resolve({**plain, "gallery": gallery}), "UCDR", "unseen")) == shown
     for split, shown in (("eccv", True), ("random", False)):
         config = resolve({"weights": str(weights), "dataset": "sketchy", "sketchy_split": split})
         assert bool(ranking.published(config, "UcCDR", "unseen")) == shown

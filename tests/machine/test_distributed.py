@@ -64,7 +64,7 @@ def test_two_processes_equal_one_through_kill_and_stop(world, tmp_path, monkeypa
     driver.write_text(DRIVER)
 
     killed = launch(driver, 9, 4, uneven(world, two))  # SIGKILL
-    assert killed.returncode != 0 and "error: process 0 lost another one" in killed.stderr, killed.stderr  # it noticed by itself
+    assert killed.returncode != 0 and "error: process 0 could not exchange with another one" in killed.stderr, killed.stderr  # it noticed by itself
     assert load_state(two / "last.pt")["progress"]["step"] == 2
 
     stopped = launch(driver, 15, 6, uneven(world, two))  # SIGTERM

@@ -101,15 +101,16 @@ def test_every_process_takes_its_own_gpu_for_what_names_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(torch.device("cuda", _get_device_index(device))))
     one = torch.ones(1)
     monkeypatch.setattr(torch, "ones", lambda count, device: one)
-    for name in ("auto", "cuda"):  # a process alone
-        assert processes.pick_device(name) == torch.device("cuda", 0)
+    for name, number in (("auto", 0), ("cuda", 0), ("cuda:2", 2)):  # a process alone
+        assert processes.pick_device(name) == torch.device("cuda", number)
     chosen.clear()
     monkeypatch.setattr(processes, "world", lambda: 4)
     for local in range(4):
         monkeypatch.setenv("LOCAL_RANK", str(local))
         assert processes.pick_device("auto") == processes.pick_device("cuda") == torch.device("cuda", local)
-    assert processes.pick_device("cuda:2") == torch.device("cuda:2"), "one that is named is taken"
-    assert chosen == [torch.device("cuda", local) for local in range(4) for _ in range(2)] + [torch.device("cuda:2")]
+    assert chosen == [torch.device("cuda", local) for local in range(4) for _ in range(2)]
+    with pytest.raises(ValueError, match="each process needs a GPU of its own: give --device cuda"):
+        processes.pick_device("cuda:2")
 
 
 def test_peak_memory_is_that_of_the_run_s_gpu(monkeypatch):

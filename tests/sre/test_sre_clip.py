@@ -201,3 +201,22 @@ def test_state_round_trip_resumes_the_bank() -> None:
     assert expected["diversity"] != 0
     for name in expected:
         assert_close(found[name], expected[name])
+
+
+def test_a_checkpoint_does_not_overwrite_the_caller_s_class_vectors() -> None:
+    vectors = F.normalize(torch.randn(9, 5), dim=1)
+    before = vectors.clone()
+    edges = [(k, 7) for k in range(7)]
+    method = SRECLIP(Width(6), [f"class {k}" for k in range(7)], vectors, normalised_adjacency(edges, 9), [1], Config(sre_hidden=8))
+    method.class_vectors.zero_()
+    assert torch.equal(vectors, before)
+
+
+@pytest.mark.parametrize("p", [0.3, 0.5])
+def test_dropout_is_pytorch_s_own_on_a_cpu(p: float) -> None:
+    gcn, x = sre_clip.GCN(5, 8, p), torch.randn(40, 5)
+    torch.manual_seed(1)
+    expected, state = F.dropout(x, p, True), torch.get_rng_state()
+    torch.manual_seed(1)
+    assert torch.equal(gcn.dropped(x), expected) and torch.equal(torch.get_rng_state(), state)
+    assert gcn.eval().dropped(x) is x

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from functools import partial
 from pathlib import Path
 
@@ -339,3 +340,27 @@ def test_pushes_come_after_the_loss_unless_released():
 def test_no_triplet_ablation():
     method = small(triplet_pairs=0)
     assert set(method.step(batch_of(), "source")) == {"loss", "align"} and method.queues.counts.sum() == 0
+
+
+# what a library user may hand over
+
+def test_a_phase_is_named_and_started():
+    model, batch = small(), batch_of()
+    for phase in ("sources", "target"):  # without `start` its anchors would be zeros, and nothing would be learnt
+        with pytest.raises(ValueError, match=f"step of phase '{phase}': expected"):
+            model.step(batch, phase)
+    model.start("target")
+    assert model.step(batch, "target")["loss"] > 0
+
+
+def test_class_features_of_another_kind_are_refused():
+    for kind in ("templates", "prototypes", "file.npy"):
+        with pytest.raises(ValueError, match=f"class_features '{kind}': expected template or plain"):
+            small(class_features=kind)
+    with pytest.raises(ValueError, match="names are 'dog'"):
+        UCDRAdapter(CLIP.from_state_dict(tiny_state_dict()), "dog", DOMAINS, resolve({}))
+
+
+def test_a_method_can_be_pickled():
+    model = small()
+    assert torch.equal(pickle.loads(pickle.dumps(model)).encode(batch_of().images), model.encode(batch_of().images))

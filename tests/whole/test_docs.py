@@ -121,7 +121,7 @@ def test_files_and_flags_that_are_named_exist():
     flags = {name.replace("_", "-") for name in FIELDS}
     for path in [*ROOT.glob("*.py"), *PACKAGE.glob("*/*.py"), ROOT / "tests" / "killtest.py"]:
         flags |= set(re.findall(r'add_argument\("--([\w-]+)"', path.read_text(encoding="utf-8")))
-    elsewhere = {"help", "help-all", "index-url", "nnodes", "standalone", "steps", "data"}  # argparse, pip, torchrun; bench, in a loop
+    elsewhere = {"help", "help-all", "index-url", "nnodes", "shm-size", "standalone", "steps", "data"}  # argparse, pip, torchrun, docker; bench, in a loop
     assert set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)(?![\w_])", TEXT)) <= flags | elsewhere
 
 

@@ -65,7 +65,9 @@ class Attention(nn.Module):
         keys, values = self.keys_values(x)
         if past is not None:
             keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
-        y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal)
+        y = queries
+        if len(x):  # a process's share may be empty, which PyTorch's flash attention long refused
+            y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -117,6 +119,7 @@ class VisionTower(nn.Module):
     def __init__(self, image_size: int, patch: int, width: int, layers: int, heads: int,
                  embed_dim: int) -> None:
         super().__init__()
+        self.image_size = image_size
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(1 + (image_size // patch) ** 2, width))
@@ -126,7 +129,15 @@ class VisionTower(nn.Module):
         self.proj = nn.Parameter(torch.empty(width, embed_dim))
 
     def embed(self, images: Tensor) -> Tensor:
-        """images [b, 3, H, W] -> patch tokens [b, n, d] with their positions, no class token."""
+        """images [b, 3, H, W] -> patch tokens [b, n, d] with their positions, no class token.
+
+        Raises ValueError for images of another size or kind.
+        """
+        size = (3, self.image_size, self.image_size)
+        if images.shape[1:] != size or not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype} {list(images.shape)}, expected floating-point "
+                             f"[b, 3, {size[1]}, {size[1]}], as clip.preprocess({size[1]}) gives them")
+        images = images.to(self.conv1.weight.dtype)
         return self.conv1(images).flatten(2).transpose(1, 2) + self.positional_embedding[1:]
 
     def class_token(self, count: int, embedding: Tensor | None = None) -> Tensor:

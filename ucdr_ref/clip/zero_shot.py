@@ -17,15 +17,19 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 def preprocess(image_size: int) -> Transform:
-    """CLIP's evaluation transform: RGB image -> [3, H, W]: `cropped`, then `normalised`."""
+    """CLIP's evaluation transform: image -> [3, H, W]: `cropped`, then `normalised`."""
     return transforms.Compose([cropped(image_size), normalised])
 
 
 def cropped(image_size: int) -> Transform:
-    """RGB image -> uint8 [3, H, W]: short side resized (bicubic), centre crop."""
+    """image, taken as RGB -> uint8 [3, H, W]: short side resized (bicubic), centre crop."""
     return transforms.Compose([
-        transforms.Resize(image_size, transforms.InterpolationMode.BICUBIC, antialias=True),
+        rgb, transforms.Resize(image_size, transforms.InterpolationMode.BICUBIC, antialias=True),
         transforms.CenterCrop(image_size), transforms.PILToTensor()])
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def normalised(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
@@ -45,9 +49,18 @@ def readable(name: str) -> str:
     return name.replace("_", " ")
 
 
+def check_names(names: Sequence[str]) -> None:
+    if isinstance(names, str) or not len(names):
+        raise ValueError(f"names are {names!r}, expected a list of one or more")
+
+
 def class_text_features(clip: CLIP, class_names: Sequence[str], chunk: int = 256) -> Tensor:
-    """L2-normalised features [c, e] of "a photo of a {name}", no gradient; ValueError for an image tower."""
+    """L2-normalised features [c, e] of "a photo of a {name}", no gradient.
+
+    Raises ValueError for an image tower, or when there is no name or one text in place of names.
+    """
     clip.require_text()
+    check_names(class_names)
     ids = tokenize([f"a photo of a {readable(name)}" for name in class_names], clip.context_length)
     with torch.no_grad():
         features = [clip.encode_text(part.to(clip.logit_scale.device)) for part in ids.split(chunk)]

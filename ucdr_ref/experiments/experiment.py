@@ -102,7 +102,7 @@ def train(config: Config, folder: Path, verify: bool = True, dry_run: bool = Fal
         evaluate(folder, now, folder, verify=verify)
 
 
-def restore(folder: Path, overrides: dict[str, Any], device: torch.device, verify: bool = True,
+def restore(folder: str | Path, overrides: dict[str, Any], device: torch.device, verify: bool = True,
             other_weights: bool = False) -> tuple[Config, Method, dict[str, Any]]:
     """The config of a run folder, its best method, ready to encode images, and the checkpoint's content.
 
@@ -110,6 +110,7 @@ def restore(folder: Path, overrides: dict[str, Any], device: torch.device, verif
     there was in training is in the checkpoint. Raises FileNotFoundError or ValueError when the folder holds
     no finished run, or the weights' digest is not the run's, unless `other_weights`.
     """
+    folder = Path(folder)  # text will do
     check_entries(folder)
     path = folder / "best.pt"
     if not path.exists():

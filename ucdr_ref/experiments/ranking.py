@@ -14,7 +14,8 @@ from ..clip.tensorfile import file_digest
 from ..config import Config
 from ..images.batches import Files, chunks
 from ..images.features import Extractor
-from ..machine.processes import gather, share
+from ..machine.processes import gather, world
+from ..machine.processes import rank as own_rank
 from ..metrics import retrieval
 from ..ucdr.closed_form import ClosedForm, centred
 from .protocols import Test
@@ -51,7 +52,7 @@ class FeatureTable:
         """
         if new := files.keep([i for i, path in enumerate(files.paths) if path not in self.rows]):
             options = self.extractor.options
-            batches = share(chunks(len(new), options.eval_batch))
+            batches = chunks(len(new), options.eval_batch)[own_rank()::world()]  # of all domains each
             found = self.extractor.stream(new, batches, options.bad_images == "skip")
             self.rows |= dict.fromkeys(new.paths)
             for indices, rows in gather([(indices.tolist(), rows.cpu()) for indices, rows, _ in found]):
@@ -127,7 +128,8 @@ def published(config: Config, protocol: str, gallery: str) -> str:
     That is the whole dataset with its split and galleries, and OpenAI's ViT-B/32, told by its digest.
     """
     text = PUBLISHED.get((config.dataset, protocol, gallery), "")
-    same = (not config.per_class and config.holdback == 0.08 and not config.file_lists
+    usual = config.gallery in ("", "real", "extended_photo", "images")  # each dataset has one of them
+    same = (usual and not config.per_class and config.holdback == 0.08 and not config.file_lists
             and (protocol != "UdCDR" or config.ud_gallery == "trained")  # D7
             and (config.dataset != "sketchy" or config.sketchy_split == "eccv"))
     return text if text and same and file_digest(config.weights) == OPENAI_SHA256["ViT-B-32.pt"] else ""

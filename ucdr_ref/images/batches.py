@@ -195,6 +195,9 @@ def load(dataset: ImageDataset, batches: Sequence[Sequence[int]], workers: int, 
             for sentence in bad:
                 print(f"skipped {sentence}", file=sys.stderr)
             yield indices, images, inverted
+    except RuntimeError as error:  # a worker was killed, in a container most often for want of shared memory
+        raise ValueError(f"a process that reads images failed ({tidy(error)}); give more memory or shared "
+                         "memory, or take --workers 0") from error
     finally:
         if workers and loaded is not None:  # now: a traceback may keep the iterator alive for long
             loaded._shutdown_workers()  # type: ignore[attr-defined]

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+import torch
+
 from ..clip.tensorfile import tidy
 from .processes import Stopped, processes
 
@@ -50,6 +52,10 @@ def command(run: Callable[[list[str] | None], None], argv: list[str] | None) -> 
     except BrokenPipeError:  # `... | head` has seen enough; results are on the disk before they are printed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except torch.OutOfMemoryError as error:
+        print(f"error: {tidy(error)[:200]}; take smaller batches (--micro-batch, --eval-batch, "
+              "--source-batch) or --precision bf16", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print(f"error: {tidy(error)}", file=sys.stderr)
         return 2

@@ -61,7 +61,8 @@ class Shared:
     device: Annotated[str, "DEVICE", "cpu, cuda, cuda:1, ...; auto: a GPU when there is one"] = "auto"
     workers: Annotated[int, "0 <= x <= 256", "processes that read images; 0: the main process does"] = 2
     precision: Annotated[
-        Literal["fp32", "tf32", "bf16"], "arithmetic of the towers; losses, LayerNorm: float32"] = "fp32"
+        Literal["fp32", "tf32", "bf16"],
+        "arithmetic of the towers; LayerNorm and, but for tf32, losses: float32"] = "fp32"
     compile: Annotated[
         Literal[0, 1], "1: compile the vision blocks (torch.compile), which takes a while at the start"] = 0
     micro_batch: Annotated[

@@ -65,8 +65,8 @@ def together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        print(f"error: process {rank()} lost another one ({tidy(error)}); what was saved is intact: "
-              "run the same command to go on", file=sys.stderr)
+        print(f"error: process {rank()} could not exchange with another one ({tidy(error)}); what was saved is "
+              "intact: run the same command to go on", file=sys.stderr)
         sys.exit(2)
 
 
@@ -147,13 +147,15 @@ def pick_device(name: str) -> torch.device:
     """cpu, cuda, ... or auto; a GPU without a number is the process's own. ValueError when there is none."""
     try:
         device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        if device.type == "cuda" and device.index is not None and world() > 1:
+            raise ValueError("each process needs a GPU of its own: give --device cuda")
         if device == torch.device("cuda"):
             own = int(os.environ["LOCAL_RANK"]) if world() > 1 else torch.cuda.current_device()
             device = torch.device("cuda", own)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # for what names no device, such as the peak memory or NCCL
         torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError, ValueError) as error:
+    except (RuntimeError, AssertionError, ImportError, ValueError, KeyError) as error:
         reason = shorten(tidy(error), 200)
         raise ValueError(f"--device {name} is not usable ({reason}); try --device cpu") from None
     return device

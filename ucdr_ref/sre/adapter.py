@@ -60,9 +60,15 @@ class GCN(nn.Module):
 
     def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
         """class vectors [N, w], adjacency [N, N] (rows sum to one, sparse or dense) -> G [N, h]"""
-        x = adjacency @ (F.dropout(x, self.dropout, self.training) @ self.w1) + self.b1
+        x = adjacency @ (self.dropped(x) @ self.w1) + self.b1
         x = F.leaky_relu(x, 0.2)
-        return adjacency @ (F.dropout(x, self.dropout, self.training) @ self.w2) + self.b2
+        return adjacency @ (self.dropped(x) @ self.w2) + self.b2
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """F.dropout, drawn on the CPU: the same on every device."""
+        if not self.training:
+            return x
+        return x * F.dropout(torch.ones(x.shape), self.dropout, True).to(x.device)
 
 
 class TargetBank(nn.Module):
@@ -120,7 +126,7 @@ class SRECLIP(nn.Module):
     """Frozen CLIP features -> adapter; class graph -> graph head; cosine / temperature between the two.
 
     class_names [c]; class_vectors X [N, w], rows L2-normalised; adjacency [N, N], `normalised_adjacency`'s;
-    unseen_ids: indices of the classes without labelled images.
+    unseen_ids: indices of the classes without labelled images. `clip` is frozen here.
     Raises ValueError when there is no unseen class, or when names, vectors and graph do not belong together.
     """
 
@@ -144,7 +150,7 @@ class SRECLIP(nn.Module):
         self.adapter = ImageAdapter(clip.embed_dim, h)
         self.gcn = GCN(class_vectors.shape[1], h, config.sre_dropout)
         self.bank = TargetBank(config.sre_bank, h, config.bank_ring, config.sre_batch)
-        self.register_buffer("class_vectors", class_vectors.float())
+        self.register_buffer("class_vectors", class_vectors.float().clone())  # a checkpoint overwrites it
         self.register_buffer("adjacency", adjacency, persistent=False)
         self.register_buffer("unseen_ids", unseen, persistent=False)
 

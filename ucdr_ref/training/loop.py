@@ -93,7 +93,7 @@ def fit(method: Method, phase: str, feed: Feed, validate: Callable[[], float] | 
             gradients = [parameter.grad for parameter in trained.values() if parameter.grad is not None]
             processes.average([*gradients, shown], weight=len(files))
             norm = torch.stack([gradient.norm() for gradient in gradients]).sum()
-            *numbers, size = torch.cat([shown, norm[None]]).tolist()  # the step's only wait for the device
+            *numbers, size = torch.cat([shown, norm[None]]).tolist()  # where a step waits for the device
             values = dict(zip(terms, numbers))
             stop_if_not_finite(values, size, {"phase": phase, **asdict(progress), "files": files}, run)
             optimizer.step()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..clip.model import CLIP
-from ..clip.zero_shot import class_text_features
+from ..clip.zero_shot import check_names, class_text_features
 from . import losses
 from .options import Options
 from .prompts import TargetPromptGenerator, TextTemplate, prompt_bank
@@ -78,14 +78,22 @@ class ClassQueues(nn.Module):
         return *self.pairs(class_ids, positive, negative), valid
 
 
+def all_rows(rows: Tensor) -> Tensor:
+    return rows
+
+
+def all_places(count: int) -> tuple[int, int]:
+    return 0, count
+
+
 class UCDRAdapter(nn.Module):
     """CLIP with source prompts, text template and target prompt generator.
 
-    clip: both towers, frozen. class_names [c], domain_names [s]: what the training images are labelled with.
+    clip: both towers, frozen here. class_names [c], domain_names [s]: of the training images.
     class_features [c, e]: fixed anchors in place of the text template (D13). join and place: for a batch that
     several processes share, the rows [b, ...] of all of them, and where this one's `count` rows stand:
-    (first, count of all). Raises ValueError when a class name is too long, or when text is needed and the
-    weights have no text tower.
+    (first, count of all). Raises ValueError when a class name is too long, when text is needed and the
+    weights have no text tower, and for `config.class_features` of another kind without `class_features`.
     """
 
     PHASES: tuple[str, ...] = ("source", "target")
@@ -97,9 +105,11 @@ class UCDRAdapter(nn.Module):
     momentum_class_prompts: Tensor  # [c, p, d]
 
     def __init__(self, clip: CLIP, class_names: Sequence[str], domain_names: Sequence[str], config: Options,
-                 class_features: Tensor | None = None, join: Callable[[Tensor], Tensor] = lambda rows: rows,
-                 place: Callable[[int], tuple[int, int]] = lambda count: (0, count)) -> None:
+                 class_features: Tensor | None = None, join: Callable[[Tensor], Tensor] = all_rows,
+                 place: Callable[[int], tuple[int, int]] = all_places) -> None:
         super().__init__()
+        check_names(class_names)
+        check_names(domain_names)
         self.join, self.place = join, place
         self.clip, self.config = clip.requires_grad_(False), config
         c, s, d, p = len(class_names), len(domain_names), clip.vision_width, config.prompt_length
@@ -110,13 +120,17 @@ class UCDRAdapter(nn.Module):
         self.proj = nn.Parameter(clip.visual.proj.detach().clone())
 
         self.template: TextTemplate | None = None
+        self.started = False  # phase 2, which computes the anchors of a template
         if class_features is not None:
             anchors = unit(class_features)  # D13
         elif config.class_features == "template":
             self.template = TextTemplate(clip, class_names, config.context_vectors)
             anchors = torch.zeros(c, clip.embed_dim)
-        else:
+        elif config.class_features == "plain":
             anchors = class_text_features(clip, class_names)  # D13
+        else:
+            raise ValueError(f"class_features {config.class_features!r}: expected template or plain, or the "
+                             "features themselves as the argument class_features")
         self.register_buffer("anchors", anchors)
 
         same = config.momentum_start == "online"  # D9
@@ -198,10 +212,18 @@ class UCDRAdapter(nn.Module):
         if phase == "target":
             with torch.no_grad():
                 self.anchors.copy_(self.text_features())
+            self.started = True
 
     def step(self, batch: Batch, phase: str) -> dict[str, Tensor]:
-        """Loss terms of one batch; `loss` is the one to minimise."""
-        return self.source_step(batch) if phase == "source" else self.target_step(batch)
+        """Loss terms of one batch; `loss` is the one to minimise.
+
+        Raises ValueError for another phase, and for "target" before `start("target")`.
+        """
+        if phase == "source":
+            return self.source_step(batch)
+        if phase != "target" or not self.started:
+            raise ValueError(f'step of phase {phase!r}: expected "source", or "target" after start("target")')
+        return self.target_step(batch)
 
     def source_step(self, batch: Batch) -> dict[str, Tensor]:
         """Phase 1, source adapter learning: L-align + L-triplet; the momentum features enter the queues."""
