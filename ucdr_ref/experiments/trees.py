@@ -14,6 +14,7 @@ from .datasets import AUGMENTED, folder_key, some
 Tree = dict[str, dict[str, list[str]]]  # domain -> class -> sorted paths
 Listing = dict[str, list[str]]  # folder -> sorted names of the images below it, which a run folder remembers
 DEEP = "did the archive unpack one level too deep?"
+LISTED = 100  # unmatched names that are told
 
 
 def scan(root: str, domains: Mapping[str, Sequence[str]] | None = None,
@@ -138,9 +139,10 @@ def match(tree: Tree, expected: Sequence[str], title: str, notes: list[str],
         other = {folder_key(folder): folder_key(name) for folder, name in aliases.get(domain, {}).items()}
         found = by_key(domain, classes, {key: name for key, name in other.items() if key not in keys})
         missing = sorted(name for key, name in keys.items() if key not in found)
-        strange = some(sorted(name for key, name in found.items() if key not in keys))
+        strange = some(sorted(name for key, name in found.items() if key not in keys), LISTED)
         if missing:
-            sentence = f"no folder for {some(missing)}; folders that are no class: {strange or 'none'}"
+            sentence = (f"no folder for {some(missing, LISTED)}; folders that are no class: "
+                        f"{strange or 'none'}")
             problems.setdefault(sentence, []).append(domain)
         elif strange:
             notes.append(f"note     {domain}: folders that are no class of {title} are not used: {strange}")
