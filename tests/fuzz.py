@@ -5,7 +5,8 @@
 Images: bit flips, cuts, splices, wrong endings, pixel bombs, empty files, odd names, links and FIFOs among them. Files: run
 checkpoints (best.pt, last.pt), weights in every format, run configs, logs and records, feature caches, class graphs, class
 splits and class features, as bytes and as values; run folders with links and FIFOs in them; names in tables. What a reader
-may raise is a ValueError or an OSError of one line; no case may compute for over LIMIT seconds.
+may raise is a ValueError or an OSError of one line; no case may compute for over LIMIT seconds. Before it is damaged, a file of
+each kind has to be read.
 """
 from __future__ import annotations
 

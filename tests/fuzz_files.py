@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -44,6 +45,10 @@ from ucdr_ref.training.loop import Feed, Run, train
 from ucdr_ref.ucdr.adapter import Batch, UCDRAdapter
 
 NAMES = [f"shape {k}" for k in range(4)]
+CACHED = torch.arange(12.0).view(3, 4)  # the features of a gallery
+RECORD_READERS: dict[str, Callable[[Path], object]] = {
+    "run.json": runs.recorded_files, "log.jsonl": log_lines, classification.SCORES: classification.best_scores,
+    runs.LISTING: runs.remembered}
 
 
 def repeated(make: Callable[[Any], Any], count: int) -> Any:
@@ -205,12 +210,56 @@ class Scene:
 
 def fuzz_files(harness: Harness, folder: Path, count: int, seed: int) -> None:
     r, scene = random.Random(f"files/{seed}"), Scene(folder)
+    sound_files(harness, scene)
     cases = [case_best, case_last, case_weights, case_text, case_cache, case_best, case_last, case_text, case_record, case_folder,
              case_anchors, case_names]
     for i in range(count):
         cases[i % len(cases)](harness, scene, i, r)
     special_files(harness, scene)
     assert not (folder / "executed").exists(), "code of a file was executed"
+
+
+def sound_files(harness: Harness, scene: Scene) -> None:
+    """What the cases damage, undamaged: it is read, and as what was written."""
+    def expect(kind: str, case: str, read: Callable[[], object], expected: object) -> None:
+        def check() -> None:
+            found = read()
+            assert found == expected, f"{found} instead of {expected}"
+
+        harness.sound(kind, case, check)
+
+    for name in scene.configs:
+        expect("best.pt", name, lambda name=name: restore(scene.folder / name, {}, scene.device)[2]["class_names"], NAMES)
+        shutil.copytree(scene.folder / name, scene.folder / "sound")
+        harness.sound("last.pt", name, lambda name=name: scene.train(name, scene.folder / "sound"))
+        shutil.rmtree(scene.folder / "sound")
+    for form in scene.weights:
+        path = scene.write("sound", scene.weights[form])
+        expect("weights", form, lambda path=path: equal(load_clip(path), scene.small_clip), True)
+        if form in ("zip", "torchscript"):
+            rewrite(path, lambda name, old: old)
+            expect("pickles", form, lambda path=path: equal(load_clip(path), scene.small_clip), True)
+    values = {"graph": scene.graph, "config": scene.configs["ucdr"], "split": json.loads(scene.texts["split"]),
+              "classes": [("seen", "n00000001", "shape 0"), ("unseen", "n00000002", "shape 1")]}
+    for kind, value in values.items():
+        path = scene.write("sound", scene.texts[kind])
+        expect(kind, "sound", lambda kind=kind, path=path: text_readers(scene, path)[kind](), value)
+    scores = {average: dict.fromkeys(classification.COLUMNS, 0.5) for average in classification.AVERAGES}
+    log = [json.loads(line) for line in scene.records["log.jsonl"].splitlines()]
+    records = {"run.json": {"train": "0"}, "log.jsonl": log, classification.SCORES: (2, scores),
+               runs.LISTING: {"data": ["photo/shape 0/x.png"]}}
+    for name, value in records.items():
+        path = scene.write(f"case/{name}", scene.records[name])
+        expect(f"records {name}", "sound", lambda name=name, path=path: RECORD_READERS[name](path.parent), value)
+        path.unlink()
+    build_cache(scene)
+    harness.sound("caches", "sound", lambda: build_cache(scene, lambda paths: pytest.fail("a sound entry is not used")))
+    shutil.copytree(scene.folder / "ucdr", scene.folder / "received")
+    harness.sound("run folders", "sound", lambda: resume(scene, scene.folder / "received"))
+    shutil.rmtree(scene.folder / "received")
+    path = scene.write("sound", scene.anchors)
+    harness.sound("class features", "sound", lambda: anchors(scene, path))
+    path.unlink()
 
 
 def case_best(harness: Harness, scene: Scene, i: int, r: random.Random) -> None:
@@ -266,26 +315,21 @@ def case_text(harness: Harness, scene: Scene, i: int, r: random.Random) -> None:
     kind = r.choice(sorted(scene.texts))
     what, data = scene.damaged_text(kind, r)
     path = scene.write(f"{kind}{i}", data)
+    harness.run(kind, f"{i} {what}", lambda: tidied(text_readers(scene, path)[kind]), path.name)
+    path.unlink()
+
+
+def text_readers(scene: Scene, path: Path) -> dict[str, Callable[[], object]]:
     tree = {"photo": {name: ["x"] for name in NAMES}, "sketch": {name: ["y"] for name in NAMES}}
     config = replace(scene.configs["ucdr"], class_split=str(path), data_root="data")
-    readers: dict[str, Callable[[], object]] = {
-        "graph": lambda: load_graph(path), "config": lambda: runs.read_config(path), "classes": lambda: read_classes(path),
-        "split": lambda: protocols.folder_split(config, tree)}
-    harness.run(kind, f"{i} {what}", lambda: tidied(readers[kind]), path.name)
-    path.unlink()
+    return {"graph": lambda: load_graph(path), "config": lambda: runs.read_config(path), "classes": lambda: read_classes(path),
+            "split": lambda: protocols.folder_split(config, tree)}
 
 
 def case_cache(harness: Harness, scene: Scene, i: int, r: random.Random) -> None:
     """A cache entry that is not sound is never used: the rows are those of the encoder."""
-    cache, rows = scene.folder / "cache", torch.arange(12.0).view(3, 4)
-
-    def build() -> None:
-        encode = lambda paths: [(torch.arange(3), rows)]  # noqa: E731
-        index = build_index(scene.folder / "gallery", encode, "model", cache, say=lambda line: None)
-        assert np.array_equal(index.features, rows.numpy()) and index.paths == ["0.png", "1.png", "2.png"]
-
-    build()
-    path = r.choice(sorted(path for path in cache.glob("*/*")))
+    build_cache(scene)
+    path = r.choice(sorted((scene.folder / "cache").glob("*/*")))
     what, data = mutated(path.read_bytes(), r)
     if r.random() < 0.2 and path.suffix == ".npy":
         what, data = "trap", pickle.dumps(Trap(str(scene.folder / "executed")))
@@ -293,7 +337,12 @@ def case_cache(harness: Harness, scene: Scene, i: int, r: random.Random) -> None
         np.save(stream, np.array([Trap(str(scene.folder / "executed"))], dtype=object), allow_pickle=True)
         data = stream.getvalue()
     path.write_bytes(data)
-    harness.run("caches", f"{i} {path.name} {what}", build)
+    harness.run("caches", f"{i} {path.name} {what}", lambda: build_cache(scene))
+
+
+def build_cache(scene: Scene, encode: Any = lambda paths: [(torch.arange(3), CACHED)]) -> None:
+    index = build_index(scene.folder / "gallery", encode, "model", scene.folder / "cache", say=lambda line: None)
+    assert np.array_equal(index.features, CACHED.numpy()) and index.paths == ["0.png", "1.png", "2.png"]
 
 
 def case_record(harness: Harness, scene: Scene, i: int, r: random.Random) -> None:
@@ -306,10 +355,7 @@ def case_record(harness: Harness, scene: Scene, i: int, r: random.Random) -> Non
     else:
         what, data = mutated(data, r)
     path = scene.write(f"case/{name}", data)
-    readers: dict[str, Callable[[Path], object]] = {
-        "run.json": runs.recorded_files, "log.jsonl": log_lines, classification.SCORES: classification.best_scores,
-        runs.LISTING: runs.remembered}
-    harness.run(f"records {name}", f"{i} {what}", lambda: readers[name](path.parent), name)
+    harness.run(f"records {name}", f"{i} {what}", lambda: RECORD_READERS[name](path.parent), name)
     path.unlink()
 
 
@@ -332,15 +378,15 @@ def case_folder(harness: Harness, scene: Scene, i: int, r: random.Random) -> Non
         os.mkfifo(path)
     else:
         path.mkdir()
-
-    def resume() -> None:
-        with runs.open_run(run, scene.configs["ucdr"], {"weights_sha256": scene.sha, "files": {}}, {"data": []}):
-            scene.train("ucdr", run)
-            restore(run, {}, scene.device)
-
-    harness.run("run folders", f"{i} {name} {kind}", lambda: tidied(resume), str(run))
+    harness.run("run folders", f"{i} {name} {kind}", lambda: tidied(lambda: resume(scene, run)), str(run))
     assert victim.read_text() == "precious" and not (scene.folder / "nowhere").exists(), f"{name} {kind}"
     shutil.rmtree(run)
+
+
+def resume(scene: Scene, run: Path) -> None:
+    with runs.open_run(run, scene.configs["ucdr"], {"weights_sha256": scene.sha, "files": {}}, {"data": []}):
+        scene.train("ucdr", run)
+        restore(run, {}, scene.device)
 
 
 def case_anchors(harness: Harness, scene: Scene, i: int, r: random.Random) -> None:
@@ -391,7 +437,7 @@ def case_names(harness: Harness, scene: Scene, i: int, r: random.Random) -> None
         text = make()
         assert text.count("\n") == lines - 1 and text.replace("\n", "").isprintable(), text
 
-    harness.run("names", f"{i} {what}", check)
+    harness.sound("names", f"{i} {what}", check)
 
 
 def special_files(harness: Harness, scene: Scene) -> None:
@@ -408,6 +454,16 @@ def special_files(harness: Harness, scene: Scene) -> None:
         "open_image": lambda path: open_image(str(path)), "class_anchors": lambda path: anchors(scene, path),
         "read_table": lambda path: read_table(path, {"a"}), "open_log": lambda path: opened(path),
         "folder_split": lambda path: protocols.folder_split(Config(class_split=str(path)), {})}
+    sound = {"load_clip": "clip.pt", "load_state": "ucdr/best.pt", "read_config": "ucdr/config.json",
+             "read_json": "ucdr/config.json", "read_lines": "ucdr/log.jsonl", "file_digest": "clip.pt", "load_graph": "graph.json",
+             "read_classes": "classes.txt", "open_image": "gallery/0.png", "class_anchors": "anchors.npy",
+             "read_table": "table.txt", "open_log": "opened", "folder_split": "split.json"}
+    scene.write("classes.txt", scene.texts["classes"])
+    scene.write("table.txt", b"a 1 2\n")
+    scene.write("opened", b"")
+    scene.write("split.json", b'{"train": [], "val": [], "test": []}')
+    for name, reader in readers.items():
+        harness.sound("special files", f"{name} sound", lambda reader=reader, name=name: reader(scene.folder / sound[name]))
     for path in sorted(folder.iterdir()):
         for name, reader in readers.items():
             if (name, path.name) != ("open_log", "dangling"):  # see `case_folder`

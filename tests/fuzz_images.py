@@ -84,6 +84,12 @@ def fuzz_images(harness: Harness, folder: Path, count: int, seed: int) -> None:
     for name, data in hard.items():
         (folder / name).write_bytes(data)
         harness.run("bombs", name, lambda name=name: open_image(str(folder / name)), name)
+    for ending in endings:
+        path = folder / f"sound.{ending}"
+        path.write_bytes(bases[ending])
+        harness.sound("images", ending, lambda path=path: open_and_close(str(path)))
+        path.unlink()
+    sound_folder(harness, folder / "sound")
     for i in range(count):
         ending = r.choice(endings)
         what, data = mutated(bases[ending], r)
@@ -105,6 +111,23 @@ def fuzz_images(harness: Harness, folder: Path, count: int, seed: int) -> None:
         for entry in sorted(os.scandir(root), key=lambda entry: os.fsencode(entry.name)):
             harness.run("entries", f"{i} {entry.name!r}", lambda entry=entry: open_and_close(entry.path))
         shutil.rmtree(folder / "tree")
+
+
+def sound_folder(harness: Harness, tree: Path) -> None:
+    """A folder of one image is listed, scanned and opened."""
+    path = tree / "photo" / "cat" / "a.png"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(png(2, 2, data=bytes(14)))
+
+    def listed() -> None:
+        assert [name for name, *_ in list_images(str(tree))] == ["photo/cat/a.png"]
+
+    def scanned() -> None:
+        assert trees.scan(str(tree)) == {"photo": {"cat": [str(path)]}}
+
+    harness.sound("folders", "list_images", listed)
+    harness.sound("folders", "scan", scanned)
+    harness.sound("entries", "a.png", lambda: open_and_close(str(path)))
 
 
 def open_and_close(path: str) -> None:

@@ -42,8 +42,12 @@ class Harness:
             self.watching = False
             raise Executed(f"{event} {arguments}")
 
-    def run(self, kind: str, case: str, read: Callable[[], object], names: str = "") -> None:
-        """One case; AssertionError when it ends otherwise than it may. `names`: what a refusal has to mention."""
+    def run(self, kind: str, case: str, read: Callable[[], object], names: str = "") -> str:
+        """One case; AssertionError when it ends otherwise than it may. `names`: what a refusal has to mention.
+
+        Returns the refusal, which is empty when the case is read.
+        """
+        text = ""
         signal.setitimer(signal.ITIMER_PROF, LIMIT)
         signal.alarm(PATIENCE)
         self.watching = True
@@ -61,6 +65,12 @@ class Harness:
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.alarm(0)
         self.counts.setdefault(kind, Counter())[outcome] += 1
+        return text
+
+    def sound(self, kind: str, case: str, read: Callable[[], object]) -> None:
+        """A case without a fault, which has to be read: readers that refuse everything would pass all the others."""
+        refusal = self.run(kind, case, read)
+        assert not refusal, f"{kind}, {case}: refused without a fault: {refusal}"
 
 
 class Trap:

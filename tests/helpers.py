@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+import signal
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -174,6 +176,24 @@ def refused(capsys: pytest.CaptureFixture, code: int, *parts: str) -> None:
     assert [line for line in lines if line.startswith("error: ")] == lines[-1:], error
     for part in parts:
         assert part in lines[-1], (part, lines[-1])
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Writing more than `size` bytes into a file fails, as on a full disk."""
+    import resource  # not on Windows
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def logged(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def equal(a: Any, b: Any) -> bool:

@@ -9,6 +9,7 @@ import torch
 
 from ucdr_ref.clip.load import load_clip
 from ucdr_ref.config import resolve
+from ucdr_ref.demo import pretrain
 from ucdr_ref.demo.drawing import CLASSES, DOMAINS, SPLIT, draw, write_dataset
 from ucdr_ref.demo.pretrain import CAPTIONS, SHAPE, colour, random_clip, sample_pair
 from ucdr_ref.experiments.protocols import build
@@ -32,9 +33,17 @@ def test_colours_have_names():
     assert found == ["white", "black", "green"]
 
 
-def test_pretraining_never_draws_a_benchmark_image(tmp_path):
+def test_pretraining_never_draws_a_benchmark_image(monkeypatch):
     """The seed strings differ, and so do the pictures: none of 120 pairs equals a benchmark image of any class and domain."""
+    seeds = []
+
+    def noting(name, domain, seed, *size):
+        seeds.append(seed)
+        return draw(name, domain, seed, *size)
+
+    monkeypatch.setattr(pretrain, "draw", noting)
     seen = {sample_pair(0, i)[0].tobytes() for i in range(120)}
+    assert len(seeds) == 120 and all(seed.startswith("web/") for seed in seeds)
     benchmark = {np.asarray(draw(name, domain, f"0/{i}")).tobytes()
                  for name in CLASSES[::6] for domain in DOMAINS for i in range(2)}
     assert not seen & benchmark and len(seen) == 120

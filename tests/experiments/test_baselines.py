@@ -14,6 +14,7 @@ from tests.experiments.test_sre_cli import flags as sre_flags
 from tests.experiments.test_sre_cli import scene  # noqa: F401, a fixture
 from tests.helpers import flags, refused
 from ucdr_ref.config import Config
+from ucdr_ref.experiments import ranking
 from ucdr_ref.experiments.experiment import restore
 from ucdr_ref.experiments.ranking import FeatureTable
 from ucdr_ref.experiments.retrieval import prepare
@@ -78,17 +79,27 @@ def test_the_same_command_again_and_an_evaluation_give_the_same(form_run, world,
 
 
 def test_lambda_is_chosen_without_the_test_classes(world, tmp_path, monkeypatch):
-    seen = []
-    choose = closed_form.choose_strength
+    seen, scored = [], []
+    choose, score = closed_form.choose_strength, ranking.validation_score
 
     def noting(measured, score):
         strength = choose(measured, score)
         seen.append(strength)
         return strength
 
+    def scoring(rows, test, selected):
+        scored.append((test, selected[0]))
+        return score(rows, test, selected)
+
     monkeypatch.setattr("ucdr_ref.experiments.retrieval.choose_strength", noting)
+    monkeypatch.setattr("ucdr_ref.experiments.retrieval.validation_score", scoring)
     assert train.main(flags(world, tmp_path / "chosen", "--method", "closed-form")) == 0
     assert len(seen) == 1 and seen[0] in closed_form.STRENGTHS
+    assert len(scored) == len(closed_form.STRENGTHS)
+    held_out, validated = "sketch", set(json.loads((world / "split.json").read_text())["val"])
+    for test, gallery in scored:
+        assert set(test.query.classes) == set(test.galleries[gallery].classes) == validated
+        assert held_out not in {test.query_domain, *test.query.domains, *test.galleries[gallery].domains}
     assert train.main(flags(world, tmp_path / "last", "--method", "closed-form", "--selection", "last")) == 0
     assert train.main(flags(world, tmp_path / "three", "--method", "closed-form", "--whitening", "3")) == 0
     assert len(seen) == 1  # no validation classes, or a given lambda: nothing is chosen

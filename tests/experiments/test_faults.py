@@ -5,7 +5,6 @@ import ctypes
 import errno
 import json
 import os
-import resource
 import shutil
 import signal
 import struct
@@ -21,7 +20,7 @@ import torch
 import evaluate
 import retrieve
 import train
-from tests.helpers import LONGER, flags, refused, same_runs
+from tests.helpers import LONGER, files_of_at_most, flags, logged, refused, same_runs
 from ucdr_ref.clip.tensorfile import file_digest
 from ucdr_ref.config import from_dict
 from ucdr_ref.experiments import classification as sre_evaluation
@@ -44,18 +43,6 @@ def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "whole"
     assert train.main(saving(world, run)) == 0
     return run
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """Writing more than `size` bytes into a file fails, as on a full disk."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @contextmanager
@@ -317,7 +304,7 @@ def test_the_audit_trail(world, finished):
     assert {"ucdr_ref", "python", "torch", "torchvision", "pillow", "machine", "gpu"} <= set(about["versions"])
     assert {"train", "validation query", "UCDR query", "UCDR gallery unseen", "UCDR gallery mixed"} <= set(about["files"])
     assert all(len(digest) == 64 for digest in about["files"].values())
-    lines = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    lines = logged(finished)
     steps = [(line["phase"], line["epoch"], line["step"]) for line in lines if "step" in line]
     assert len(set(steps)) == len(steps) and {phase for phase, *_ in steps} == {"source", "target"}
     for line in lines:

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 import evaluate
 import retrieve
 import train
-from tests.helpers import equal, refused, tiny_state_dict
+from tests.helpers import equal, logged, refused, tiny_state_dict
 from ucdr_ref.clip.load import load_clip
 from ucdr_ref.clip.zero_shot import preprocess
 from ucdr_ref.experiments import class_folders as sre_data
@@ -63,16 +63,12 @@ def run(scene: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def log(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_state(folder / "best.pt")["method"]
 
 
 def test_a_run_trains_and_leaves_a_small_complete_checkpoint(run):
-    steps = log(run)
+    steps = logged(run)
     assert len(steps) == 130 and steps[-1]["ce"] < steps[0]["ce"]
     for i in (0, 19, 20, 129):
         source = steps[i]["ce"] + 100 * steps[i]["structure"] + 0.01 * steps[i]["retention"]
@@ -159,7 +155,7 @@ def test_an_interrupted_run_ends_in_the_same_weights(scene, tmp_path, monkeypatc
     whole = flags(scene, tmp_path / "whole", *more)
     assert train.main(whole) == 0
     assert equal(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
-    assert log(tmp_path / "cut") == log(tmp_path / "whole")
+    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
     rows = [json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("cut", "whole")]
     assert rows[0] == rows[1]
     if report == "best-test":
@@ -188,7 +184,7 @@ def test_ablations_are_one_flag_each(scene, tmp_path):
     for flag in ("--sre-structure", "--sre-retention", "--sre-target"):
         folder = tmp_path / flag
         assert train.main(flags(scene, folder, "--sre-iterations", "30", flag, "0")) == 0
-        step, on = log(folder)[25], {name: float(flag != name) for name in ("--sre-structure", "--sre-retention", "--sre-target")}
+        step, on = logged(folder)[25], {name: float(flag != name) for name in ("--sre-structure", "--sre-retention", "--sre-target")}
         source = (step["ce"] + 100 * on["--sre-structure"] * step["structure"]
                   + 0.01 * on["--sre-retention"] * step["retention"])
         assert step["source"] == pytest.approx(source, rel=1e-5)

@@ -16,7 +16,7 @@ import torch
 import evaluate
 import retrieve
 import train
-from tests.helpers import LONGER, flags, refused, tiny_state_dict
+from tests.helpers import LONGER, flags, logged, refused, tiny_state_dict
 from ucdr_ref.experiments import classification, experiment, run_folder, trees
 from ucdr_ref.experiments.page import log_lines
 from ucdr_ref.experiments.report import plain
@@ -292,7 +292,7 @@ def test_a_run_goes_on_after_an_image_is_lost(world, tmp_path, monkeypatch, caps
     assert train.main([*command, "--bad-images", "skip"]) == 0
     captured = capsys.readouterr()
     assert "skipped" in captured.err and "11 x 12" in captured.out and "1 unreadable images left out" in captured.out
-    steps = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    steps = logged(run)
     assert [line["step"] for line in steps if line["phase"] == "source" and "step" in line][:3] == [1, 2, 3]
     if how == "removed":
         refused(capsys, evaluate.main(call(run, "--bad-images", "error")), "9 are gone", "--bad-images skip")

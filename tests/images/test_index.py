@@ -4,9 +4,7 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tests.helpers import files_of_at_most
 from ucdr_ref.images import cache as index_module
 from ucdr_ref.images.cache import Index, build_index
 from ucdr_ref.images.listing import list_images
@@ -465,14 +464,8 @@ def test_full_disk_and_blocked_cache(gallery: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("room", [20, 128 + 30, 128 + 60])
 def test_a_write_that_fails_in_the_middle(gallery: Path, room: int) -> None:
     """A limit on the file's size, below its 188 bytes or the list's, acts like a full disk."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
-        with pytest.raises(WriteError, match="could not write"):
-            build(gallery)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+    with files_of_at_most(room), pytest.raises(WriteError, match="could not write"):
+        build(gallery)
     assert entries(gallery) == []
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train as entry
-from tests.helpers import LONGER, equal, flags, same_runs
+from tests.helpers import LONGER, equal, flags, logged, same_runs
 from ucdr_ref.machine.files import load_state
 from ucdr_ref.training import journal
 from ucdr_ref.ucdr.adapter import UCDRAdapter
@@ -32,7 +32,7 @@ def test_a_run_leaves_what_was_promised(uninterrupted: Path):
                      "per_class.csv", "per_query.csv", "queries.png", "report.html"}
     about = json.loads((uninterrupted / "run.json").read_text())
     assert {"command", "versions", "weights_sha256", "files"} <= set(about)
-    lines = [json.loads(line) for line in (uninterrupted / "log.jsonl").read_text().splitlines()]
+    lines = logged(uninterrupted)
     assert [line["phase"] for line in lines if "step" in line].count("source") > 2
     assert all({"loss", "align"} <= set(line) for line in lines if "step" in line)
     assert len([line for line in lines if "validation_mAP" in line]) == 3
@@ -74,8 +74,7 @@ def test_a_batch_in_parts_is_the_same_batch(world, tmp_path, uninterrupted, monk
     assert entry.main(long_flags(world, tmp_path / "parts", "--micro-batch", "3")) == 0
     assert {size for phase, size in taken if phase == "target"} == {3, 2}
     assert {size for phase, size in taken if phase == "source"} == {6}
-    logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-            for run in (tmp_path / "parts", uninterrupted)]
+    logs = [logged(run) for run in (tmp_path / "parts", uninterrupted)]
     assert logs[0] == [pytest.approx(line, abs=1e-4) for line in logs[1]]
     taken, dies_at = [], len(taken) - 1  # between two parts
     with pytest.raises(SystemError):
@@ -162,7 +161,7 @@ def test_a_gradient_that_is_not_finite_stops_too(world, tmp_path, monkeypatch, c
 def test_early_stop_and_selection(world, tmp_path):
     run = tmp_path / "short"
     assert entry.main(long_flags(world, run, "--target-lr", "0", "--patience", "1", "--target-epochs", "9")) == 0
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    lines = logged(run)
     assert len([line for line in lines if "validation_mAP" in line]) == 2  # the second is no better
     run = tmp_path / "last"
     assert entry.main(long_flags(world, run, "--selection", "last")) == 0
