@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
@@ -15,7 +17,6 @@ from ucdr_ref.bench import costs
 from ucdr_ref.bench import speed as bench
 from ucdr_ref.clip import linear as linear_module
 from ucdr_ref.clip.model import CLIP
-from ucdr_ref.clip.zero_shot import normalised
 from ucdr_ref.config import Config
 from ucdr_ref.demo.pretrain import random_clip
 from ucdr_ref.ucdr import plain as bench_plain
@@ -184,9 +185,9 @@ def test_command(tmp_path, capsys, monkeypatch):
 
 
 def test_a_part_runs_in_a_fresh_process():
-    sizes = dict(device="cpu", precision="fp32", sizes=[5, 6, 4])
-    before = torch.get_rng_state()
-    assert bench.isolated("metrics", "ours", sizes)["cpu_s"] > 0
+    sizes = dict(arch="tiny", batch=2, classes=3, domains=2, context=2, steps=1, device="cpu", precision="fp32")
+    before = torch.get_rng_state()  # which the weights of this part would move
+    assert bench.isolated("encode", "ours", sizes)["cpu_s"] > 0
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -204,22 +205,33 @@ def test_both_readers_give_the_same_pixels(tmp_path, monkeypatch):
     monkeypatch.setattr(costs, "PHOTOS", 3)
     paths = costs.write_photos(str(tmp_path))
     [ours], [plain] = (list(costs.reader(side, paths, 64)) for side in ("ours", "plain"))
-    assert ours.dtype == torch.uint8 and torch.allclose(normalised(ours), plain, atol=1e-6)
+    assert ours.dtype == torch.float32 and torch.allclose(ours, plain, atol=1e-6)
 
 
 def test_search_beside_faiss(capsys, monkeypatch):
     """Every case is printed, required at the stated size alone, and leaves the numbers of threads as they were."""
-    pytest.importorskip("faiss", reason="faiss-cpu is in requirements-dev.txt")
+    faiss = pytest.importorskip("faiss", reason="faiss-cpu is in requirements-dev.txt")
+    threshold, ways, search = faiss.cvar.distance_compute_blas_threshold, set(), faiss.IndexFlatL2.search
+
+    def spied(*arguments):
+        ways.add(faiss.cvar.distance_compute_blas_threshold)
+        return search(*arguments)
+
+    monkeypatch.setattr(faiss.IndexFlatL2, "search", spied)
     monkeypatch.setattr(bench, "isolated", bench.measure)
     arguments, threads = ["--part", "search", "--device", "cpu", "--search-sizes", "300", "8"], torch.get_num_threads()
     assert bench.main(arguments) == 0
     out = capsys.readouterr().out
     assert all(f"search {q} queries, {t} threads" in out for t in (1, 2) for q in (1, 10, 100)) and "required" not in out
     assert torch.get_num_threads() == threads
-    slow = [dict(case, ours_wall_s=2.0, faiss_wall_s=1.0) for case in bench.measure_search(300, 8)]
-    monkeypatch.setattr(bench, "measure_search", lambda g, e: slow)
-    assert bench.main(arguments[:4]) == 1
-    assert capsys.readouterr().out.count("required <= 1: MISSED") == 6
+    found = bench.measure_search(300, 8)
+    assert found["faiss"] == faiss.__version__ and faiss.cvar.distance_compute_blas_threshold == threshold
+    assert ways == {1, threshold} and {"faiss_cpu_s", "blas_cpu_s"} <= found["cases"][0].keys()
+    for faster, slower in (("faiss", "blas"), ("blas", "faiss")):  # ours must beat the faster of the two
+        slow = [dict(case, ours_wall_s=2.0, **{f"{faster}_wall_s": 1.0, f"{slower}_wall_s": 9.0}) for case in found["cases"]]
+        monkeypatch.setattr(bench, "measure_search", lambda g, e, slow=slow: {"faiss": "1", "cases": slow})
+        assert bench.main(arguments[:4]) == 1
+        assert capsys.readouterr().out.count("required <= 1: MISSED") == 6
 
 
 def test_search_and_faiss_find_the_same():
@@ -239,8 +251,30 @@ def test_search_without_faiss(capsys, monkeypatch):
     assert "faiss-cpu is not installed" in capsys.readouterr().out
 
 
-def test_user_mistakes(capsys):
+def test_user_mistakes(capsys, tmp_path):
     assert bench.main([*TINY, "--device", "cuda:77"]) == 2
     assert "try --device cpu" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         bench.main(["--batch", "0"])
+    for file in (tmp_path / "nowhere" / "a.json", tmp_path):
+        with pytest.raises(SystemExit, match="2"):  # before anything is measured
+            bench.main([*TINY, "--json", str(file)])
+        assert "a folder that exists" in capsys.readouterr().err
+
+
+def test_memory_that_runs_out_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda n, mp_context: ThreadPoolExecutor(n))
+    for error, told in ((RuntimeError("DefaultCPUAllocator: can't allocate memory"), "lacked memory (DefaultCPU"),
+                        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "lacked memory (CUDA"),
+                        (BrokenProcessPool(), "was killed")):
+        def fails(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(bench, "measure", fails)
+        assert bench.main([*TINY, "--part", "encode"]) == 2
+        shown = capsys.readouterr().err
+        assert shown.count("\n") == 1 and f"encode (ours) {told}" in shown and "lower --batch" in shown
+    error = RuntimeError("shapes do not fit")
+    monkeypatch.setattr(bench, "measure", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(RuntimeError, match="shapes"):  # a fault of ours keeps its traceback
+        bench.main([*TINY, "--part", "encode"])

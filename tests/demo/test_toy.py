@@ -95,6 +95,9 @@ def test_dataset_goes_into_an_empty_folder_only(tmp_path, capsys):
     root = write_dataset(tmp_path / "empty", per_class=1, **settings)
     with pytest.raises(ValueError, match="other settings"):
         write_dataset(root, per_class=2, **settings)
+    (root / "toy.json").write_text("{")
+    with pytest.raises(ValueError, match=f"{root / 'toy.json'} is not readable"):
+        write_dataset(root, per_class=1, **settings)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(ValueError, match="something other"):

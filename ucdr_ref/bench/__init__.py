@@ -2,5 +2,6 @@
 it out.
 
 `python -m ucdr_ref.bench.speed` (with `peers`), `drawn` (the drawn benchmark), `real` (real images, with
-`frozen`: rows that train nothing) and `animals` (SRE-CLIP on real images).
+`frozen`: rows that train nothing) and `animals` (SRE-CLIP on real images); `record` is what their JSON has in
+common.
 """

@@ -5,7 +5,7 @@
 DIR holds `<domain>/<class>/<image>` of AwA2's classes for sketch, quickdraw, clipart (sources) and photo
 (target), and AwA2's attribute tables, which give the class vectors: so the weights may be an image tower
 alone. Every run is an ordinary `python train.py ...` below --out, finished ones are not run again. Accuracies
-are averaged over images.
+are averaged over images. The ridge, which has no spread, runs for seed 0 alone.
 """
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,12 @@ import torch.nn.functional as F
 from ..experiments.class_folders import SHIPPED
 from ..experiments.datasets import folder_key
 from ..experiments.run_folder import versions
+from ..machine.command import command, place
+from ..machine.files import make_folder, write_text_atomic
 from ..sre.class_vectors import means_of_classes
 from ..sre.graph import load_graph
-from .real import STROKES, spread, train
+from .real import STROKES, spent, spread, train
+from .record import as_called, write_results
 
 SOURCES = (*STROKES, "clipart")
 RIDGE, PLAIN, CENTRED = ["--method", "closed-form"], ["--stroke-domains", "none"], ["--sre-center", "1"]
@@ -37,6 +41,13 @@ VARIANTS: dict[str, list[str]] = {
     "half the iterations": ["--sre-iterations", "1500"], "true share": ["--sre-kappa", "0.24"],
     "ridge": RIDGE, "ridge, centred": [*RIDGE, *CENTRED], "ridge, no inversion": [*RIDGE, *PLAIN]}
 KEYS = ("zsl", "unseen", "seen", "h")
+SEEDS = (0, 1, 2)
+
+
+def plan() -> list[tuple[str, int]]:
+    """Every run: (variant, seed)."""
+    return [(variant, seed) for seed in SEEDS for variant, flags in VARIANTS.items()
+            if seed == 0 or flags[:2] != RIDGE]
 
 
 def write_attributes(data: Path, path: Path) -> str:
@@ -49,19 +60,18 @@ def write_attributes(data: Path, path: Path) -> str:
     vectors = means_of_classes(F.normalize(rows, dim=1), graph)
     lines = (" ".join([node, *(f"{value:.5f}" for value in row)])
              for node, row in zip(graph.ids, vectors.tolist(), strict=True))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
+    write_text_atomic(path, "\n".join(lines) + "\n")
     return str(path)
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """A finished run's accuracies in points of 100, by method, and its seconds and CPU-seconds."""
+    """A finished run's accuracies in points of 100, by method, and what it took."""
     rows = json.loads((folder / "results.json").read_text())["rows"]
     def points(value: float | None) -> float | None:
         return None if value is None else round(100 * value, 2)
 
     numbers = {row["method"]: {key: points(row["instance"][key]) for key in KEYS} for row in rows}
-    return {"seconds": json.loads((folder / "seconds.json").read_text()), "numbers": numbers}
+    return {**spent(folder), "numbers": numbers}
 
 
 def table(runs: list[dict[str, Any]]) -> str:
@@ -83,19 +93,19 @@ def table(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
+def run(argv: list[str] | None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m ucdr_ref.bench.animals", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag in ("--data", "--weights", "--out"):
-        parser.add_argument(flag, type=Path, required=True)
+        parser.add_argument(flag, type=place, required=True)
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", choices=SEEDS, default=list(SEEDS))
     parser.add_argument("--machine", default=f"cpu-{os.cpu_count()}cores")
     parser.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 1) - 1),
                         help="as in train.py")
     args = parser.parse_args(argv)
     data, weights, out = (path.resolve() for path in (args.data, args.weights, args.out))
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     machine = re.sub(r"[^a-z0-9]+", "-", args.machine.lower())
     vectors = write_attributes(data, out / "attributes.txt")
     base = ["--preset", "i2awa", "--source", *(str(data / name) for name in SOURCES),
@@ -103,18 +113,23 @@ def main(argv: list[str] | None = None) -> None:
             "--precision", "bf16", "--eval-batch", "16", "--stroke-domains", *STROKES,
             "--sre-features", str(out / "features")]
     runs = []
-    for seed in (0, 1, 2):
-        for variant, flags in VARIANTS.items():
-            folder = out / re.sub(r"[^a-z0-9]+", "-", f"animals {variant} {seed}".lower())
-            if variant in args.variants and seed in args.seeds:
-                train(["--run", str(folder), *base, "--seed", str(seed), *flags], args.workers)
-            if (folder / "results.json").exists():
-                runs.append({"variant": variant, "seed": seed, **read(folder)})
-    path = out / f"animals-{machine}.json"
-    found = {"machine": machine, "versions": versions(), "date": time.strftime("%Y-%m-%d"), "runs": runs}
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    for variant, seed in plan():
+        folder = out / re.sub(r"[^a-z0-9]+", "-", f"animals {variant} {seed}".lower())
+        if variant in args.variants and seed in args.seeds:
+            flags = ["--run", str(folder), *base, "--seed", str(seed), *VARIANTS[variant]]
+            train(flags, args.workers, args.machine)
+        if (folder / "results.json").exists():
+            runs.append({"variant": variant, "seed": seed, **read(folder)})
+    line = as_called(parser, args, "--data DIR --weights FILE --out OUT", "variants", "seeds")
+    write_results(out / f"animals-{machine}.json", {
+        "machine": machine, "versions": versions(), "date": time.strftime("%Y-%m-%d"), "command": line,
+        "runs": runs})
     print(table(runs))
 
 
+def main(argv: list[str] | None = None) -> int:
+    return command(run, argv)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from ..clip.zero_shot import CLIP_MEAN, CLIP_STD, ZeroShot, cropped
+from ..clip.zero_shot import CLIP_MEAN, CLIP_STD, ZeroShot, cropped, normalised
 from ..demo.pretrain import random_clip
 from ..images.batches import Files, ImageDataset, chunks, load
 from ..machine.processes import autocast
@@ -33,12 +33,12 @@ def write_photos(folder: str) -> list[str]:
 
 
 def reader(side: str, paths: list[str], image_size: int) -> Iterable[Any]:
-    """Batches of a tower's input, read in this process: bytes of ours, floats by CLIP's own transform."""
+    """Batches of a tower's input, read in this process: by ours, or by CLIP's own transform."""
     n, batches = len(paths), [list(indices) for indices in chunks(len(paths), 16)]
     if side == "plain":
         return DataLoader(PlainPhotos(paths, image_size), batch_sampler=batches)
     dataset = ImageDataset(Files(paths, [""] * n, [""] * n), cropped(image_size), ())
-    return (images for _, images, _ in load(dataset, batches, 0, False, torch.device("cpu")))
+    return (normalised(images) for _, images, _ in load(dataset, batches, 0, False, torch.device("cpu")))
 
 
 def measure_reading(side: str, image_size: int) -> dict[str, float]:

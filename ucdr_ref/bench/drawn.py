@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -21,7 +22,10 @@ from pathlib import Path
 
 from ..config import PRESETS
 from ..experiments.run_folder import versions
+from ..machine.command import command, place
+from ..machine.files import write_text_atomic
 from .real import spread
+from .record import as_called, read_results, result_file, write_results
 
 ROOT = Path(__file__).resolve().parents[2]
 DOMAINS = ("sketch", "quickdraw", "painting", "infograph", "clipart")
@@ -68,16 +72,14 @@ PARTS: dict[str, dict[str, list[str]]] = {
                                     if tag not in PROTOCOL}},
     "sre-protocol": {"paper": SRE, **{tag: [*SRE, *LEDGER_S[tag]] for tag in PROTOCOL if tag in LEDGER_S}},
 }
-Numbers = dict[str, float]
-Column = tuple[str, Callable[[Numbers, Numbers], float]]
+Numbers = dict[str, float | None]  # None: not defined, as an accuracy without classes is
+Column = tuple[str, Callable[[Numbers, Numbers], float | None]]
 
 
 def thinned() -> None:
     """data/toy-unequal: links to the first images of each class of data/toy, a share per domain."""
     from ..demo.drawing import SPLIT, write_dataset
-    drawn, links = ROOT / "data" / "toy", ROOT / "data" / "toy-unequal"
-    if not drawn.is_dir():
-        write_dataset(drawn)
+    drawn, links = write_dataset(ROOT / "data" / "toy"), ROOT / "data" / "toy-unequal"
     for domain, share in SHARES.items():
         for folder in sorted((drawn / domain).iterdir()):
             images = sorted(folder.iterdir())
@@ -87,23 +89,24 @@ def thinned() -> None:
                 if not link.exists():
                     link.symlink_to(image)
     split = {part: list(SPLIT[part]) for part in ("train", "val", "test")}
-    links.with_suffix(".json").write_text(json.dumps(split))
+    write_text_atomic(links.with_suffix(".json"), json.dumps(split))
 
 
-def run(name: str, seed: int, flags: list[str], runs: Path) -> dict:
+def train(name: str, seed: int, flags: list[str], runs: Path) -> dict:
     """One training, the numbers of its results.json and the seconds it took."""
     label = re.sub(r"[^a-z0-9.]+", "-", " ".join(flags).lower()).strip("-") or "default"
     out = runs / f"{label}-{seed}"
     done = out / "seconds.json"
     if not done.exists():
         start = time.monotonic()
-        command = [sys.executable, str(ROOT / "train.py"), "--run", str(out), "--seed", str(seed),
-                   "--workers", "1", *flags]
+        line = [sys.executable, str(ROOT / "train.py"), "--run", str(out), "--seed", str(seed),
+                "--workers", "1", *flags]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
+        result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=env)
         if result.returncode:
-            raise SystemExit(f"{' '.join(command)}\n{result.stderr[-2000:]}")
-        done.write_text(json.dumps(time.monotonic() - start))
+            reason = (result.stderr.strip() or "it said nothing").splitlines()[-1]
+            raise ValueError(f"{shlex.join(line)} ended with {result.returncode} ({reason}); run it alone")
+        write_text_atomic(done, json.dumps(time.monotonic() - start))
     rows = json.loads((out / "results.json").read_text())["rows"]
     return {"name": name, "seed": seed, "flags": flags, "seconds": round(json.loads(done.read_text()), 1),
             "numbers": read(rows)}
@@ -111,12 +114,12 @@ def run(name: str, seed: int, flags: list[str], runs: Path) -> dict:
 
 def read(rows: list[dict]) -> Numbers:
     """The rows of either method's results.json -> {"what method": points of 100}."""
-    numbers = {}
+    numbers: Numbers = {}
     for row in rows:
         if "protocol" in row:
             numbers[f"{row['protocol']} {row['gallery_name']} {row['method']}"] = 100 * row["mAP@200"]
         else:
-            numbers |= {f"{metric} {row['method']}": 100 * (value or 0.0)
+            numbers |= {f"{metric} {row['method']}": None if value is None else 100 * value
                         for metric, value in row["instance"].items()}
     return numbers
 
@@ -129,22 +132,27 @@ def table(results: list[dict], names: list[str], columns: list[Column]) -> str:
           for name in names}
     lines = ["| | " + " | ".join(title for title, _ in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in names:
-        cells = [spread([column(found, of[names[0]][seed]) for seed, found in of[name].items()])
-                 for _, column in columns]
+        values = [[column(found, of[names[0]][seed]) for seed, found in of[name].items()]
+                  for _, column in columns]
+        cells = [spread([v for v in cell if v is not None]) if None not in cell else "-" for cell in values]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def difference(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
 def value(title: str, key: str, minus: str = "") -> Column:
-    return title, lambda numbers, _: numbers[key] - (numbers[minus] if minus else 0.0)
+    return title, lambda numbers, _: difference(numbers[key], numbers[minus]) if minus else numbers[key]
 
 
 def change(key: str) -> Column:
     """The difference that a switch makes, seed by seed."""
-    return "effect", lambda numbers, first: numbers[key] - first[key]
+    return "effect", lambda numbers, first: difference(numbers[key], first[key])
 
 
-def reported(numbers: Numbers, metric: str) -> float:
+def reported(numbers: Numbers, metric: str) -> float | None:
     """What an SRE-CLIP run reports: under S6 each metric's maximum over evaluations on the test images."""
     return numbers.get(f"{metric} best-test", numbers[f"{metric} sre-clip"])
 
@@ -168,29 +176,36 @@ EFFECTS = [value("unseen", UNSEEN + OURS), change(UNSEEN + OURS), value("mixed",
 SRE_METRICS = [metric("ZSL", "zsl"), metric("unseen", "unseen"), metric("seen", "seen"), metric("H", "h")]
 SRE_BESIDE_CLIP = [*SRE_METRICS, value("H of CLIP", "h zero-shot"),
                    value("difference", "h sre-clip", "h zero-shot")]
-SRE_EFFECTS = [*SRE_METRICS,
-               ("effect on H", lambda numbers, first: reported(numbers, "h") - reported(first, "h"))]
+SRE_EFFECTS = [*SRE_METRICS, ("effect on H", lambda numbers, first: difference(reported(numbers, "h"),
+                                                                               reported(first, "h")))]
 COLUMNS: dict[str, list[Column]] = {
     "main": WITH_CENTRED, "baselines": BASELINES, "ablation": BESIDE_CLIP, "precision": EFFECTS,
     "ledger": EFFECTS, "protocol": EFFECTS, "unequal": EFFECTS,
     "sre": SRE_BESIDE_CLIP, "sre-ledger": SRE_EFFECTS, "sre-protocol": SRE_EFFECTS}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
+def run(argv: list[str] | None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m ucdr_ref.bench.drawn", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, default="main")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "benchmark")
-    parser.add_argument("--json", type=Path, help="write the numbers, machine and versions into this file")
+    parser.add_argument("--runs", type=place, default=ROOT / "runs" / "benchmark")
+    parser.add_argument("--json", type=result_file, metavar="FILE",
+                        help="write the numbers, machine and versions into this file")
+    parser.add_argument("--machine", default=f"cpu-{os.cpu_count()}cores")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1,
                         help="trainings at once, one thread each")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs is {args.jobs}; expected at least 1")
+    if args.json:
+        read_results(args.json)  # a broken one is told now, not after hours
     variants = PARTS[args.part]
     if args.part == "unequal":
         thinned()
-    with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(run, name, seed, flags, args.runs) for seed in args.seeds
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
+        jobs = [pool.submit(train, name, seed, flags, args.runs) for seed in args.seeds
                 for name, flags in variants.items()]
         results = []
         for job in jobs:
@@ -198,12 +213,19 @@ def main() -> None:
             last = results[-1]
             print(f"{len(results)}/{len(jobs)} {last['name']} seed {last['seed']}: {last['seconds']} s",
                   file=sys.stderr, flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)  # after a failure or Ctrl-C nothing new starts
     print(table(results, list(variants), COLUMNS[args.part]))
     if args.json:
-        found = json.loads(args.json.read_text()) if args.json.exists() else {}
-        found[args.part] = {"versions": versions(), "date": time.strftime("%Y-%m-%d"), "runs": results}
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        line = as_called(parser, args, f"--part {args.part}", "seeds")
+        write_results(args.json, read_results(args.json) | {args.part: {
+            "command": f"{line} --json FILE", "machine": args.machine, "versions": versions(),
+            "date": time.strftime("%Y-%m-%d"), "runs": results}})
+
+
+def main(argv: list[str] | None = None) -> int:
+    return command(run, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -70,12 +70,16 @@ class Stored(FeatureTable):
         return super().of(files)
 
 
-def frozen_rows(config: Config, weights: Path, out: Path, device: torch.device) -> list[dict[str, Any]]:
-    """Rows of zero-shot CLIP, subspace removal and closed form for the config's held-out domain."""
-    out.mkdir(parents=True, exist_ok=True)
+def frozen_rows(config: Config, weights: Path, out: Path, device: torch.device,
+                form: bool = True) -> list[dict[str, Any]]:
+    """Rows of zero-shot CLIP and, with `form`, of subspace removal and closed form for the config's held-out
+    domain.
+    """
+    # bf16, that of --subset cpu, has the name that every precision once had
+    path = out / ("clip.pt" if config.precision == "bf16" else f"clip-{config.precision}.pt")
     method = ZeroShot(load_clip(weights).to(device))
     key = f"{file_digest(weights)} {config.precision}"
-    return rows_of({"zero-shot": Stored(Extractor(method, config, device), out / "clip.pt", key)}, config)
+    return rows_of({"zero-shot": Stored(Extractor(method, config, device), path, key)}, config, form)
 
 
 def adapter_rows(folder: Path, device: torch.device, form: bool) -> list[dict[str, Any]]:
@@ -117,7 +121,9 @@ def rows_of(tables: Mapping[str, Stored], config: Config, form: bool = True) -> 
         methods: dict[str, Rows] = {name: table.of}
         strength, seconds = None, 0.0
         if form:
-            table.of(protocol.train)  # the one pass, before the clock runs
+            for files in (protocol.train, protocol.validation.query,
+                          *protocol.validation.galleries.values()):
+                table.of(files)  # the one pass, before the clock runs
             start = time.process_time()
             measured = measured_form(protocol, table)
             strength = choose_strength(measured, lambda tried,
@@ -136,5 +142,6 @@ def rows_of(tables: Mapping[str, Stored], config: Config, form: bool = True) -> 
                               "transductive": center,
                               "lambda": strength if title.endswith("closed form") else None, **numbers,
                               "train_images": len(protocol.train), "fit_cpu_seconds": round(seconds, 2),
-                              "encode_cpu_seconds": round(table.cpu_seconds, 1), "encoded": len(table.rows)})
+                              "encode_cpu_seconds": round(table.cpu_seconds, 1),
+                              "encoded": len(table.rows) + len(table.others)})
     return found

@@ -10,10 +10,12 @@ gallery are of the unseen classes; the mixed gallery adds photos of the seen one
 Rows without training (`frozen`) come first: each image passes the tower once, its features stay in --out.
 Then the trainings: each is an ordinary `python train.py ...` in its own folder below --out; finished ones are
 not run again, a stopped one goes on, and --variants, --held-out and --seeds take a piece of the whole;
-`--variants` with nothing behind it trains nothing.
+`--variants` with nothing behind it trains nothing. The JSON in --out keeps the rows that a call does not
+measure.
 
 --subset all, the default on a GPU: four held-out domains, all variants, three seeds, the five domains above
-(clipart, the smallest, decides how long an epoch is), the best epoch by validation mAP. --subset cpu, the
+(clipart, the smallest, decides how long an epoch is), the best epoch by validation mAP, and everything below
+--out in a folder `all`, apart from the other subset's. --subset cpu, the
 default elsewhere: `paper` for all four domains, seeds 1 to 4 and the other variants for sketch, bfloat16,
 all domains of DIR, of which a thin one makes short epochs: with 79 images in it one epoch of 19 batches of 20
 in phase 1, eight in phase 2 (152 steps); the last is kept.
@@ -31,6 +33,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,8 +45,11 @@ from PIL import Image, ImageOps
 from ..clip.load import load_clip
 from ..config import Config, add_arguments, resolve
 from ..experiments.run_folder import versions
+from ..machine.command import command, place
+from ..machine.files import make_folder, write_text_atomic
 from ..machine.processes import pick_device
 from . import frozen
+from .record import as_called, read_results, write_results
 
 ROOT = Path(__file__).resolve().parents[2]
 DOMAINS = ("sketch", "quickdraw", "clipart", "icon")
@@ -83,7 +89,7 @@ def plan(subset: str) -> list[Job]:
     return first + [Job("sketch", "paper", seed) for seed in (1, 2, 3, 4)]
 
 
-def command(held_out: str, data: Path, weights: Path) -> list[str]:
+def shared_flags(held_out: str, data: Path, weights: Path) -> list[str]:
     """Flags that every row of a held-out domain shares."""
     seen = "quickdraw" if held_out == "sketch" else "sketch"
     return ["--dataset", "folder", "--data-root", str(data), "--class-split", str(data / "splits.json"),
@@ -91,21 +97,59 @@ def command(held_out: str, data: Path, weights: Path) -> list[str]:
             "--class-features", "prototypes"]
 
 
-def train(flags: list[str], workers: int) -> None:
-    """One run, unless it is finished; seconds.json gets its seconds and CPU-seconds, of all attempts."""
+def train(flags: list[str], workers: int, machine: str) -> None:
+    """One run, unless it is finished; seconds.json gets what `spent` reads, and the command."""
     folder = Path(flags[flags.index("--run") + 1])
-    spent = folder / "seconds.json"
     if (folder / "results.json").exists():
         return
-    start, cpu = time.monotonic(), os.times().children_user + os.times().children_system
-    before = json.loads(spent.read_text()) if spent.exists() else [0.0, 0.0]
-    result = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags, "--workers", str(workers)],
-                            cwd=ROOT)
-    if folder.is_dir():
-        cpu = os.times().children_user + os.times().children_system - cpu
-        spent.write_text(json.dumps([before[0] + time.monotonic() - start, before[1] + cpu]))
-    if result.returncode:
-        raise SystemExit(f"stopped at {folder.name}; the same command goes on from there")
+    before = spent(folder)["seconds"] if (folder / "config.json").exists() else [0.0, 0.0]
+    line = [sys.executable, str(ROOT / "train.py"), *flags, "--workers", str(workers)]
+    start = clocks()
+    process = subprocess.Popen(line, cwd=ROOT)  # subprocess.run would kill it 0.25 s after Ctrl-C
+    try:
+        status = process.wait()
+    except KeyboardInterrupt as stop:
+        if str(stop) == "SIGTERM":  # unlike Ctrl-C it came here alone
+            process.terminate()
+        process.wait()  # until it is saved
+        raise
+    finally:
+        if (folder / "config.json").exists():
+            seconds = [None if old is None else old + (end - begin)
+                       for old, end, begin in zip(before, clocks(), start)]
+            found = {"seconds": seconds, "date": time.strftime("%Y-%m-%d"), "machine": machine,
+                     "precision": json.loads((folder / "config.json").read_text())["precision"]}
+            write_text_atomic(folder / "seconds.json", json.dumps({**found, "command": line}) + "\n")
+    if status:
+        raise ValueError(f"stopped at {folder.name}; the same command goes on from there")
+
+
+def clocks() -> tuple[float, float]:
+    """Seconds, and CPU-seconds of the processes that were started here and are over."""
+    times = os.times()
+    return time.monotonic(), times.children_user + times.children_system
+
+
+def spent(folder: Path) -> dict[str, Any]:
+    """A run's seconds and CPU-seconds of all attempts, None where nobody counted; and when, where and in what
+    precision, unless it is of the version that wrote two numbers alone.
+    """
+    path = folder / "seconds.json"
+    found = json.loads(path.read_text()) if path.exists() else [None, None]
+    return {"seconds": found} if isinstance(found, list) else {
+        name: value for name, value in found.items() if name != "command"}  # which holds paths
+
+
+def merged(new: list[dict[str, Any]], old: list[dict[str, Any]], key: Callable[[dict[str, Any]], Any],
+           order: list[Any]) -> list[dict[str, Any]]:
+    """The new rows and the old ones whose key no new row has, in the order of the keys."""
+    fresh = [key(row) for row in new]
+    rows = [*new, *(row for row in old if key(row) not in fresh)]
+    return sorted(rows, key=lambda row: order.index(key(row)) if key(row) in order else len(order))
+
+
+def job_of(row: dict[str, Any]) -> Job:
+    return Job(row["held_out"], row["variant"], row["seed"])
 
 
 def spread(values: list[float]) -> str:
@@ -170,16 +214,17 @@ def open_clip_score(data: Path, weights: Path, domain: str) -> float:
     return 100 * statistics.mean(precisions)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, str]:
+    """The flags, and the command as the JSON has it."""
+    parser = argparse.ArgumentParser(prog="python -m ucdr_ref.bench.real", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     gpu = torch.cuda.is_available()
     for flag in ("--data", "--weights", "--out"):
-        parser.add_argument(flag, type=Path, required=True)
+        parser.add_argument(flag, type=place, required=True)
     parser.add_argument("--subset", choices=SETTINGS, default="all" if gpu else "cpu")
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS),
                         help="train these alone")
-    parser.add_argument("--held-out", nargs="+", choices=DOMAINS, default=DOMAINS)
+    parser.add_argument("--held-out", nargs="+", choices=DOMAINS, default=list(DOMAINS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--closed-form", nargs="*", choices=DOMAINS, default=list(DOMAINS),
                         help="held-out domains whose `paper`, seed 0, gets the closed form of its features")
@@ -192,60 +237,72 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 1) - 1),
                         help="as in train.py")
     args = parser.parse_args(argv)
+    return args, as_called(parser, args, f"--data DIR --weights FILE --out OUT --subset {args.subset}",
+                           "precision", "variants", "held_out", "seeds", "closed_form")
+
+
+def run(argv: list[str] | None) -> None:
+    args, line = parse(argv)
     data, weights, out = (path.resolve() for path in (args.data, args.weights, args.out))
-    out.mkdir(parents=True, exist_ok=True)
+    out = out / "all" if args.subset == "all" else out
+    make_folder(out)
     machine = re.sub(r"[^a-z0-9]+", "-", args.machine.lower())
     path, device = out / f"real-{machine}.json", pick_device("auto")
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = read_results(path)
     settings = [*SETTINGS[args.subset], *(["--precision", args.precision] if args.precision else [])]
 
     def write(**parts: Any) -> None:
-        found.update(command="python -m ucdr_ref.bench.real --data DIR --weights FILE --out OUT "
-                             f"--subset {args.subset}", machine=machine, versions=versions(),
+        found.update(command=line, machine=machine, versions=versions(),
                      date=time.strftime("%Y-%m-%d"), subset=args.subset,
                      settings=" ".join(settings), **parts)
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        write_results(path, found)
 
     def config_of(domain: str, *more: str) -> Config:
         parser = argparse.ArgumentParser()
         add_arguments(parser)
-        flags = [*command(domain, data, weights), *settings, *more]
+        flags = [*shared_flags(domain, data, weights), *settings, *more]
         return resolve(vars(parser.parse_args([*flags, "--workers", str(args.workers)])))
 
     rows = []
     for domain in args.held_out:
         for inversion in ("strokes", "none"):
             more = ["--stroke-domains", "none"] if inversion == "none" else []
-            new = frozen.frozen_rows(config_of(domain, *more), weights, out, device)
-            rows += [{**row, "inversion": inversion} for row in new]
-    write(frozen=rows)
-    for job in plan(args.subset):
-        if job.variant in args.variants and job.held_out in args.held_out and job.seed in args.seeds:
-            flags = [*command(job.held_out, data, weights), *settings, *VARIANTS[job.variant]]
-            train(["--run", str(out / job.name), "--seed", str(job.seed), *flags], args.workers)
-    trained = []
-    for job in plan(args.subset):
-        folder = out / job.name
-        if (folder / "results.json").exists():
-            seconds = json.loads((folder / "seconds.json").read_text())
-            form = job == Job(job.held_out, "paper", 0) and job.held_out in args.closed_form
-            trained += [{**row, "variant": job.variant, "seconds": seconds}
-                        for row in frozen.adapter_rows(folder, device, form)]
-            write(trained=trained)
+            config = config_of(domain, *more)
+            rows += [{**row, "inversion": inversion, "precision": config.precision}
+                     for row in frozen.frozen_rows(config, weights, out, device)]
+    write(frozen=merged(rows, found.get("frozen", []), lambda row: row["held_out"], list(DOMAINS)))
+    jobs = plan(args.subset)
+    chosen = [job for job in jobs if job.variant in args.variants and job.held_out in args.held_out
+              and job.seed in args.seeds]
+    for job in chosen:
+        flags = [*shared_flags(job.held_out, data, weights), *settings, *VARIANTS[job.variant]]
+        train(["--run", str(out / job.name), "--seed", str(job.seed), *flags], args.workers, args.machine)
+    rows, old = [], found.get("trained", [])
+    known = {job_of(row) for row in old}
+    for job in jobs:
+        form = job == Job(job.held_out, "paper", 0) and job.held_out in args.closed_form
+        if (out / job.name / "results.json").exists() and (form or job in chosen or job not in known):
+            rows += [{**row, "variant": job.variant, **spent(out / job.name)}
+                     for row in frozen.adapter_rows(out / job.name, device, form)]
+    write(trained=merged(rows, old, job_of, jobs))
     for gallery in GALLERIES:
-        lines = table([*found["frozen"], *found.get("trained", [])], gallery)
+        lines = table([*found["frozen"], *found["trained"]], gallery)
         print(f"\n{gallery} gallery, mAP@all\n{lines}")
     if args.check_open_clip:
         config = config_of(args.check_open_clip, "--precision", "fp32")
-        [row] = [row for row in frozen.frozen_rows(config, weights, out / "float32", device)
-                 if row["method"] == "zero-shot" and not row["transductive"]]
+        [row] = [row for row in frozen.frozen_rows(config, weights, out, device, form=False)
+                 if not row["transductive"]]
         peer = open_clip_score(data, weights, args.check_open_clip)
         numbers = {"ucdr_ref": row["unseen"]["mAP@all"], "open_clip": round(peer, 3)}
         write(open_clip={**found.get("open_clip", {}), args.check_open_clip: numbers})
         print(f"\nzero-shot mAP@all, {args.check_open_clip}, float32: {numbers}")
         if abs(numbers["ucdr_ref"] - numbers["open_clip"]) > 0.2:
-            raise SystemExit("they differ by more than 0.2 points")
+            raise ValueError("they differ by more than 0.2 points")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return command(run, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,9 +7,11 @@ DIR holds `<domain>/<class>/<image>`. Prints a Markdown table, in per cent of th
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from ..images.batches import is_strokes, open_image
+from ..machine.command import command, place
 
 
 def taken_for_strokes(root: Path) -> dict[str, tuple[int, float]]:
@@ -19,13 +21,15 @@ def taken_for_strokes(root: Path) -> dict[str, tuple[int, float]]:
         flags = [is_strokes(open_image(str(path))) for path in sorted(domain.glob("*/*"))]
         if flags:
             found[domain.name] = len(flags), sum(flags) / len(flags)
+    if not found:
+        raise ValueError(f"{root} holds no <domain>/<class>/<image>; name a folder that does")
     return found
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
+def run(argv: list[str] | None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m ucdr_ref.bench.strokes", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--data", type=place, required=True, metavar="DIR")
     found = taken_for_strokes(parser.parse_args(argv).data)
     rows = [["", *found], ["---"] * (len(found) + 1),
             ["images", *(f"{images:,}" for images, _ in found.values())],
@@ -34,5 +38,9 @@ def main(argv: list[str] | None = None) -> None:
         print("| " + " | ".join(cells) + " |")
 
 
+def main(argv: list[str] | None = None) -> int:
+    return command(run, argv)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -123,7 +123,11 @@ def is_complete(root: Path, settings: dict) -> bool:
     record = root / "toy.json"
     if not record.is_file():
         raise ValueError(f"{root} holds something other than drawn data; name a folder that does not exist yet")
-    if json.loads(record.read_text(encoding="utf-8")) != settings:
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{record} is not readable as JSON ({error}); name another folder or delete this one") from None
+    if found != settings:
         raise ValueError(f"{root} holds drawn data of other settings (see toy.json there); name another folder or delete it")
     return True
 
