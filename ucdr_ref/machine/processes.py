@@ -65,8 +65,8 @@ def together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        print(f"error: process {rank()} could not exchange with another one ({tidy(error)}); what was saved is "
-              "intact: run the same command to go on", file=sys.stderr)
+        print(f"error: process {rank()} could not exchange with another one ({tidy(error)}); what was saved "
+              "is intact: run the same command to go on", file=sys.stderr)
         sys.exit(2)
 
 
