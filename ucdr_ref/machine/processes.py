@@ -154,8 +154,8 @@ def pick_device(name: str) -> torch.device:
             device = torch.device("cuda", own)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # for what names no device, such as the peak memory or NCCL
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError, ValueError, KeyError) as error:
+        torch.ones(1, dtype=torch.float64, device=device).item()  # evaluation needs it; Apple's GPU has none
+    except (RuntimeError, AssertionError, ImportError, ValueError, KeyError, TypeError) as error:
         reason = shorten(tidy(error), 200)
         raise ValueError(f"--device {name} is not usable ({reason}); try --device cpu") from None
     return device
