@@ -68,6 +68,8 @@ PARTS: dict[str, dict[str, list[str]]] = {
     "sre": {"full": SRE, "no structure": [*SRE, "--sre-structure", "0"],
             "no retention": [*SRE, "--sre-retention", "0"],
             "no target losses": [*SRE, "--sre-target", "0"]},
+    "sre-baselines": {f"{name}, kappa {kappa}": [*flags, "--sre-kappa", kappa] for kappa in ("0.3", "0.2")
+                      for name, flags in (("SRE-CLIP", SRE), ("ridge", ["--preset", "sre/toy", *FORM]))},
     "sre-ledger": {"paper": SRE, **{tag: [*SRE, *flags] for tag, flags in LEDGER_S.items()
                                     if tag not in PROTOCOL}},
     "sre-protocol": {"paper": SRE, **{tag: [*SRE, *LEDGER_S[tag]] for tag in PROTOCOL if tag in LEDGER_S}},
@@ -161,6 +163,12 @@ def metric(title: str, key: str) -> Column:
     return title, lambda numbers, _: reported(numbers, key)
 
 
+def own(title: str, key: str, suffix: str = "") -> Column:
+    """Of the run's own method."""
+    return title, lambda numbers, _: next(numbers[name] for method in ("sre-clip", "closed-form")
+                                          if (name := f"{key} {method}{suffix}") in numbers)
+
+
 UNSEEN, MIXED, UD = "UCDR unseen ", "UCDR mixed ", "UdCDR seen "
 OURS, CLIP = "ucdr-adapter", "zero-shot"
 BESIDE_CLIP = [value("unseen: CLIP", UNSEEN + CLIP), value("unseen: adapted", UNSEEN + OURS),
@@ -176,12 +184,16 @@ EFFECTS = [value("unseen", UNSEEN + OURS), change(UNSEEN + OURS), value("mixed",
 SRE_METRICS = [metric("ZSL", "zsl"), metric("unseen", "unseen"), metric("seen", "seen"), metric("H", "h")]
 SRE_BESIDE_CLIP = [*SRE_METRICS, value("H of CLIP", "h zero-shot"),
                    value("difference", "h sre-clip", "h zero-shot")]
+CALIBRATED = ", calibrated"
+SRE_BASELINES = [value("H of CLIP", "h zero-shot"), value("calibrated", f"h zero-shot{CALIBRATED}"),
+                 own("ZSL", "zsl"), own("H", "h"), own("calibrated", "h", CALIBRATED)]
 SRE_EFFECTS = [*SRE_METRICS, ("effect on H", lambda numbers, first: difference(reported(numbers, "h"),
                                                                                reported(first, "h")))]
 COLUMNS: dict[str, list[Column]] = {
     "main": WITH_CENTRED, "baselines": BASELINES, "ablation": BESIDE_CLIP, "precision": EFFECTS,
     "ledger": EFFECTS, "protocol": EFFECTS, "unequal": EFFECTS,
-    "sre": SRE_BESIDE_CLIP, "sre-ledger": SRE_EFFECTS, "sre-protocol": SRE_EFFECTS}
+    "sre": SRE_BESIDE_CLIP, "sre-baselines": SRE_BASELINES,
+    "sre-ledger": SRE_EFFECTS, "sre-protocol": SRE_EFFECTS}
 
 
 def run(argv: list[str] | None) -> None:
