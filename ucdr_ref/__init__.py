@@ -1,7 +1,8 @@
 """ucdr_ref: reference implementations of UCDR-Adapter (WACV 2025) and the SRE-CLIP adapter (arXiv
 2510.21808).
 
-The wings, each with a door (`__init__`) that says what to read first; a wing imports only those before it:
+The wings, each with a door (`__init__`) that says what to read first; a wing imports only those before it
+(experiments also demo, where drawn data is asked for):
 
     clip         CLIP's towers, tokenizer, weight files; stands alone
     metrics      retrieval metrics, accuracies, exact search; stands alone

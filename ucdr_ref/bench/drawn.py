@@ -1,4 +1,5 @@
-"""Trains the demonstration over seeds, query domains and switches, and prints the tables of the README.
+"""Trains the demonstration over seeds, query domains and switches, and prints the tables of docs/results.md
+and docs/ledger.md.
 
     python -m ucdr_ref.bench.drawn --part main --seeds 0 1 2 3 4 --json docs/drawn.json
 
