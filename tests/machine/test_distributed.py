@@ -22,7 +22,8 @@ from ucdr_ref.ucdr.adapter import UCDRAdapter
 ROOT = Path(__file__).resolve().parents[2]
 # train.py, but process 1 sends itself the signal `number` in its `at`-th step.
 DRIVER = """
-import os, sys
+import os, sys, time
+import torch.distributed as dist
 import train
 from ucdr_ref.ucdr.adapter import UCDRAdapter
 number, at = map(int, sys.argv[1:3])
@@ -34,6 +35,11 @@ def interrupted(self, batch, phase):
         os.kill(os.getpid(), number)
     return step(self, batch, phase)
 UCDRAdapter.step = interrupted
+part = dist.destroy_process_group
+def slowly():  # by then torchrun has seen the other one end, and sends SIGTERM to this one
+    time.sleep(1 if os.environ["RANK"] == "1" else 0)
+    part()
+dist.destroy_process_group = slowly
 code = train.main(sys.argv[3:])
 sys.exit(code)
 """

@@ -221,6 +221,10 @@ def stop_signals() -> Iterator[list[int]]:
               for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
+    except Stopped:
+        if processes.world() > 1:  # torchrun sends SIGTERM once the first of them has ended: let all say why
+            before[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
