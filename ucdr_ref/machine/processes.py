@@ -145,10 +145,10 @@ def main_first() -> Iterator[None]:
 
 def pick_device(name: str) -> torch.device:
     """cpu, cuda, ... or auto; a GPU without a number is the process's own. ValueError when there is none."""
+    if name.startswith("cuda:") and world() > 1:
+        raise ValueError(f"--device {name}: each process needs a GPU of its own: give --device cuda")
     try:
         device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        if device.type == "cuda" and device.index is not None and world() > 1:
-            raise ValueError("each process needs a GPU of its own: give --device cuda")
         if device == torch.device("cuda"):
             own = int(os.environ["LOCAL_RANK"]) if world() > 1 else torch.cuda.current_device()
             device = torch.device("cuda", own)
