@@ -1,21 +1,64 @@
-"""One frozen Config of both methods' options: presets named after table rows, flags and JSON."""
+"""One frozen Config of both methods' options: presets named after table rows, flags and JSON.
+
+In the option classes a field's type holds its choices (`Literal`); `Annotated` adds the closed range of a
+number or the name of what a text stands for, and what `--help` prints. Importing this imports no PyTorch.
+"""
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import operator
 import os
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
+from math import inf
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from .machine.options import MACHINE, Shared
 from .sre import options as sre
 from .ucdr import options as ucdr
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The run, its images and its machine."""
+
+    method: Annotated[
+        Literal["ucdr-adapter", "zero-shot", "sre-clip", "closed-form"], "what to train"] = "ucdr-adapter"
+    dataset: Annotated[
+        Literal["toy", "domainnet", "sketchy", "sketchy-random", "tuberlin", "folder"],
+        "benchmark protocol; sketchy: the 21 test classes of ECCV 2018, sketchy-random: 25 drawn ones"] = "toy"
+    data_root: Annotated[
+        str, "DIR", "<domain>/<class>/* lie here; the drawn data is made there when absent"] = "data/toy"
+    weights: Annotated[
+        str, "FILE", "CLIP weights: OpenAI's archive, a state dict or safetensors"] = "weights/demo-clip.pt"
+    variant: Annotated[Literal["paper", "released"], "preset of the ledgers D and S"] = "paper"
+    seed: Annotated[int, (0, inf), "seed of initial values, order and augmentation"] = 0
+
+    # protocol
+    held_out: Annotated[
+        str, "DOMAIN", "query domain that training never sees; none: U^cCDR, from a seen one"] = "sketch"
+    seen: Annotated[
+        str, "DOMAIN", "source domain of the validation and U^cCDR queries; empty: the protocol's"] = ""
+    gallery: Annotated[str, "DOMAIN", "gallery domain; empty: the protocol's"] = ""
+    domains: Annotated[
+        tuple[str, ...], "DOMAIN", "folder datasets: domain folders to use, gallery and held-out one "
+        "included (the smallest decides how long an epoch is); empty: all"] = ()
+    class_split: Annotated[
+        str, "FILE", "folder datasets: JSON with train, val and test class names; empty: drawn"] = ""
+    stroke_domains: Annotated[
+        tuple[str, ...], "DOMAIN", "domains of dark strokes on white, colour-inverted everywhere (D14)"] = (
+        "sketch", "quickdraw", "sketches")
+    toy_images: Annotated[int, (1, 10_000), "images drawn per domain and class for --dataset toy"] = 20
+
+    # machine: none of these changes what is computed beyond rounding
+    device: Annotated[str, "DEVICE", "cpu, cuda, cuda:1, ...; auto: a GPU when there is one"] = "auto"
+    workers: Annotated[int, (0, 256), "processes that read images; 0: the main process does"] = 2
+    precision: Annotated[
+        Literal["fp32", "tf32", "bf16"],
+        "arithmetic of the towers; LayerNorm and, but for tf32, losses: float32"] = "fp32"
+    micro_batch: Annotated[
+        int, (0, inf), "images of a phase-2 batch at once, to save memory; 0: 10 on a CPU, all on a GPU"] = 0
 
 
 @dataclass(frozen=True)
@@ -23,11 +66,17 @@ class Config(sre.Options, ucdr.Options, Shared):
     """Every option of a run. Defaults are the paper's, or a careful reading's; a dataset's own: PRESETS."""
 
 
+# May differ when a run is resumed: they change nothing that is computed beyond rounding ...
+MACHINE = ("device", "workers", "precision", "micro_batch")
+# ... and what lies behind these is compared by its digest.
+PATHS = ("data_root", "class_split", "weights", "source", "target", "graph", "unseen")
+
+
 class Field(NamedTuple):
     kind: type
     choices: tuple[Any, ...]  # empty: any value of the kind
-    rule: str  # the range of a number x, such as `0 <= x < 1`
-    metavar: str
+    range: tuple[float, float]  # the least and the largest number
+    metavar: str | None
     help: str
     default: Any
 
@@ -37,11 +86,11 @@ def read_fields() -> Iterator[tuple[str, Field]]:
     hints = typing.get_type_hints(Config, include_extras=True)
     for field in fields(Config):
         hint, kind = hints[field.name], type(field.default)
-        *told, text = hint.__metadata__  # the range of a number or the name of a text, then the help
-        choices = () if told else typing.get_args(hint.__origin__)
-        rule = "".join(told) if kind in (int, float) else ""
-        metavar = rule.replace("x", "N" if kind is int else "X").replace(" ", "") or "".join(told)
-        yield field.name, Field(kind, choices, rule, metavar, text, field.default)
+        *about, text = hint.__metadata__  # a range or a metavar, if any, then the help
+        choices = () if about else typing.get_args(hint.__origin__)
+        limits = about[0] if about and isinstance(about[0], tuple) else (-inf, inf)
+        metavar = {int: "N", float: "X"}.get(kind, "".join(map(str, about)))
+        yield field.name, Field(kind, choices, limits, None if choices else metavar, text, field.default)
 
 
 FIELDS = dict(read_fields())
@@ -51,7 +100,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "released": dict(
         mask="none", feature_token=1, evaluation_features="raw", train_normalization="imagenet",
         selection="test", query_feature="patch", ud_gallery="trained", triplet_distance="plain",
-        triplet_mean="paired", image_reading="as-is", momentum_start="random", queue_push="before",
+        triplet_mean="paired", momentum_start="random", queue_push="before",
         stroke_domains=("sketch", "quickdraw"), balance="released", structure_pairs="diagonal",
         test_attention="batch", retention_scale="scaled", bank_ring="released", structure_classes=100,
         sre_report="best-test")}
@@ -65,7 +114,7 @@ TOY = dict(dataset="toy", context_vectors=4, source_batch=50, source_lr=1e-3, ta
 # SRE-CLIP: labelled and unlabelled folders are given by flags; the drawn ones are made below data_root.
 # D14 is the other method's: no image is inverted here unless --stroke-domains says so.
 SRE = dict(method="sre-clip", dataset="folder", data_root="", weights="weights/ViT-B-32.pt",
-           stroke_domains=(), save_every=1000)
+           stroke_domains=())
 # Its small CLIP has read no words but the 60 class names and bears less dropout in 64 text dimensions.
 SRE_TOY = dict(SRE, dataset="toy", data_root="data/toy-sre", weights="weights/demo-clip.pt", graph="toy",
                class_vectors="clip-classes", sre_hidden=256, sre_dropout=0.3, sre_iterations=1000,
@@ -78,8 +127,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     **{f"domainnet/{held_out}": dict(DOMAINNET, held_out=held_out, seen=seen)
        for held_out, seen in (("sketch", "quickdraw"), ("quickdraw", "sketch"), ("painting", "infograph"),
                               ("infograph", "painting"), ("clipart", "painting"))},
-    "sketchy/eccv": dict(SKETCHY, sketchy_split="eccv"),
-    "sketchy/random": dict(SKETCHY, sketchy_split="random"),
+    "sketchy/eccv": SKETCHY,
+    "sketchy/random": dict(SKETCHY, dataset="sketchy-random"),
     "tuberlin": dict(SKETCHY, dataset="tuberlin", data_root="data/TUBerlin"),
     "sre": SRE,
     "sre/toy": SRE_TOY,
@@ -87,37 +136,30 @@ PRESETS: dict[str, dict[str, Any]] = {
     "i2awa": dict(SRE, graph="awa2", sre_kappa=0.3),
     "i2webv": dict(SRE, sre_kappa=0.82)}
 
-# What `--help` shows; `--help-all` shows everything.
-ESSENTIAL = ("method", "dataset", "data_root", "weights", "variant", "seed", "held_out", "gallery",
-             "class_split", "bad_images", "source", "target", "graph", "device", "workers", "precision")
-
-
-class HelpAll(argparse.Action):
-    """`--help-all`: every flag, in the groups of the option classes."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        for action in parser._actions:
-            action.help = getattr(action, "whole_help", action.help)
-        parser.print_help()
-        parser.exit()
-
 
 def add_arguments(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> None:
     """A flag for each named field, or all; one that is not given leaves no trace, so presets show through."""
-    parser.add_argument("--help-all", action=HelpAll, nargs=0, default=argparse.SUPPRESS,
-                        help="show every flag and exit")
-    for group in (Shared, ucdr.Options, sre.Options):
-        section = parser.add_argument_group(str(group.__doc__).split(".")[0])
-        for name in (field.name for field in fields(group) if not names or field.name in names):
+    for options in (Shared, ucdr.Options, sre.Options):
+        group = parser.add_argument_group(str(options.__doc__).split(".")[0])
+        for name in (field.name for field in fields(options) if not names or field.name in names):
             field = FIELDS[name]
             several = field.kind is tuple
             default = " ".join(field.default) if several else field.default
-            text = f"{field.help} (default: {'empty' if default == '' else default})"
-            action = section.add_argument(
+            group.add_argument(
                 flag_of(name), type=str if several else field.kind, nargs="+" if several else None,
-                choices=field.choices or None, metavar=field.metavar or None, default=argparse.SUPPRESS,
-                help=text if name in ESSENTIAL else argparse.SUPPRESS)
-            action.whole_help = text  # type: ignore[attr-defined]
+                choices=field.choices or None, metavar=field.metavar, default=argparse.SUPPRESS,
+                help=f"{field.help} (default: {'empty' if default == '' else default})")
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; a field that the command has no flag for is said to be the training's."""
+    args, unknown = parser.parse_known_args(argv)
+    for text in unknown:
+        if text.partition("=")[0] in map(flag_of, FIELDS):
+            parser.error(f"{text.partition('=')[0]} is the run's own: it needs a training (train.py)")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
 
 
 def flag_of(name: str) -> str:
@@ -147,18 +189,17 @@ def resolve(flags: Mapping[str, Any], preset: str | None = None, fast: bool = Fa
     if values["method"] == "sre-clip":
         variant.pop("stroke_domains", None)  # D14 is the other method's
     merged = {**values, **variant, **{key: value for key, value in flags.items() if key in FIELDS}}
-    if variant and merged["selection"] != "validation" and merged["dataset"] in ("sketchy", "tuberlin"):
+    if variant and merged["selection"] != "validation" and merged["dataset"].startswith(("sketchy", "tu")):
         # D10: the released code holds the validation classes out of training on DomainNet alone.
         merged.setdefault("train_classes", "train+val")
     config = from_dict(merged)
-    return replace(config, weights=located(config.weights))
+    return replace(config, weights=locate_weights(config.weights))
 
 
 def default_preset(flags: Mapping[str, Any], fast: bool) -> str:
     """The preset of a command that names none: its method's and dataset's own."""
-    method, dataset = flags.get("method"), flags.get("dataset", "toy")
-    folders = bool(flags.get("source") or flags.get("target"))
-    if method == "sre-clip" or method == "closed-form" and folders:
+    dataset, folders = flags.get("dataset", "toy"), bool(flags.get("source") or flags.get("target"))
+    if flags.get("method") == "sre-clip" or flags.get("method") == "closed-form" and folders:
         if folders or dataset != "toy":
             return "sre"
         return "sre/toy-fast" if fast else "sre/toy"
@@ -167,47 +208,36 @@ def default_preset(flags: Mapping[str, Any], fast: bool) -> str:
     return next(name for name in PRESETS if PRESETS[name]["dataset"] == dataset)
 
 
-def located(weights: str) -> str:
+def locate_weights(path: str) -> str:
     """The path of weights; one beside the scripts where the current folder has no such file."""
-    beside = Path(__file__).parents[1] / weights
-    return str(beside) if os.path.exists(beside) and not os.path.exists(weights) else weights
+    beside = Path(__file__).parents[1] / path
+    return str(beside) if os.path.exists(beside) and not os.path.exists(path) else path
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
     """A checked Config from plain values; ValueError names a field that does not exist or fit."""
     if unknown := sorted(map(str, set(values) - set(FIELDS))):
-        raise ValueError(f"unknown config fields {str(unknown)[:300]}; --help-all lists the {len(FIELDS)} "
-                         "of this version")
-    return Config(**{name: checked(name, value) for name, value in values.items()})
+        raise ValueError(f"{', '.join(unknown)[:300]}: no option of this version; see --help")
+    return Config(**{name: check(name, value) for name, value in values.items()})
 
 
-def checked(name: str, value: Any) -> Any:
+def check(name: str, value: Any) -> Any:
     """The value of a field, of its type; ValueError in one sentence when it is no value of that field."""
     field = FIELDS[name]
+    low, high = field.range
     if field.kind is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
-        value = tuple(value)
-    elif field.kind is float and type(value) is int:
-        with suppress(OverflowError):
-            value = float(value)
+        return tuple(value)
+    if field.kind is float and type(value) is int and abs(value) < 2**53:
+        value = float(value)
     if type(value) is not field.kind:
-        expected = field.kind.__name__
+        expected = f"must be of type {field.kind.__name__}"
     elif field.choices and value not in field.choices:
-        expected = f"one of {', '.join(map(str, field.choices))}"
-    elif field.rule and not inside(typing.cast(float, value), field.rule):
-        expected = f"a finite number x with {field.rule}"
+        expected = f"must be one of {', '.join(map(str, field.choices))}"
+    elif isinstance(value, (int, float)) and not (low <= value <= high and abs(value) < inf):
+        expected = f"must be at least {low:g}" + f" and at most {high:g}" * (high < inf)
     else:
         return value
-    shown = " ".join(repr(value).split())[:100]
-    raise ValueError(f"config field {name} is {shown}, expected {expected} (flag {flag_of(name)})")
-
-
-def inside(x: float, rule: str) -> bool:
-    """Whether a number is finite and obeys a rule such as `0 < x <= 1` or `1 <= x`."""
-    words = rule.split()
-    numbers = [x if word == "x" else float(word) for word in words[::2]]
-    obeys = {"<": operator.lt, "<=": operator.le}
-    pairs = zip(numbers, words[1::2], numbers[1:])
-    return abs(x) < math.inf and all(obeys[sign](left, right) for left, sign, right in pairs)
+    raise ValueError(f"{flag_of(name)} {str(value)[:100]!r}: {expected}".replace("'", ""))
 
 
 def to_json(config: Config) -> str:

@@ -1,0 +1,280 @@
+"""What every command does around its work: errors in one line, Ctrl-C, files written whole or not at all.
+
+Importing it does not import PyTorch, so that `--help` is quick and Ctrl-C is heard from the start.
+"""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from glob import escape
+from pathlib import Path
+from types import FrameType
+from typing import Any, BinaryIO
+
+STALE_SECONDS = 3600  # a temporary file untouched for this long was left by a killed process
+
+
+class WriteError(OSError, ValueError):
+    """A file could not be written; the message names it, and what stood there before is intact."""
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM arrived; the step was finished and saved, in every process."""
+
+
+# Commands
+
+
+def run_command(run: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
+    """Runs an entry point, in all processes of torchrun; its exit status.
+
+    0 when it is done, 1 when its output could not be written, 2 after one line about a mistake, 130 after one
+    line about SIGINT or SIGTERM.
+    """
+    for number in range(3):  # else the first file that is opened would take the place of a closed stream
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = output, _ = Output(sys.stdout), Output(sys.stderr)  # type: ignore[assignment]
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
+    handlers = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        return report_errors(run, argv) or int(output.failed)
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = streams
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def report_errors(run: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
+    """Exit status of `run`, with one line on stderr where that is not 0."""
+    processes: Callable[[], Any] = nullcontext
+    try:
+        if several_processes():
+            from .distributed import processes
+        with processes():
+            run(argv)
+        sys.stdout.flush()
+        return 0
+    except Stopped as stopped:
+        status, text = 130, str(stopped)
+    except KeyboardInterrupt as stop:
+        status, text = 130, f"stopped by {str(stop) or 'SIGINT'}: run the same command to go on"
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        status, text = 2, (f"error: {one_line(error)[:200]}; take smaller batches (--micro-batch, "
+                           "--source-batch) or --precision bf16")
+    except (ValueError, OSError) as error:
+        status, text = 2, f"error: {one_line(error)}"
+    print(text, file=sys.stderr)
+    return status
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """SIGINT and SIGTERM raise KeyboardInterrupt, so that nothing half-written stays; the next one kills."""
+    signal.signal(number, signal.SIG_DFL)
+    name = signal.Signals(number).name
+    if any("importlib" in caller.f_code.co_filename for caller, _ in traceback.walk_stack(frame)):
+        # Within an import Python would print tracebacks of its own, and nothing is lost yet.
+        os.write(2, f"stopped by {name}\n".encode())
+        os._exit(130)
+    raise KeyboardInterrupt(name)
+
+
+class Output:
+    """A text stream whose reader may go away: from then on its text is dropped, and `failed` is true."""
+
+    def __init__(self, stream: Any) -> None:
+        self.failed = stream is None
+        self.stream = stream or open(os.devnull, "w")
+        if hasattr(self.stream, "reconfigure"):  # a name that this terminal cannot show is no error
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self.attempt(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError:
+            self.failed = True
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.stream.fileno())
+            os.close(null)
+
+
+def several_processes() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return os.environ.get("WORLD_SIZE", "") not in ("", "1")
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes files and prints."""
+    return not several_processes() or os.environ.get("RANK", "0") == "0"
+
+
+def folder_path(text: str) -> Path:
+    """A flag's path; an empty one, as of a shell variable that is not set, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return Path(text)
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class ProgressLine:
+    """How far a pass is, on stderr: on a terminal one line twice a second, else a line every 15 seconds.
+
+    `target 6000/24000 | 812 img/s | eta 3m12s | epoch 2/10 | loss 1.234 align 0.980`
+    """
+
+    def __init__(self, label: str, total: int, unit: str = "img") -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.live = sys.stderr.isatty()
+        self.open = False  # whether the cursor stands behind a text
+        self.first: tuple[float, int] | None = None  # time and count of the first update, which pays for start-up
+        self.shown = 0.0
+
+    def update(self, done: int, extra: str = "") -> None:
+        """`done` of the total are finished; `extra` is printed behind the rate and the time that is left."""
+        now = time.monotonic()
+        self.first = self.first or (now, done)
+        count, seconds = done - self.first[1], now - self.first[0]
+        if not is_main() or not count or now - self.shown < (0.5 if self.live else 15):
+            return
+        self.shown, left = now, int((self.total - done) * seconds / count)
+        text = (f"{self.label} {done}/{self.total} | {count / seconds:.0f} {self.unit}/s | "
+                f"eta {left // 60}m{left % 60:02d}s" + f" | {extra}" * bool(extra))
+        if self.live:
+            width = shutil.get_terminal_size().columns - 1
+            text = "\r" + text[:width].ljust(width)
+        print(text, end="" if self.live else "\n", file=sys.stderr, flush=True)
+        self.open = self.live
+
+    def close(self) -> None:
+        """Ends the line; another update starts a new one."""
+        if self.open:
+            print(file=sys.stderr)
+        self.open = False
+
+
+# Files
+
+
+@contextmanager
+def writing(what: object, advice: str) -> Iterator[None]:
+    """Around writes: makes of a full disk, a read-only folder, ... a WriteError that names `what`."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(f"could not write {what} ({error.strerror or error}); {advice}") from error
+
+
+def write_atomic(path: str | os.PathLike[str], fill: Callable[[BinaryIO], object]) -> None:
+    """`path` is the old file or the whole new one, whatever happens. Only the main process writes.
+
+    `fill` writes into a temporary file beside it, which is then renamed. Raises WriteError.
+    """
+    if not is_main():
+        return
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with writing(target, "what stood there before is untouched: free space or choose another folder"):
+        for old in target.parent.glob(f".{escape(target.name)}.*.tmp"):
+            with suppress(FileNotFoundError):  # another process was faster
+                if time.time() - old.stat().st_mtime > STALE_SECONDS:
+                    old.unlink()
+        try:
+            with open(temporary, "wb") as file:
+                fill(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
+    """`text` as UTF-8, as `write_atomic` does."""
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def save_atomic(obj: Any, path: str | os.PathLike[str]) -> None:
+    """torch.save, as `write_atomic` does."""
+    import torch
+
+    content = io.BytesIO()  # PyTorch's writer would hide what a full disk answers
+    torch.save(obj, content)
+    write_atomic(path, lambda file: file.write(content.getbuffer()))
+
+
+def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The dict that `save_atomic` wrote, on the CPU; nothing in the file is executed.
+
+    Raises FileNotFoundError, or ValueError when the file is broken or another one.
+    """
+    import torch
+
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path} does not exist")
+    with as_value_error(path, "is no checkpoint of this package", "use another one, or train again"):
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds a {type(state).__name__}")
+        return state
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object in a file; ValueError where there is none."""
+    with as_value_error(path, "is not readable as a JSON object", "bring it back, or name another folder"):
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+@contextmanager
+def as_value_error(path: object, what: str, advice: str) -> Iterator[None]:
+    """Around reading a file of our own: whatever a broken one raises becomes one sentence."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"[:300]
+        raise ValueError(f"{path} {what} ({reason}); {advice}") from error
+
+
+def make_folder(path: Path) -> None:
+    """With all above it; ValueError where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot make this folder ({error.strerror}); name another one") from None
+
+
+def digest_of(content: Any) -> str:
+    """sha256 of what JSON can hold, in hexadecimal."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

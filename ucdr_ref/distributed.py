@@ -1,0 +1,194 @@
+"""Device, precision, seeds, and several processes, started by `torchrun`, that compute what one would.
+
+Each takes its share of every batch; in a single process every function on that does nothing. Rows of
+processes are joined in the order of their ranks.
+"""
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from textwrap import shorten
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .cli import Stopped, is_main, one_line, several_processes
+
+__all__ = ["Stopped", "is_main"]
+Items = TypeVar("Items", bound=Sequence[Any])
+JOIN_SECONDS = 60  # that the processes have to find each other
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    """Joins the processes that torchrun started, for as long as the block runs.
+
+    Raises ValueError where WORLD_SIZE is set without torchrun, or the others do not come in JOIN_SECONDS.
+    """
+    if not several_processes():
+        yield
+        return
+    count = os.environ["WORLD_SIZE"]
+    try:
+        store, number, total = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
+        # Numbers on the CPU go by gloo, so that they never wait for a GPU.
+        nccl = torch.cuda.is_available() and dist.is_nccl_available()
+        backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=total)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"WORLD_SIZE is {count}, and no {count} processes found each other within "
+                         f"{JOIN_SECONDS} s ({shorten(one_line(error), 150)}); start with torchrun, or unset "
+                         "WORLD_SIZE") from None
+    if not is_main():
+        sys.stdout = open(os.devnull, "w")
+    try:
+        yield
+    except Stopped:  # after any other exception some process may wait, and so would parting in good order
+        dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+@contextmanager
+def exchange() -> Iterator[None]:
+    """Around every exchange: when another process is gone, says so before torchrun ends this one too."""
+    try:
+        yield
+    except RuntimeError as error:
+        print(f"error: process {rank()} could not exchange with another one ({one_line(error)}); what was "
+              "saved is intact: run the same command to go on", file=sys.stderr)
+        sys.exit(2)
+
+
+def local_shard(items: Items) -> Items:
+    """This process's part of a list: contiguous, as even as can be."""
+    start, end = (len(items) * n // world_size() for n in (rank(), rank() + 1))
+    return items[start:end]  # type: ignore[return-value]
+
+
+def all_gather(items: list[Any]) -> list[Any]:
+    """The items of all processes, in every process."""
+    if world_size() == 1:
+        return items
+    parts: list[list[Any]] = [[]] * world_size()
+    with exchange():
+        dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def batch_offset(count: int) -> tuple[int, int]:
+    """For `count` rows in this process: the rows of the processes before it, and the rows of all."""
+    counts = all_gather([count])
+    return sum(counts[:rank()]), sum(counts)
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """[count, ...] of all processes joined, [total, ...], on each one's device; counts may differ."""
+    if world_size() == 1:
+        return rows
+    counts = all_gather([len(rows)])
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[:len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    with exchange():
+        dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts)])
+
+
+@torch.no_grad()
+def average(tensors: Sequence[Tensor], weight: int) -> None:
+    """Puts the processes' mean, each counted `weight` times, in place of the tensors, by one exchange.
+
+    Means over shares of a batch, weighted by the shares' sizes, become means over the batch.
+    """
+    if world_size() == 1:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors] + [tensors[0].new_ones(1)])
+    flat = flat * weight if weight else torch.zeros_like(flat)  # the mean over an empty share is NaN
+    with exchange():
+        dist.all_reduce(flat)
+    *means, _ = (flat / flat[-1]).split([*(tensor.numel() for tensor in tensors), 1])
+    for tensor, mean in zip(tensors, means):
+        tensor.copy_(mean.view_as(tensor))
+
+
+def barrier() -> None:
+    """Until every process is here."""
+    all_gather([])
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """The block runs in the writing process, and then, when its files are there, in the others."""
+    if not is_main():
+        barrier()
+    yield
+    if is_main():
+        barrier()
+
+
+def one_process(what: str) -> None:
+    """ValueError where there are more."""
+    if world_size() > 1:
+        raise ValueError(f"{what} needs one process: start it without torchrun")
+
+
+def pick_device(name: str) -> torch.device:
+    """cpu, cuda, ... or auto; a GPU without a number is the process's own. ValueError when there is none."""
+    if name.startswith("cuda:") and world_size() > 1:
+        raise ValueError(f"--device {name}: each process needs a GPU of its own: give --device cuda")
+    try:
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        if device == torch.device("cuda"):
+            own = int(os.environ["LOCAL_RANK"]) if world_size() > 1 else torch.cuda.current_device()
+            device = torch.device("cuda", own)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # for what names no device, such as the peak memory or NCCL
+        torch.ones(1, dtype=torch.float64, device=device).item()  # evaluation needs it; Apple's GPU has none
+    except (RuntimeError, AssertionError, ImportError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--device {name} is not usable ({shorten(one_line(error), 200)}); try --device "
+                         "cpu") from None
+    return device
+
+
+def set_precision(precision: str) -> None:
+    """TF32 on or off for the whole process, as --precision says; once, at the start."""
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """bf16 inside the block, where --precision asks for it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory: of the GPU where `device` is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on a Mac, else in KiB
+    return peak / 2 ** (30 if sys.platform == "darwin" else 20)
+
+
+def derive_seed(*parts: object) -> int:
+    """A seed from everything that identifies a draw, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
