@@ -1,0 +1,333 @@
+"""The training loop of both papers (`fit` is the whole of it), its checkpoints and its log.
+
+All randomness of a step follows from (seed, phase, epoch, step), so a run that is started again by the same
+command equals one that was never interrupted.
+"""
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from .cli import (
+    ProgressLine,
+    Stopped,
+    as_value_error,
+    is_main,
+    load_state,
+    save_atomic,
+    write_text_atomic,
+    writing,
+)
+from .config import PATHS, differences, from_dict
+from .distributed import all_gather, autocast, average, barrier, derive_seed, memory_gib, world_size
+
+SAVE_EVERY = 50  # steps between two checkpoints
+ADVICE = "delete the run folder to start again, or name another --run"
+INTACT = "the last checkpoint is intact: free space, then run the same command to go on"
+
+
+class Method(typing.Protocol):
+    """What the loop needs of a method; any module with these will do."""
+
+    PHASES: tuple[str, ...]
+
+    def trainable(self, phase: str) -> dict[str, nn.Parameter]: ...
+    def start(self, phase: str) -> None: ...
+    def optimizer(self, phase: str) -> torch.optim.Optimizer: ...
+    def learning_rate(self, phase: str, epoch: int, step: int) -> float: ...
+    def step(self, batch: Any, phase: str) -> dict[str, Tensor]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder a run writes into, how it trains, and what goes with its weights into every checkpoint."""
+
+    folder: Path
+    seed: int
+    precision: str
+    device: torch.device
+    extra: dict[str, Any]  # among it "config", a dict
+    patience: int  # epochs without a better score before the last phase stops
+
+
+@dataclass
+class PhaseData:
+    """What a phase iterates over: `load` yields (batch, its files) for what is left of an epoch's order.
+
+    `microbatches` gives what passes at once of a batch, to save memory, each with its share of the images.
+    `validates` says after how many epochs a score is taken. `batch_size`: images of a whole batch.
+    """
+
+    epochs: int
+    order: Callable[[int], Sequence[Any]]
+    load: Callable[[int, Sequence[Any]], Iterator[tuple[Any, list[str]]]]
+    microbatches: Callable[[Any], list[tuple[Any, float]]] = lambda batch: [(batch, 1.0)]
+    validates: Callable[[int], bool] = lambda epochs: True
+    batch_size: int = 1
+
+    def plan(self) -> str:
+        """Such as `57 steps of 20 images`, with a note where they are too few to learn much."""
+        steps = self.epochs * len(self.order(0))
+        few = " (few: smaller batches or more epochs learn more)" if 0 < steps < 20 else ""
+        return f"{steps} steps of {self.batch_size} images{few}"
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with the weights and the optimizer, all that a resumed run needs."""
+
+    phase: int = 0
+    epoch: int = 0
+    step: int = 0
+    best: float = -1.0  # score
+    epochs_without_improvement: int = 0
+    log_bytes: int = 0
+
+
+def train(method: Method, phases: Mapping[str, PhaseData], validate: Callable[[], float] | None,
+          run: Run) -> None:
+    """All phases, from where last.pt stands; leaves last.pt, best.pt and log.jsonl in the run folder.
+
+    `validate` gives the score by which the last phase keeps its best epoch and stops early; None keeps the
+    last. Raises Stopped after SIGINT or SIGTERM, ValueError at a non-finite loss.
+    """
+    with open_checkpointer(run, method) as checkpointer:
+        for phase in method.PHASES[checkpointer.progress.phase:]:
+            selecting = validate if phase == method.PHASES[-1] else None
+            fit(method, phase, phases[phase], selecting, checkpointer)
+            checkpointer.next_phase()
+    if validate is None or not phases[method.PHASES[-1]].epochs:
+        checkpointer.save_best(method)
+
+
+def fit(method: Method, phase: str, data: PhaseData, validate: Callable[[], float] | None,
+        checkpointer: Checkpointer) -> None:
+    """One phase: steps, checkpoints, validation after each epoch, early stop."""
+    run, progress = checkpointer.run, checkpointer.progress
+    method.start(phase)
+    trained = method.trainable(phase)
+    for name, parameter in method.named_parameters():
+        parameter.requires_grad_(name in trained)
+    optimizer = method.optimizer(phase)
+    checkpointer.resume(optimizer, phase)
+    line = ProgressLine(phase, data.epochs * len(data.order(0)) * data.batch_size)
+    while progress.epoch < data.epochs and (validate is None
+                                            or progress.epochs_without_improvement < run.patience):
+        order = data.order(progress.epoch)
+        for batch, files in data.load(progress.epoch, order[progress.step:]):
+            torch.manual_seed(derive_seed(run.seed, phase, progress.epoch, progress.step))
+            for group in optimizer.param_groups:
+                rate = method.learning_rate(phase, progress.epoch, progress.step)
+                group["lr"] = rate * group.get("factor", 1.0)
+            optimizer.zero_grad(set_to_none=True)
+            sums: list[Tensor] = []
+            for part, share in data.microbatches(batch):
+                with autocast(run.precision, run.device):
+                    terms = method.step(part, phase)
+                (share * terms["loss"]).backward()  # adds to the gradients of the parts before
+                sums.append(share * torch.stack([term.detach().float() for term in terms.values()]))
+            losses = torch.stack(sums).sum(0)
+            gradients = [parameter.grad for parameter in trained.values() if parameter.grad is not None]
+            average([*gradients, losses], weight=len(files))
+            norm = torch.stack([gradient.norm() for gradient in gradients]).sum()
+            *numbers, size = torch.cat([losses, norm[None]]).tolist()  # where a step waits for the device
+            values = dict(zip(terms, numbers))
+            stop_if_not_finite(values, size, {"phase": phase, **asdict(progress), "files": files}, run)
+            optimizer.step()
+            progress.step += 1
+            checkpointer.log({"phase": phase, "epoch": progress.epoch, "step": progress.step, **values})
+            line.update((progress.epoch * len(order) + progress.step) * data.batch_size,
+                        f"epoch {progress.epoch + 1}/{data.epochs} | "
+                        + " ".join(f"{name} {value:.3f}" for name, value in values.items())
+                        + f" | {memory_gib(run.device):.1f} GiB")
+            checkpointer.save(method, optimizer, phase, progress.step % SAVE_EVERY == 0)
+        progress.epoch, progress.step = progress.epoch + 1, 0
+        line.close()
+        if validate is not None and data.validates(progress.epoch):
+            score = all_gather([validate()])[0]
+            progress.epochs_without_improvement += 1
+            if score > progress.best:
+                progress.best, progress.epochs_without_improvement = score, 0
+                checkpointer.save_best(method)
+            checkpointer.log({"phase": phase, "epoch": progress.epoch, "score": score})
+            if is_main():
+                print(f"{phase} {progress.epoch}/{data.epochs} | score {score:.4f} (best "
+                      f"{progress.best:.4f})", file=sys.stderr, flush=True)
+        checkpointer.save(method, optimizer, phase, due=True)
+
+
+def stop_if_not_finite(values: dict[str, float], gradient: float, where: dict[str, Any], run: Run) -> None:
+    """ValueError before a non-finite loss or gradient reaches the weights; nonfinite.json names the batch."""
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if not bad and math.isfinite(gradient):
+        return
+    bad = bad or ["gradient"]
+    where["files"] = all_gather(where["files"])
+    path = run.folder / "nonfinite.json"
+    shown = {name: repr(value) for name, value in values.items()}  # JSON has no word for NaN
+    write_text_atomic(path, json.dumps({"terms": bad, "values": shown, **where}, indent=2) + "\n")
+    raise ValueError(f"{', '.join(bad)} not finite in phase {where['phase']}, epoch {where['epoch'] + 1}, step "
+                     f"{where['step'] + 1}; {path} names the batch's files: look at them or lower the "
+                     "learning rate (the last checkpoint is intact)")
+
+
+# Checkpoints and the log
+
+
+@contextmanager
+def open_checkpointer(run: Run, method: Method) -> Iterator[Checkpointer]:
+    """The checkpoints and log of a run; the method takes over the weights of last.pt, if there is one."""
+    progress, optimizer_state, last = Progress(), None, run.folder / "last.pt"
+    if last.exists():
+        state = load_state(last)
+        check_config(state, run.extra, last)
+        with as_value_error(last, "is no checkpoint of a training", ADVICE):
+            weights, optimizer_state = dict(state["method"]), dict(state["optimizer"])
+            progress = Progress(**{name: type(value)(state["progress"][name])
+                                   for name, value in asdict(progress).items()})
+            method.PHASES[progress.phase]
+        load_own_state(method, weights, last)
+    with open_log(run.folder / "log.jsonl", progress.log_bytes) as log, stop_signals() as stopping:
+        yield Checkpointer(run, progress, optimizer_state, log, stopping)
+
+
+@dataclass
+class Checkpointer:
+    """How far a training is, its log, its checkpoints, and whether it was told to stop."""
+
+    run: Run
+    progress: Progress
+    optimizer_state: dict[str, Any] | None  # of last.pt, until a phase has taken it
+    file: BinaryIO  # the log
+    stopping: list[int]  # signals received
+
+    def resume(self, optimizer: torch.optim.Optimizer, phase: str) -> None:
+        """The interrupted phase's moments go into its optimizer; rates stay the config's."""
+        if self.optimizer_state is not None:
+            groups = optimizer.state_dict()["param_groups"]
+            with as_value_error(self.run.folder / "last.pt", "does not fit the optimizer", ADVICE):
+                optimizer.load_state_dict({"state": self.optimizer_state["state"], "param_groups": groups})
+            print(f"resumed from phase {phase}, epoch {self.progress.epoch + 1}, step {self.progress.step}")
+
+    def next_phase(self) -> None:
+        self.progress = Progress(self.progress.phase + 1, log_bytes=self.progress.log_bytes)
+        self.optimizer_state = None
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Appends one line of JSON to the log."""
+        line = (json.dumps(values) + "\n").encode()
+        with writing(self.run.folder / "log.jsonl", INTACT):
+            self.file.write(line)
+            self.file.flush()
+        self.progress.log_bytes += len(line)
+
+    def save(self, method: Method, optimizer: torch.optim.Optimizer, phase: str, due: bool) -> None:
+        """Writes last.pt where it is due or a process was told to stop, and then raises Stopped."""
+        stop = all_gather([*self.stopping])  # the signals of all processes
+        if due or stop:
+            if is_main():  # first the log, whose length last.pt knows
+                os.fsync(self.file.fileno())
+            state = {"progress": asdict(self.progress), "method": own_state(method),
+                     "optimizer": optimizer.state_dict()}
+            save_atomic({**state, **self.run.extra}, self.run.folder / "last.pt")
+            barrier()
+        if stop:
+            reason = signal.Signals(self.stopping[0]).name if self.stopping else "another process"
+            raise Stopped(f"stopped by {reason} in phase {phase}, epoch {self.progress.epoch + 1}, step "
+                          f"{self.progress.step}; all is saved: run the same command to go on")
+
+    def save_best(self, method: Method) -> None:
+        save_atomic({"method": own_state(method), **self.run.extra}, self.run.folder / "best.pt")
+
+
+def own_state(method: Any) -> dict[str, Tensor]:
+    """The method's state without CLIP's frozen weights, which stay in their own file."""
+    return {name: value for name, value in method.state_dict().items() if not name.startswith("clip.")}
+
+
+class CheckpointMismatch(ValueError):
+    """A checkpoint of another config, or of other weights, classes or domains."""
+
+
+def load_own_state(method: Any, state: Mapping[str, Tensor], path: Path) -> None:
+    """Takes over what `own_state` gave; CheckpointMismatch unless names and shapes are the method's."""
+    there, here = ({name: list(getattr(value, "shape", ["no tensor"])) for name, value in part.items()}
+                   for part in (state, own_state(method)))
+    for name in sorted(there.keys() | here.keys(), key=str):
+        if there.get(name) != here.get(name):
+            raise CheckpointMismatch(
+                f"{path} was trained with other weights, classes or domains: {name} is "
+                f"{there.get(name, 'absent')} there, {here.get(name, 'absent')} here; give the run's own "
+                "--weights and --data-root")
+    method.load_state_dict(state, strict=False)
+
+
+def check_config(state: Mapping[str, Any], extra: Mapping[str, Any], path: Path) -> None:
+    """CheckpointMismatch where a checkpoint's config is not the run's, as in a file copied from another."""
+    with as_value_error(path, "holds no config", ADVICE):
+        ours, theirs = (from_dict(part["config"]) for part in (extra, state))
+    if different := differences(ours, theirs, also=PATHS):
+        raise CheckpointMismatch(f"{path} is of a run with another config ({'; '.join(different)}); bring "
+                                 "back this run's own, or name another --run")
+
+
+@contextmanager
+def open_log(path: Path, size: int) -> Iterator[BinaryIO]:
+    """The log, cut to the `size` that last.pt knows of: later steps are done, and written, again.
+
+    Raises ValueError for a shorter file.
+    """
+    if not is_main():
+        yield io.BytesIO()
+        return
+    found = path.stat().st_size if path.exists() else 0
+    if found < size:
+        raise ValueError(f"{path} holds {found} bytes, but last.pt beside it knows of {size}: bring the log "
+                         "back, or delete that folder to start anew")
+    with writing(path, INTACT):
+        log = open(path, "ab")
+        log.truncate(size)
+    with log:
+        yield log
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM while the block runs, so that a step can be finished; a second SIGINT kills."""
+    received: list[int] = []
+
+    def receive(number: int, _: Any) -> None:
+        received.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    except Stopped:
+        if world_size() > 1:  # torchrun sends SIGTERM once the first of them has ended: let all say why
+            before[signal.SIGTERM] = signal.SIG_IGN
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
