@@ -1,45 +1,48 @@
-"""What an evaluation leaves: results.json, tables as CSV, pictures by Pillow.
-
-Names of files and classes come from folders that others made. Here they become harmless: `plain` for a
-terminal, `cell` for a spreadsheet; JSON holds them exactly, escaped to ASCII.
-"""
+"""What an evaluation leaves: results.json, per_class.csv, a contact sheet and report.html."""
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
+import math
 import os
-import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import Tensor
 
-from ..images.batches import open_image
-from ..machine.files import write_atomic, write_text_atomic
+from ..cli import write_atomic, write_text_atomic
+from ..data.images import open_image
 from ..metrics import search
 
-FRAMES = {True: (30, 160, 60), False: (205, 40, 40), None: (150, 150, 150)}  # hit, miss, unknown
+FRAMES = {True: "green", False: "red", None: "grey"}  # hit, miss, unknown
 # A tick and a cross, for readers who cannot tell green from red.
 MARKS = {True: [(3, 8), (6, 11), (12, 4)], False: [(4, 4), (11, 11), (8, 8), (11, 4), (4, 11)]}
-SHOWN, HITS = 8, 10  # queries and results of queries.png
-FRAME, GAP, LINE, BADGE = 4, 6, 14, 15  # pixels: frame, space between thumbnails, line of text, mark
-LEFT, TOP = 120, 134  # pixels of labels beside and above a confusion matrix
-LEGIBLE, PAIRS = 80, 40  # a matrix of more classes becomes a list of so many pairs
-# Also full-width, and after the separator of other locales.
-FORMULA = re.compile(r"(^|;)(?=[=+\-@\t\r\uff1d\uff0b\uff0d\uff20])")
-
+SIZE, FRAME, GAP, LINE, MARK = 96, 4, 6, 14, 15  # pixels: thumbnail, its frame, space, text, mark
+SHOWN, HITS, POINTS = 8, 10, 400  # queries and hits of an evaluation's sheet, points of a curve
+UCDR = ("All in %. UCDR: queries of a domain and classes that training never saw; UdCDR (U^dCDR): of an unseen "
+        "domain and seen classes; centred: queries and gallery have each lost their mean (transductive).")
+SRE = ("All in %. ZSL: images of unseen classes, told apart among these; unseen, seen: images of such classes, "
+       "among all classes; H: the harmonic mean of the two.")
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: auto; padding: 12px }
+h1 { font-size: 20px; overflow-wrap: break-word } figure { display: inline-block; margin: 0 16px 16px 0 }
+svg { display: block; border: solid #999; border-width: 0 0 1px 1px; overflow: visible }
+div { overflow: auto; max-height: 600px }
+td, th { text-align: left; white-space: nowrap; padding-right: 14px }
+i { display: inline-block; height: 10px; margin-right: 6px; background: #0072b2 }
+"""
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Shown:
-    """An image of a contact sheet. hit: None where unknown; inverted: as the model saw it (D14)."""
+    """An image of a contact sheet (path "": a text). hit: None where unknown; inverted: as encoded (D14)."""
 
     path: str
     caption: str
@@ -47,234 +50,163 @@ class Shown:
     inverted: bool = False
 
 
-def plain(text: object) -> str:
-    """`text` for a terminal: what does not print (control characters, marks of writing direction, bytes of a
-    file name that are no UTF-8) becomes an escape such as \\x1b or \\udcff.
+Sheet = Sequence[tuple[Shown, Sequence[Shown]]]  # a query, or a class, and the images beside it
+
+
+def write_retrieval(rows: Sequence[Row], folder: Path, about: Row, table: str) -> None:
+    """The files of the rows that `retrieval.rank` returns; pictures and bars are of the first test.
+
+    about: what results.json says beside the rows, such as `run` and `config`; table: the rows as printed.
     """
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
-
-
-def cell(value: object) -> str:
-    """A CSV cell: six digits for a float, nothing for None, `plain` text, with an apostrophe before what a
-    spreadsheet would run (= + - @, tab, carriage return in front).
-    """
-    if isinstance(value, str):
-        return plain(FORMULA.sub(r"\1'", value))
-    return "" if value is None else f"{value:.6f}" if isinstance(value, float) else str(value)
-
-
-def write_tables(rows: Sequence[Row], folder: Path, about: Row,
-                 tables: Mapping[str, list[list[Any]]]) -> None:
-    """results.json (`about`, and the rows without details) and CSV files; WriteError where it fails."""
-    kept = [{key: value for key, value in row.items() if key != "details"} for row in rows]
-    write_text_atomic(folder / "results.json", json.dumps({**about, "rows": kept}, indent=2) + "\n")
-    for name, lines in tables.items():
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(map(cell, line) for line in lines)
-        write_text_atomic(folder / name, text.getvalue())
-
-
-def write_retrieval(rows: Sequence[Row], folder: Path, about: Row) -> None:
-    """results.json, per_class.csv, per_query.csv and queries.png of what `retrieval.evaluate` returns.
-
-    The picture shows the first test's queries, a row for each method with its first ten results.
-    """
-    key = ["protocol", "query_domain", "gallery", "method"]
-    per_class: list[list[Any]] = [[*key, "class", "queries", "mAP@200", "mAP@all"]]
-    per_query: list[list[Any]] = [[*key, "query", "class", "AP@200", "AP@all"]]
+    header = ["protocol", "query_domain", "gallery_name", "method"]
+    per_class: list[list[Any]] = [[*header, "class", "queries", "mAP@200", "mAP@all"]]
+    bars, shown = {}, []
     for row in rows:
-        start = [row["protocol"], row["query_domain"], row["gallery_name"], row["method"]]
-        names, metrics, queries = (row["details"][part] for part in ("names", "metrics", "queries"))
-        counts = Counter(queries.classes)
-        per_class += [[*start, names[k], counts[names[k]], value, metrics["per_class@all"][k]]
-                      for k, value in sorted(metrics["per_class"].items())]
-        scores = metrics["AP"].tolist(), metrics["AP@all"].tolist()
-        per_query += [[*start, *line] for line in zip(queries.paths, queries.classes, *scores)]
-    write_tables(rows, folder, about, {"per_class.csv": per_class, "per_query.csv": per_query})
-    strokes, first = about["config"]["stroke_domains"], rows[0]
-    same = [row for row in rows if not row.get("transductive")
-            and all(row[part] == first[part] for part in ("protocol", "gallery_name"))]
-    classes = first["details"]["queries"].classes
-    one_each = [classes.index(name) for name in dict.fromkeys(classes)]
-    chosen = one_each[::-(-len(one_each) // SHOWN)]
-    shown = [ranked_queries(row, chosen, strokes, HITS) for row in same]
-    sheet([picture for pictures in zip(*shown) for picture in pictures], folder / "queries.png")
+        details, start = row["details"], [row[key] for key in header]
+        names, metrics, counts = details["names"], details["metrics"], Counter(details["queries"].classes)
+        scores = {names[k]: value for k, value in sorted(metrics["per_class"].items())}
+        per_class += [[*start, name, counts[name], score, metrics["per_class@all"][names.index(name)]]
+                      for name, score in scores.items()]
+        if start[:3] == per_class[1][:3]:
+            bars[row["method"]] = scores
+            if not row["transductive"]:
+                shown.append(examples(row, about["config"]["stroke_domains"]))
+    sheet = [line for same_query in zip(*shown) for line in same_query]
+    write_files(rows, folder, about, per_class, sheet, page(about, table, UCDR, "mAP@200", bars, sheet))
 
 
-def ranked_queries(row: Row, chosen: list[int], strokes: Sequence[str],
-                   count: int) -> list[tuple[Shown, list[Shown]]]:
-    """The queries of these indices, each with its `count` nearest results and their distances."""
-    details, shown = row["details"], []
+def examples(row: Row, strokes: Sequence[str]) -> Sheet:
+    """Queries of different classes, each with its nearest images and their distances."""
+    details = row["details"]
     queries, gallery = details["queries"], details["gallery"]
-    found = search(details["query_features"][chosen], details["gallery_features"], count)
+    one_each = [queries.classes.index(name) for name in dict.fromkeys(queries.classes)]
+    chosen, lines = one_each[::math.ceil(len(one_each) / SHOWN)], []
+    found = search(details["query_features"][chosen], details["gallery_features"], HITS)
     for i, distances, nearest in zip(chosen, *(part.tolist() for part in found)):
-        results = [Shown(gallery.paths[j], f"{distance:.3f}", gallery.classes[j] == queries.classes[i],
-                         gallery.domains[j] in strokes) for j, distance in zip(nearest, distances)]
-        shown.append((Shown(queries.paths[i], row["method"], None, queries.domains[i] in strokes), results))
-    return shown
-
-
-def write_classification(rows: Sequence[Row], folder: Path, about: Row) -> None:
-    """results.json, per_class.csv and confusion.png of the rows that `classification.evaluate` returns."""
-    lines = [["method", "class", "split", "images", "accuracy", "accuracy_among_unseen"]]
-    detailed = [row for row in rows if "details" in row]
-    lines += [[row["method"], *line] for row in detailed for line in class_accuracies(row["details"])]
-    write_tables(rows, folder, about, {"per_class.csv": lines})
-    save_picture(confusion_picture(detailed), folder / "confusion.png")
-
-
-def class_accuracies(details: Row) -> list[list[Any]]:
-    """Of each class that has images: name, seen or unseen, images, accuracy, that among unseen classes."""
-    labels, predicted, lines = details["labels"], details["predicted"], []
-    for k in labels.unique().tolist():
-        mine, unseen = labels == k, k in details["unseen"]
-        accuracy, among_unseen = (float((found[mine] == k).double().mean())
-                                  for found in (predicted.everywhere, predicted.classes[:, 1]))
-        lines.append([details["names"][k], "unseen" if unseen else "seen", int(mine.sum()), accuracy,
-                      among_unseen if unseen else None])
+        hits = [Shown(gallery.paths[j], f"{distance:.3f}", gallery.classes[j] == queries.classes[i],
+                      gallery.domains[j] in strokes) for j, distance in zip(nearest, distances)]
+        lines.append((Shown(queries.paths[i], row["method"], None, queries.domains[i] in strokes), hits))
     return lines
 
 
-def confusion(details: Row) -> Tensor:
-    """Counts [c, c] of a row's test images: true class down, predicted class across."""
-    c = len(details["names"])
-    return torch.bincount(details["labels"] * c + details["predicted"].everywhere, minlength=c * c).view(c, c)
+def write_classification(rows: Sequence[Row], folder: Path, about: Row, table: str) -> None:
+    """The same for `classification.evaluate`; pictures of a few classes, as the last method sees them.
 
-
-def shares(counts: Tensor) -> Tensor:
-    """Each row of counts [c, c] as shares of its sum."""
-    return counts.double() / counts.sum(dim=1, keepdim=True).clamp(min=1)
-
-
-def most_confused(details: Row, count: int) -> list[tuple[str, str, int, float]]:
-    """(true class, predicted class, images, their share of the true class), the largest shares first."""
-    counts, names = confusion(details), details["names"]
-    wrong = shares(counts).fill_diagonal_(0)
-    order = wrong.flatten().argsort(descending=True, stable=True)[:count].tolist()
-    pairs = [divmod(i, len(names)) for i in order]
-    return [(names[a], names[b], int(counts[a, b]), float(wrong[a, b])) for a, b in pairs if wrong[a, b]]
-
-
-def confusion_picture(rows: Sequence[Row]) -> Image.Image:
-    """The rows' confusion matrices, or most confused pairs of more than LEGIBLE classes, side by side."""
-    draw = pair_list if len(rows[0]["details"]["names"]) > LEGIBLE else matrix_picture
-    pictures = [draw(row) for row in rows]
-    wide, tall = pictures[0].size
-    page = Image.new("RGB", (len(rows) * wide, tall))
-    for i, picture in enumerate(pictures):
-        page.paste(picture, (i * wide, 0))
-    return page
-
-
-def pair_list(row: Row) -> Image.Image:
-    page, font = Image.new("RGB", (420, (PAIRS + 2) * 16), "white"), ImageFont.load_default(12)
-    lines = [f"{row['method']}: share of the true class (images), true > predicted"]
-    lines += [f"{share:.0%} ({count})  {fit(a, font, 165)} > {b}"
-              for a, b, count, share in most_confused(row["details"], PAIRS)]
-    text = "\n".join(fit(line, font, 410, False) for line in lines)
-    ImageDraw.Draw(page).text((GAP, 4), text, "black", font)
-    return page
-
-
-def matrix_picture(row: Row) -> Image.Image:
-    """True classes down, predicted ones across, unseen classes last; the darker, the larger the share."""
-    names, unseen = row["details"]["names"], row["details"]["unseen"]
-    c = len(names)
-    step = max(9, min(28, 720 // c))  # pixels of a class
-    font, side = ImageFont.load_default(min(step, 12)), c * step
-    page = Image.new("RGB", (LEFT + side + 8, TOP + side + 44), "white")
-    across = Image.new("RGB", (LEFT, side), "white")  # to be turned upright
-    pen, pen_across = ImageDraw.Draw(page), ImageDraw.Draw(across)
-    order = sorted(range(c), key=lambda k: (k in unseen, names[k]))
-    for i, k in enumerate(order):
-        label = fit("* " * (k in unseen) + names[k], font, LEFT - 12, False)
-        pen.text((LEFT - 4, TOP + (i + 0.5) * step), label, "black", font, "rm")
-        pen_across.text((4, (i + 0.5) * step), label, "black", font, "lm")
-    page.paste(across.rotate(90, expand=True), (LEFT, TOP - LEFT))
-    title = f"{row['method']}: true class down, predicted across"
-    pen.text((LEFT, 0), fit(title, font, side, False), "black", font)
-    matrix = shares(confusion(row["details"]))[order][:, order]
-    page.paste(greys(matrix, (side, side)), (LEFT, TOP))
-    for size, colour in [(c, "grey"), (c - len(unseen), "red")]:
-        pen.rectangle((LEFT, TOP, LEFT + size * step, TOP + size * step), outline=colour)
-    page.paste(greys(torch.arange(5)[None] / 4, (180, 12)), (LEFT, TOP + side + 8))
-    pen.text((LEFT, TOP + side + 24), "0 to 100 % of a class; * unseen", "black", font)
-    return page
-
-
-def greys(values: Tensor, size: tuple[int, int]) -> Image.Image:
-    """Values [r, c] in 0..1 as boxes from white to black; size: width and height."""
-    shades = (255 - (255 * values).round()).to(torch.uint8).numpy()
-    return Image.fromarray(shades).resize(size, Image.Resampling.NEAREST)
-
-
-def sheet(rows: Sequence[tuple[Shown, Sequence[Shown]]], path: str | os.PathLike[str],
-          size: int = 96) -> None:
-    """Writes `contact_sheet`; the ending of `path` tells the format.
-
-    Raises ValueError for no rows or an unknown ending, WriteError when the file cannot be written.
+    A row's `details`: `paths`, `labels` and `predicted` of the images, the classes' `names`, `unseen` ids.
     """
-    if not rows:
-        raise ValueError(f"{plain(path)}: a picture needs at least one query; got 0")
-    save_picture(contact_sheet(rows, size), path)
+    per_class: list[list[Any]] = [["method", "class", "split", "images", "accuracy", "among_unseen"]]
+    bars, sheet = {}, []
+    for row in rows:
+        if "details" in row:
+            details, method, sheet = row["details"], row["method"], []
+            names, labels, predicted = details["names"], details["labels"], details["predicted"]
+            for k in labels.unique().tolist():
+                mine = (labels == k).nonzero().flatten()
+                split = "unseen" if k in details["unseen"] else "seen"
+                right, among_unseen = (float((found[mine] == k).double().mean())
+                                       for found in (predicted.everywhere, predicted.classes[:, 1]))
+                per_class.append([method, names[k], split, len(mine), right,
+                                  among_unseen if split == "unseen" else None])
+                bars.setdefault(method, {})[f"{names[k]} ({split})"] = right
+                taken = [(details["paths"][i], int(predicted.everywhere[i])) for i in mine[:HITS].tolist()]
+                sheet.append((Shown("", names[k]), [Shown(path, names[p], p == k) for path, p in taken]))
+    sheet = sheet[::math.ceil(len(sheet) / SHOWN)]
+    write_files(rows, folder, about, per_class, sheet, page(about, table, SRE, "accuracy", bars, sheet))
 
 
-def contact_sheet(rows: Sequence[tuple[Shown, Sequence[Shown]]], size: int) -> Image.Image:
-    """A grid of thumbnails with sides of `size` pixels: a row per query, first the query, then its results.
+def write_files(rows: Sequence[Row], folder: Path, about: Row, per_class: Sequence[Sequence[Any]],
+                sheet: Sheet, text: str) -> None:
+    """Raises WriteError."""
+    kept = [{key: value for key, value in row.items() if key != "details"} for row in rows]
+    write_text_atomic(folder / "results.json", json.dumps({**about, "rows": kept}, indent=2) + "\n")
+    lines = io.StringIO()
+    csv.writer(lines, lineterminator="\n").writerows(
+        [f"{value:.6f}" if isinstance(value, float) else value for value in line] for line in per_class)
+    write_text_atomic(folder / "per_class.csv", lines.getvalue())
+    write_sheet(sheet, folder / "queries.png")
+    write_text_atomic(folder / "report.html", text)
+
+
+def page(about: Row, table: str, words: str, number: str,
+         bars: Mapping[str, Mapping[str, float]], sheet: Sheet) -> str:
+    """report.html. bars: method -> class -> `number`, in 0..1."""
+    title, jpeg = escape(f"{about['config']['method']}: {about['run']}"), io.BytesIO()
+    contact_sheet(sheet).save(jpeg, "JPEG", quality=85)
+    lines = [f"<tr><th>class{''.join(f'<th>{escape(method)}' for method in bars)}"]
+    for name in next(iter(bars.values())):
+        cells = "".join(f'<td><i style="width:{60 * scores[name]:.0f}px"></i>{100 * scores[name]:.1f}'
+                        for scores in bars.values())
+        lines.append(f"<tr><td>{escape(name)}{cells}")
+    return "\n".join([
+        f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>{title}</title>',
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style>',
+        f"<h1>{title}</h1><div><pre>{escape(table)}</pre></div><p>{words}</p>", *curves(Path(about["run"])),
+        f"<h2>{number} by class</h2><div><table>", *lines, "</table></div><h2>Examples</h2><div>",
+        f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"></div>\n'])
+
+
+def curves(run: Path) -> Iterator[str]:
+    """A chart of each number that a phase logs more than once, from the run's log.jsonl."""
+    found: dict[str, list[float]] = {}
+    log = run / "log.jsonl"
+    text = log.read_text(encoding="utf-8") if log.exists() else ""
+    for line in text[:text.rfind("\n") + 1].splitlines():  # a last line may have been cut off
+        values = json.loads(line)
+        for key, value in values.items():
+            if key == "score":
+                found.setdefault("score that chooses the epoch, %", []).append(100 * value)
+            elif key not in ("phase", "epoch", "step") and math.isfinite(value):
+                found.setdefault(f"{values['phase']}: {key}", []).append(value)
+    for title, values in found.items():
+        if len(values) > 1:
+            low, high = min(values), max(values)
+            points = [f"{300 * i / (len(values) - 1):.1f},{100 * (high - y) / (high - low or 1):.1f}"
+                      for i, y in enumerate(values)][::math.ceil(len(values) / POINTS)]
+            yield (f'<figure>{escape(title)}<svg width="300" height="100"><polyline fill="none" '
+                   f'stroke="#0072b2" points="{" ".join(points)}"/></svg>'
+                   f"across: 1 to {len(values)}, up: {low:.4g} to {high:.4g}</figure>")
+
+
+def contact_sheet(rows: Sheet) -> Image.Image:
+    """Thumbnails in a grid: a line for each query, first the query, then its hits.
 
     Below each stand its folder, its name and its caption. Hits are framed green and ticked, misses framed red
-    and crossed, others grey. An image that cannot be read any more becomes a crossed box.
+    and crossed. An image that cannot be read any more is a grey square.
     """
-    framed = size + 2 * FRAME
-    wide, tall = framed + GAP, framed + 3 * LINE + GAP
-    columns = 1 + max(len(results) for _, results in rows)
-    page = Image.new("RGB", (columns * wide + 2 * GAP, len(rows) * tall + GAP), "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default()
-    for i, (query, results) in enumerate(rows):
-        for j, shown in enumerate([query, *results]):
-            x, y = GAP + j * wide + (GAP if j else 0), GAP + i * tall
-            right, below = x + framed - 1, y + framed - 1
-            if j:
-                pen.rectangle((x, y, right, below), FRAMES[shown.hit])
-            if shown.path:  # a text has none
-                page.paste(thumbnail(shown.path, size, shown.inverted), (x + FRAME, y + FRAME))
+    side = SIZE + 2 * FRAME
+    wide, tall = side + GAP, side + 3 * LINE + GAP
+    sheet = Image.new("RGB", (wide * (1 + max(len(hits) for _, hits in rows)), tall * len(rows)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    for i, (query, hits) in enumerate(rows):
+        for j, shown in enumerate([query, *hits]):
+            x, y, colour = j * wide, i * tall, FRAMES[shown.hit]
+            if shown.path:
+                pen.rectangle((x, y, x + side - 1, y + side - 1), colour)
+                sheet.paste(thumbnail(shown), (x + FRAME, y + FRAME))
             if shown.hit is not None:
-                left, top = right - BADGE, below - BADGE
-                pen.rectangle((left, top, right, below), FRAMES[shown.hit])
+                left, top = x + side - MARK, y + side - MARK
+                pen.rectangle((left, top, left + MARK - 1, top + MARK - 1), colour)
                 pen.line([(left + dx, top + dy) for dx, dy in MARKS[shown.hit]], "white", width=2)
             folder, name = os.path.split(shown.path)
-            for line, text in enumerate([os.path.basename(folder), name, shown.caption]):
-                pen.text((x + FRAME, below + 1 + line * LINE), fit(text, font, size + FRAME), "black", font)
-    return page
+            for k, text in enumerate([os.path.basename(folder), name, shown.caption]):
+                text = text.encode("ascii", "replace").decode()  # all that the font is sure to have
+                while font.getlength(text) > side:
+                    text = ".." + text[3:]  # the end says more
+                pen.text((x, y + side + k * LINE), text, "black", font)
+    return sheet
 
 
-def save_picture(page: Image.Image, path: str | os.PathLike[str]) -> None:
-    kind = Image.registered_extensions().get(Path(path).suffix.lower(), "")
-    if kind not in Image.SAVE:
-        raise ValueError(f"{plain(path)}: a picture needs an ending such as .png")
-    write_atomic(path, lambda file: page.save(file, format=kind))
-
-
-def thumbnail(file: str, size: int, inverted: bool = False) -> Image.Image:
-    """The whole image on a square, as the model saw it; a crossed box where it cannot be read."""
-    square = (size, size)
+def thumbnail(shown: Shown) -> Image.Image:
+    """The whole image on a square."""
     try:
-        image = open_image(file)
+        image = open_image(shown.path)
     except ValueError:
-        box = Image.new("RGB", square, (225, 225, 225))
-        ImageDraw.Draw(box).line([(0, 0), square, (size, 0), (0, size)], "white", width=2)
-        return box
-    if inverted:
-        return ImageOps.pad(ImageOps.invert(image), square, color="black")
-    return ImageOps.pad(image, square, color="white")
+        image = Image.new("RGB", (1, 1), "grey")
+    if shown.inverted:
+        return ImageOps.pad(ImageOps.invert(image), (SIZE, SIZE), color="black")
+    return ImageOps.pad(image, (SIZE, SIZE), color="white")
 
 
-def fit(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: float,
-        keep_end: bool = True) -> str:
-    """`text` without what Pillow's own font lacks, cut to `width` pixels: of a path the end says more."""
-    text = "".join(c if c.isascii() and c.isprintable() else "?" for c in text)
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(".." + text) > width:
-        text = text[1:] if keep_end else text[:-1]
-    return ".." + text if keep_end else text + ".."
+def write_sheet(rows: Sheet, path: Path) -> None:
+    """The contact sheet as PNG. Raises WriteError."""
+    write_atomic(path, lambda file: contact_sheet(rows).save(file, "PNG"))
