@@ -3,46 +3,48 @@ picture of ranked results.
 """
 from __future__ import annotations
 
-import argparse
-import sys
-
-from ucdr_ref.config import FIELDS, add_arguments
-from ucdr_ref.experiments import experiment
-from ucdr_ref.experiments.run_folder import newest_run
-from ucdr_ref.machine.command import command, place
-from ucdr_ref.machine.options import MACHINE
-
-MAY_DIFFER = (*MACHINE, "data_root", "target", "class_split", "weights", "bad_images")
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
-                                     epilog="A field that is not given is the run's own.")
-    parser.add_argument("--run", type=place, metavar="DIR",
-                        help="folder of a run (default: the newest demonstration)")
-    parser.add_argument("--out", type=place, metavar="DIR", help="where to write (default: the run folder)")
-    parser.add_argument("--other-data", action="store_true",
-                        help="evaluate although the images are not those of the run")
-    parser.add_argument("--other-weights", action="store_true",
-                        help="evaluate although the CLIP weights are not the run's")
-    parser.add_argument("--with-closed-form", action="store_true",
-                        help="a row of the closed form of CLIP's features as well")
-    parser.add_argument("--no-verify", action="store_true",
-                        help="load weights whose sha256 is not the published one")
-    add_arguments(parser, MAY_DIFFER)
-    return parser.parse_args(argv)
-
 
 def run(argv: list[str] | None) -> None:
-    args = parse(argv)
+    import argparse
+
+    from ucdr_ref.cli import folder_path
+    from ucdr_ref.config import FIELDS, MACHINE, add_arguments, parse
+
+    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
+                                     epilog="A field that is not given is the run's own.")
+    parser.add_argument("--run", type=folder_path, metavar="DIR",
+                        help="folder of a run (default: the newest demonstration)")
+    parser.add_argument("--out", type=folder_path, metavar="DIR",
+                        help="where to write (default: the run folder)")
+    parser.add_argument("--force", action="store_true",
+                        help="evaluate although images or weights are not the run's; the table says so")
+    parser.add_argument("--cache", type=folder_path, metavar="DIR", default="runs/cache",
+                        help="where features of images are kept, for all runs (default: %(default)s)")
+    parser.add_argument("--compare", nargs=2, type=folder_path, metavar="RUN",
+                        help="print the tables of two runs and the config fields that differ, and stop")
+    add_arguments(parser, (*MACHINE, "data_root", "target", "class_split", "weights"))
+    args = parse(parser, argv)
+
+    from ucdr_ref.experiments import experiment  # PyTorch: seconds
+
+    if args.compare:
+        experiment.compare(*args.compare)
+        return
     overrides = {name: value for name, value in vars(args).items() if name in FIELDS}
-    experiment.evaluate(args.run or newest_run(), overrides, args.out, args.other_data, args.other_weights,
-                        not args.no_verify, args.with_closed_form)
+    experiment.evaluate(args.run or experiment.newest_run(), overrides, args.out, args.cache, args.force)
 
 
 def main(argv: list[str] | None = None) -> int:
-    return command(run, argv)
+    from ucdr_ref.cli import run_command
+
+    return run_command(run, argv)
 
 
 if __name__ == "__main__":
+    import os
+    import signal
+    import sys
+
+    # Until `run_command` listens. An exception would meet Python in its imports, which print tracebacks.
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"stopped by SIGINT\n"), os._exit(130)))
     sys.exit(main())

@@ -1,43 +1,45 @@
 """Trains a method and evaluates it: `python train.py` alone runs the demonstration."""
 from __future__ import annotations
 
-import argparse
-import sys
-
-from ucdr_ref.config import PRESETS, add_arguments, resolve
-from ucdr_ref.experiments import experiment
-from ucdr_ref.experiments.run_folder import default_run
-from ucdr_ref.machine.command import command, place
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]")
-    parser.add_argument("--run", type=place, metavar="DIR",
-                        help="run folder; the same command again resumes it (default: runs/demo; with --fast "
-                             "runs/fast; for sre-clip runs/sre-demo, runs/sre-fast)")
-    row, own = "row of a published table", "(default: the dataset's own)"
-    preset = parser.add_argument("--preset", metavar="NAME", help=f"{row}, as --help-all lists them {own}")
-    preset.whole_help = f"{row}: {', '.join(PRESETS)} {own}"  # type: ignore[attr-defined]
-    parser.add_argument("--fast", action="store_true",
-                        help="the demonstration in under a minute (default: the whole one)")
-    parser.add_argument("--dry-run", action="store_true",
-                        help="print config, files, classes and trainable parameters, and stop")
-    parser.add_argument("--no-verify", action="store_true",
-                        help="load weights whose sha256 is not the published one")
-    add_arguments(parser)
-    return parser.parse_args(argv)
-
 
 def run(argv: list[str] | None) -> None:
-    args = parse(argv)
+    import argparse
+
+    from ucdr_ref.cli import folder_path
+    from ucdr_ref.config import PRESETS, add_arguments, parse, resolve
+
+    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]")
+    parser.add_argument("--run", type=folder_path, metavar="DIR",
+                        help="run folder; the same command again resumes it (default: runs/demo; with --fast "
+                             "runs/fast; for sre-clip runs/sre-demo, runs/sre-fast)")
+    parser.add_argument("--preset", metavar="NAME",
+                        help=f"row of a published table (default: the dataset's own): {', '.join(PRESETS)}")
+    parser.add_argument("--fast", action="store_true", help="the demonstration in under a minute")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print config, files, classes and trainable parameters, and stop")
+    parser.add_argument("--cache", type=folder_path, metavar="DIR", default="runs/cache",
+                        help="where features of images are kept, for all runs (default: %(default)s)")
+    add_arguments(parser)
+    args = parse(parser, argv)
     config = resolve(vars(args), args.preset, args.fast)
-    folder = args.run or default_run(config.method, args.fast or str(args.preset).endswith("fast"))
-    experiment.train(config, folder, verify=not args.no_verify, dry_run=args.dry_run)
+
+    from ucdr_ref.experiments import experiment  # PyTorch: seconds
+
+    fast = args.fast or str(args.preset).endswith("fast")
+    experiment.train(config, args.run or experiment.default_run(config.method, fast), args.cache, args.dry_run)
 
 
 def main(argv: list[str] | None = None) -> int:
-    return command(run, argv)
+    from ucdr_ref.cli import run_command
+
+    return run_command(run, argv)
 
 
 if __name__ == "__main__":
+    import os
+    import signal
+    import sys
+
+    # Until `run_command` listens. An exception would meet Python in its imports, which print tracebacks.
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"stopped by SIGINT\n"), os._exit(130)))
     sys.exit(main())
