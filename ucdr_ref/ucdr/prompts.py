@@ -1,4 +1,4 @@
-"""The learnable parts of UCDR-Adapter: text template, prompt banks, target prompt generator."""
+"""The learnable parts of UCDR-Adapter: text template (T), prompt banks (P), target prompt generator (A)."""
 from __future__ import annotations
 
 import math
@@ -17,17 +17,14 @@ class TextTemplate(nn.Module):
     """Learnable Textual Semantic Template (T): `a photo of {name} from X ... X domain.`, m learnable X's.
 
     `ctx` [m, t] is shared by all classes, N(0, 0.02^2) at the start; all other token embeddings are frozen.
-    Attention is causal, so the tokens before the context do not depend on it: their keys and values are
-    computed once, here, and only the m + 3 tokens from the context to end-of-text take part in a step.
-
-    Raises ValueError for a class name that does not fit into the text tower's context, naming it.
+    L is the length of the longest prompt. Raises ValueError for a class name whose prompt does not fit into
+    the text tower's context, naming it.
     """
 
     ctx: nn.Parameter
-    prefix: Tensor  # [layers, 2, c, heads, P, t / heads], keys and values of the constant tokens
-    mask: Tensor  # [c, 1, m + 3, P + m + 3], True where a token may attend
-    tail: Tensor  # [3, t], embeddings of `domain`, `.` and end-of-text
-    positions: Tensor  # [c, m + 3, t]
+    tokens: Tensor  # [c, L, t], frozen embeddings; those of the X's are never read
+    context_at: Tensor  # [c, m], positions of the X's
+    end: Tensor  # [c], position of end-of-text
 
     def __init__(self, clip: CLIP, class_names: Sequence[str], m: int) -> None:
         super().__init__()
@@ -35,43 +32,26 @@ class TextTemplate(nn.Module):
         self.ctx = nn.Parameter(torch.empty(m, clip.text_width).normal_(std=0.02))
         device, room = clip.logit_scale.device, clip.context_length
         texts = [f"a photo of {readable(name)} from {' '.join('X' * m)} domain." for name in class_names]
-        prompts = [encode(text) for text in texts]
-        for name, prompt in zip(class_names, prompts):
-            if len(prompt) > room:
-                raise ValueError(f"class name {name!r} makes a prompt of {len(prompt)} tokens, and the tower "
+        lengths = [len(encode(text)) for text in texts]
+        for name, length in zip(class_names, lengths):
+            if length > room:
+                raise ValueError(f"class name {name!r} makes a prompt of {length} tokens, and the text tower "
                                  f"takes {room}: shorten the name or lower --context-vectors (now {m})")
-        suffix = torch.arange(m + 3, device=device)
-        lengths = [len(prompt) - m - 3 for prompt in prompts]  # len(bpe(name)) + 5
-        starts = torch.tensor(lengths, device=device)
-        P = int(starts.max())
-        key = torch.arange(P + m + 3, device=device)
-        constant, causal = key < starts[:, None, None], (key >= P) & (key <= P + suffix[:, None])
-        with torch.no_grad():
-            buffers = {"tail": clip.token_embedding(torch.tensor(prompts[0][-3:], device=device)),
-                       "positions": clip.positional_embedding[starts[:, None] + suffix],
-                       "prefix": constant_prefix(clip, tokenize(texts, room)[:, :P].to(device)),
-                       "mask": (constant | causal).unsqueeze(1)}
-        for name, value in buffers.items():
-            self.register_buffer(name, value, persistent=False)
+        end = torch.tensor(lengths, device=device) - 1
+        start = end - 2 - m  # len(bpe(name)) + 5; after the X's come `domain`, `.` and end-of-text
+        ids = tokenize(texts, room)[:, : max(lengths)].to(device)
+        self.register_buffer("tokens", clip.token_embedding(ids).detach(), persistent=False)
+        self.register_buffer("context_at", start[:, None] + torch.arange(m, device=device), persistent=False)
+        self.register_buffer("end", end, persistent=False)
 
     def forward(self, clip: CLIP) -> Tensor:
         """L2-normalised class text features t_c [c, e]."""
-        x = torch.cat([self.ctx, self.tail]) + self.positions
-        *body, last = clip.transformer.blocks()
-        for block, (keys, values) in zip(body, self.prefix):
-            x = block(x, past=(keys, values), mask=self.mask)
-        x = last(x, at=-1, past=(self.prefix[-1, 0], self.prefix[-1, 1]), mask=self.mask[:, :, -1:])
-        return F.normalize(clip.pool_text(x.squeeze(1)).float(), dim=-1)
-
-
-def constant_prefix(clip: CLIP, ids: Tensor) -> Tensor:
-    """Every layer's keys and values of the tokens ids [c, P]: [layers, 2, c, heads, P, t / heads]."""
-    x = clip.token_embedding(ids) + clip.positional_embedding[: ids.shape[1]]
-    layers = []
-    for block in clip.transformer.blocks():
-        layers.append(torch.stack(block.attn.keys_values(block.ln_1(x))))
-        x = block(x, causal=True)
-    return torch.stack(layers)
+        row = torch.arange(len(self.tokens), device=self.tokens.device)
+        ctx = self.ctx.to(self.tokens.dtype).expand(len(row), -1, -1)
+        x = self.tokens.index_put((row[:, None], self.context_at), ctx)
+        x = clip.transformer(x + clip.positional_embedding[: x.shape[1]], causal=True)
+        # Attention is causal, so end-of-text has not seen the padding behind it.
+        return F.normalize(clip.pool_text(x[row, self.end]).float(), dim=-1)
 
 
 def prompt_bank(rows: int, p: int, patch: int, d: int) -> nn.Parameter:
@@ -98,20 +78,17 @@ class TargetPromptGenerator(nn.Module):
     def forward(self, query: Tensor, bank: Tensor, own: Tensor | None = None) -> Tensor:
         """query I_g [b, d], bank [rows, p, d] -> one prompt token [b, 1, d].
 
-        own [b]: the bank row that image b must do without (phase 2). It is set to zero before W_p (D1), so
-        its p keys become the bias of W_p. Putting that bias in place of the keys gives the same result
-        without a masked bank per image.
+        own [b]: the bank row that image b must do without (phase 2). It is set to zero before W_p (D1), which
+        leaves the bias of W_p. Memory: the keys are [b, rows * p, d], 38 MB for 50 images and 245 classes.
         """
-        keys, q = self.W_p(bank.flatten(0, 1)), self.W_i(query)
-        scores = q @ keys.T
-        if own is None:
-            prompt = (scores / self.temperature).softmax(dim=-1) @ keys
-        else:
-            row = torch.arange(len(bank), device=own.device).repeat_interleave(bank.shape[1])
-            masked = row == own[:, None]  # D1
-            scores = torch.where(masked, (q @ self.W_p.bias)[:, None].to(scores.dtype), scores)
-            weights = (scores / self.temperature).softmax(dim=-1)
-            on_bias = (weights * masked).sum(-1, keepdim=True)
-            prompt = weights.masked_fill(masked, 0) @ keys + on_bias * self.W_p.bias
+        rows, p, _ = bank.shape
+        keys = self.W_p(bank.flatten(0, 1)).expand(len(query), -1, -1)
+        if own is not None:
+            row_of_key = torch.arange(rows, device=own.device).repeat_interleave(p)
+            masked = row_of_key == own[:, None]  # D1
+            keys = torch.where(masked[:, :, None], self.W_p.bias.to(keys.dtype), keys)
+        scores = torch.einsum("bd,bkd->bk", self.W_i(query), keys)
+        weights = (scores / self.temperature).softmax(dim=-1)
+        prompt = torch.einsum("bk,bkd->bd", weights, keys)
         prompt = prompt + self.norm(self.W_o(prompt))
         return (prompt / self.DIVISOR).unsqueeze(1)
