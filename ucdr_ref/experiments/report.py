@@ -25,10 +25,10 @@ FRAMES = {True: "green", False: "red", None: "grey"}  # hit, miss, unknown
 MARKS = {True: [(3, 8), (6, 11), (12, 4)], False: [(4, 4), (11, 11), (8, 8), (11, 4), (4, 11)]}
 SIZE, FRAME, GAP, LINE, MARK = 96, 4, 6, 14, 15  # pixels: thumbnail, its frame, space, text, mark
 SHOWN, HITS, POINTS = 8, 10, 400  # queries and hits of an evaluation's sheet, points of a curve
-UCDR = ("All in %. UCDR: queries of a domain and classes that training never saw; UdCDR (U^dCDR): of an unseen "
-        "domain and seen classes; centred: queries and gallery have each lost their mean (transductive).")
-SRE = ("All in %. ZSL: images of unseen classes, told apart among these; unseen, seen: images of such classes, "
-       "among all classes; H: the harmonic mean of the two.")
+UCDR = ("All in %. UCDR: queries of a domain and classes that training never saw; UdCDR (U^dCDR): of an "
+        "unseen domain and seen classes; centred: queries and gallery each lost their mean (transductive).")
+SRE = ("All in %. ZSL: images of unseen classes, told apart among these; unseen, seen: images of such "
+       "classes, among all; H: the harmonic mean of the two.")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: auto; padding: 12px }
 h1 { font-size: 20px; overflow-wrap: break-word } figure { display: inline-block; margin: 0 16px 16px 0 }
@@ -53,10 +53,10 @@ class Shown:
 Sheet = Sequence[tuple[Shown, Sequence[Shown]]]  # a query, or a class, and the images beside it
 
 
-def write_retrieval(rows: Sequence[Row], folder: Path, about: Row, table: str) -> None:
+def write_retrieval(rows: Sequence[Row], folder: Path, about: Row) -> None:
     """The files of the rows that `retrieval.rank` returns; pictures and bars are of the first test.
 
-    about: what results.json says beside the rows, such as `run` and `config`; table: the rows as printed.
+    about: what results.json says beside the rows: `run`, `config`, `table` as it is printed, ...
     """
     header = ["protocol", "query_domain", "gallery_name", "method"]
     per_class: list[list[Any]] = [[*header, "class", "queries", "mAP@200", "mAP@all"]]
@@ -72,7 +72,7 @@ def write_retrieval(rows: Sequence[Row], folder: Path, about: Row, table: str) -
             if not row["transductive"]:
                 shown.append(examples(row, about["config"]["stroke_domains"]))
     sheet = [line for same_query in zip(*shown) for line in same_query]
-    write_files(rows, folder, about, per_class, sheet, page(about, table, UCDR, "mAP@200", bars, sheet))
+    write_files(rows, folder, about, per_class, sheet, page(about, UCDR, "mAP@200", bars, sheet))
 
 
 def examples(row: Row, strokes: Sequence[str]) -> Sheet:
@@ -89,7 +89,7 @@ def examples(row: Row, strokes: Sequence[str]) -> Sheet:
     return lines
 
 
-def write_classification(rows: Sequence[Row], folder: Path, about: Row, table: str) -> None:
+def write_classification(rows: Sequence[Row], folder: Path, about: Row) -> None:
     """The same for `classification.evaluate`; pictures of a few classes, as the last method sees them.
 
     A row's `details`: `paths`, `labels` and `predicted` of the images, the classes' `names`, `unseen` ids.
@@ -111,7 +111,7 @@ def write_classification(rows: Sequence[Row], folder: Path, about: Row, table: s
                 taken = [(details["paths"][i], int(predicted.everywhere[i])) for i in mine[:HITS].tolist()]
                 sheet.append((Shown("", names[k]), [Shown(path, names[p], p == k) for path, p in taken]))
     sheet = sheet[::math.ceil(len(sheet) / SHOWN)]
-    write_files(rows, folder, about, per_class, sheet, page(about, table, SRE, "accuracy", bars, sheet))
+    write_files(rows, folder, about, per_class, sheet, page(about, SRE, "accuracy", bars, sheet))
 
 
 def write_files(rows: Sequence[Row], folder: Path, about: Row, per_class: Sequence[Sequence[Any]],
@@ -127,8 +127,7 @@ def write_files(rows: Sequence[Row], folder: Path, about: Row, per_class: Sequen
     write_text_atomic(folder / "report.html", text)
 
 
-def page(about: Row, table: str, words: str, number: str,
-         bars: Mapping[str, Mapping[str, float]], sheet: Sheet) -> str:
+def page(about: Row, words: str, number: str, bars: Mapping[str, Mapping[str, float]], sheet: Sheet) -> str:
     """report.html. bars: method -> class -> `number`, in 0..1."""
     title, jpeg = escape(f"{about['config']['method']}: {about['run']}"), io.BytesIO()
     contact_sheet(sheet).save(jpeg, "JPEG", quality=85)
@@ -140,15 +139,15 @@ def page(about: Row, table: str, words: str, number: str,
     return "\n".join([
         f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>{title}</title>',
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style>',
-        f"<h1>{title}</h1><div><pre>{escape(table)}</pre></div><p>{words}</p>", *curves(Path(about["run"])),
+        f"<h1>{title}</h1><div><pre>{escape(about['table'])}</pre></div><p>{words}</p>",
+        *curves(Path(about["run"], "log.jsonl")),
         f"<h2>{number} by class</h2><div><table>", *lines, "</table></div><h2>Examples</h2><div>",
         f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"></div>\n'])
 
 
-def curves(run: Path) -> Iterator[str]:
-    """A chart of each number that a phase logs more than once, from the run's log.jsonl."""
+def curves(log: Path) -> Iterator[str]:
+    """A chart of each number that a phase logs more than once."""
     found: dict[str, list[float]] = {}
-    log = run / "log.jsonl"
     text = log.read_text(encoding="utf-8") if log.exists() else ""
     for line in text[:text.rfind("\n") + 1].splitlines():  # a last line may have been cut off
         values = json.loads(line)
