@@ -26,7 +26,8 @@ def run(argv: list[str] | None) -> None:
     from ucdr_ref.experiments import experiment  # PyTorch: seconds
 
     fast = args.fast or str(args.preset).endswith("fast")
-    experiment.train(config, args.run or experiment.default_run(config.method, fast), args.cache, args.dry_run)
+    folder = args.run or experiment.default_run(config.method, fast)
+    experiment.train(config, folder, args.cache, args.dry_run)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""What every command does around its work: errors in one line, Ctrl-C, files written whole or not at all.
+"""What every command does around its work: errors in one line, Ctrl-C, progress, files written whole.
 
 Importing it does not import PyTorch, so that `--help` is quick and Ctrl-C is heard from the start.
 """
@@ -16,13 +16,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from glob import escape
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
-
-STALE_SECONDS = 3600  # a temporary file untouched for this long was left by a killed process
 
 
 class WriteError(OSError, ValueError):
@@ -33,13 +30,10 @@ class Stopped(KeyboardInterrupt):
     """SIGINT or SIGTERM arrived; the step was finished and saved, in every process."""
 
 
-# Commands
-
-
 def run_command(run: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
     """Runs an entry point, in all processes of torchrun; its exit status.
 
-    0 when it is done, 1 when its output could not be written, 2 after one line about a mistake, 130 after one
+    0 when it is done, 1 when its output could not be printed, 2 after one line about a mistake, 130 after one
     line about SIGINT or SIGTERM.
     """
     for number in range(3):  # else the first file that is opened would take the place of a closed stream
@@ -48,14 +42,15 @@ def run_command(run: Callable[[list[str] | None], None], argv: list[str] | None)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = output, _ = Output(sys.stdout), Output(sys.stderr)  # type: ignore[assignment]
+    output = Output(sys.stdout)
+    sys.stdout, sys.stderr = output, Output(sys.stderr)  # type: ignore[assignment]
     in_main_thread = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
-    handlers = {number: signal.signal(number, interrupt) for number in numbers}
+    handlers = {number: signal.signal(number, interrupt)
+                for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread}
     try:
         return report_errors(run, argv) or int(output.failed)
     finally:
-        sys.stdout.flush()
+        output.flush()
         sys.stdout, sys.stderr = streams
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -63,8 +58,8 @@ def run_command(run: Callable[[list[str] | None], None], argv: list[str] | None)
 
 def report_errors(run: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
     """Exit status of `run`, with one line on stderr where that is not 0."""
-    processes: Callable[[], Any] = nullcontext
     try:
+        processes: Any = nullcontext
         if several_processes():
             from .distributed import processes
         with processes():
@@ -91,8 +86,7 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)
     name = signal.Signals(number).name
     if any("importlib" in caller.f_code.co_filename for caller, _ in traceback.walk_stack(frame)):
-        # Within an import Python would print tracebacks of its own, and nothing is lost yet.
-        os.write(2, f"stopped by {name}\n".encode())
+        os.write(2, f"stopped by {name}\n".encode())  # an import prints tracebacks of its own
         os._exit(130)
     raise KeyboardInterrupt(name)
 
@@ -121,9 +115,7 @@ class Output:
             action()
         except OSError:
             self.failed = True
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self.stream.fileno())
-            os.close(null)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 def several_processes() -> bool:
@@ -154,33 +146,29 @@ class ProgressLine:
     """
 
     def __init__(self, label: str, total: int, unit: str = "img") -> None:
-        self.label, self.total, self.unit = label, total, unit
-        self.live = sys.stderr.isatty()
-        self.open = False  # whether the cursor stands behind a text
-        self.first: tuple[float, int] | None = None  # time and count of the first update, which pays for start-up
-        self.shown = 0.0
+        self.label, self.total, self.unit, self.live = label, total, unit, sys.stderr.isatty()
+        self.first: tuple[float, int] | None = None  # time and count of the first update, which pays start-up
+        self.shown = 0.0  # when a line was printed
 
     def update(self, done: int, extra: str = "") -> None:
         """`done` of the total are finished; `extra` is printed behind the rate and the time that is left."""
         now = time.monotonic()
-        self.first = self.first or (now, done)
-        count, seconds = done - self.first[1], now - self.first[0]
-        if not is_main() or not count or now - self.shown < (0.5 if self.live else 15):
+        start, count = self.first = self.first or (now, done)
+        if not is_main() or done == count or now - self.shown < (0.5 if self.live else 15):
             return
-        self.shown, left = now, int((self.total - done) * seconds / count)
-        text = (f"{self.label} {done}/{self.total} | {count / seconds:.0f} {self.unit}/s | "
+        self.shown, rate = now, (done - count) / (now - start)
+        left = int((self.total - done) / rate)
+        text = (f"{self.label} {done}/{self.total} | {rate:.0f} {self.unit}/s | "
                 f"eta {left // 60}m{left % 60:02d}s" + f" | {extra}" * bool(extra))
-        if self.live:
-            width = shutil.get_terminal_size().columns - 1
-            text = "\r" + text[:width].ljust(width)
-        print(text, end="" if self.live else "\n", file=sys.stderr, flush=True)
-        self.open = self.live
+        width = shutil.get_terminal_size().columns - 1
+        text = "\r" + text[:width].ljust(width) if self.live else text + "\n"
+        print(text, end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Ends the line; another update starts a new one."""
-        if self.open:
+        if self.live and self.shown:
             print(file=sys.stderr)
-        self.open = False
+        self.shown = 0.0
 
 
 # Files
@@ -207,10 +195,6 @@ def write_atomic(path: str | os.PathLike[str], fill: Callable[[BinaryIO], object
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     with writing(target, "what stood there before is untouched: free space or choose another folder"):
-        for old in target.parent.glob(f".{escape(target.name)}.*.tmp"):
-            with suppress(FileNotFoundError):  # another process was faster
-                if time.time() - old.stat().st_mtime > STALE_SECONDS:
-                    old.unlink()
         try:
             with open(temporary, "wb") as file:
                 fill(file)
@@ -222,7 +206,6 @@ def write_atomic(path: str | os.PathLike[str], fill: Callable[[BinaryIO], object
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
-    """`text` as UTF-8, as `write_atomic` does."""
     write_atomic(path, lambda file: file.write(text.encode()))
 
 
@@ -245,10 +228,7 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} does not exist")
     with as_value_error(path, "is no checkpoint of this package", "use another one, or train again"):
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if not isinstance(state, dict):
-            raise TypeError(f"it holds a {type(state).__name__}")
-        return state
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -268,11 +248,9 @@ def as_value_error(path: object, what: str, advice: str) -> Iterator[None]:
 
 
 def make_folder(path: Path) -> None:
-    """With all above it; ValueError where that cannot be."""
-    try:
+    """With all above it. Raises WriteError."""
+    with writing(path, "name another folder"):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot make this folder ({error.strerror}); name another one") from None
 
 
 def digest_of(content: Any) -> str:

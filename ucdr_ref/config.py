@@ -27,7 +27,7 @@ class Shared:
         Literal["ucdr-adapter", "zero-shot", "sre-clip", "closed-form"], "what to train"] = "ucdr-adapter"
     dataset: Annotated[
         Literal["toy", "domainnet", "sketchy", "sketchy-random", "tuberlin", "folder"],
-        "benchmark protocol; sketchy: the 21 test classes of ECCV 2018, sketchy-random: 25 drawn ones"] = "toy"
+        "benchmark protocol; sketchy: 21 test classes (ECCV 2018), sketchy-random: 25"] = "toy"
     data_root: Annotated[
         str, "DIR", "<domain>/<class>/* lie here; the drawn data is made there when absent"] = "data/toy"
     weights: Annotated[

@@ -5,10 +5,8 @@ command equals one that was never interrupted.
 """
 from __future__ import annotations
 
-import io
 import json
 import math
-import os
 import signal
 import sys
 import threading
@@ -17,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -183,8 +181,8 @@ def stop_if_not_finite(values: dict[str, float], gradient: float, where: dict[st
     path = run.folder / "nonfinite.json"
     shown = {name: repr(value) for name, value in values.items()}  # JSON has no word for NaN
     write_text_atomic(path, json.dumps({"terms": bad, "values": shown, **where}, indent=2) + "\n")
-    raise ValueError(f"{', '.join(bad)} not finite in phase {where['phase']}, epoch {where['epoch'] + 1}, step "
-                     f"{where['step'] + 1}; {path} names the batch's files: look at them or lower the "
+    raise ValueError(f"{', '.join(bad)} not finite in phase {where['phase']}, epoch {where['epoch'] + 1}, "
+                     f"step {where['step'] + 1}; {path} names the batch's files: look at them or lower the "
                      "learning rate (the last checkpoint is intact)")
 
 
@@ -202,10 +200,10 @@ def open_checkpointer(run: Run, method: Method) -> Iterator[Checkpointer]:
             weights, optimizer_state = dict(state["method"]), dict(state["optimizer"])
             progress = Progress(**{name: type(value)(state["progress"][name])
                                    for name, value in asdict(progress).items()})
-            method.PHASES[progress.phase]
+            assert progress.phase < len(method.PHASES), f"phase {progress.phase}"
         load_own_state(method, weights, last)
-    with open_log(run.folder / "log.jsonl", progress.log_bytes) as log, stop_signals() as stopping:
-        yield Checkpointer(run, progress, optimizer_state, log, stopping)
+    with stop_signals() as stopping:
+        yield Checkpointer(run, progress, optimizer_state, stopping)
 
 
 @dataclass
@@ -215,7 +213,6 @@ class Checkpointer:
     run: Run
     progress: Progress
     optimizer_state: dict[str, Any] | None  # of last.pt, until a phase has taken it
-    file: BinaryIO  # the log
     stopping: list[int]  # signals received
 
     def resume(self, optimizer: torch.optim.Optimizer, phase: str) -> None:
@@ -231,19 +228,18 @@ class Checkpointer:
         self.optimizer_state = None
 
     def log(self, values: dict[str, Any]) -> None:
-        """Appends one line of JSON to the log."""
-        line = (json.dumps(values) + "\n").encode()
-        with writing(self.run.folder / "log.jsonl", INTACT):
-            self.file.write(line)
-            self.file.flush()
-        self.progress.log_bytes += len(line)
+        """One more line of JSON in log.jsonl; what last.pt did not know of is cut off: it is done again."""
+        if is_main():
+            path = self.run.folder / "log.jsonl"
+            with writing(path, INTACT), open(path, "ab") as file:
+                file.truncate(min(file.tell(), self.progress.log_bytes))
+                file.write((json.dumps(values) + "\n").encode())
+            self.progress.log_bytes = path.stat().st_size
 
     def save(self, method: Method, optimizer: torch.optim.Optimizer, phase: str, due: bool) -> None:
         """Writes last.pt where it is due or a process was told to stop, and then raises Stopped."""
         stop = all_gather([*self.stopping])  # the signals of all processes
         if due or stop:
-            if is_main():  # first the log, whose length last.pt knows
-                os.fsync(self.file.fileno())
             state = {"progress": asdict(self.progress), "method": own_state(method),
                      "optimizer": optimizer.state_dict()}
             save_atomic({**state, **self.run.extra}, self.run.folder / "last.pt")
@@ -289,28 +285,8 @@ def check_config(state: Mapping[str, Any], extra: Mapping[str, Any], path: Path)
 
 
 @contextmanager
-def open_log(path: Path, size: int) -> Iterator[BinaryIO]:
-    """The log, cut to the `size` that last.pt knows of: later steps are done, and written, again.
-
-    Raises ValueError for a shorter file.
-    """
-    if not is_main():
-        yield io.BytesIO()
-        return
-    found = path.stat().st_size if path.exists() else 0
-    if found < size:
-        raise ValueError(f"{path} holds {found} bytes, but last.pt beside it knows of {size}: bring the log "
-                         "back, or delete that folder to start anew")
-    with writing(path, INTACT):
-        log = open(path, "ab")
-        log.truncate(size)
-    with log:
-        yield log
-
-
-@contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM while the block runs, so that a step can be finished; a second SIGINT kills."""
+    """Collects SIGINT and SIGTERM, so that a step can be finished; a second SIGINT ends the process."""
     received: list[int] = []
 
     def receive(number: int, _: Any) -> None:
@@ -318,10 +294,9 @@ def stop_signals() -> Iterator[list[int]]:
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, receive)
+              for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread}
     try:
         yield received
     except Stopped:
