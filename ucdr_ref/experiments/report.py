@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from ..cli import write_atomic, write_text_atomic
 from ..data.images import open_image
 from ..metrics import search
 
+SOFTWARE = "ucdr_ref"
 FRAMES = {True: "green", False: "red", None: "grey"}  # hit, miss, unknown
 # A tick and a cross, for readers who cannot tell green from red.
 MARKS = {True: [(3, 8), (6, 11), (12, 4)], False: [(4, 4), (11, 11), (8, 8), (11, 4), (4, 11)]}
@@ -207,5 +209,7 @@ def thumbnail(shown: Shown) -> Image.Image:
 
 
 def write_sheet(rows: Sheet, path: Path) -> None:
-    """The contact sheet as PNG. Raises WriteError."""
-    write_atomic(path, lambda file: contact_sheet(rows).save(file, "PNG"))
+    """The contact sheet as PNG, marked as of this package. Raises WriteError."""
+    mark = PngInfo()
+    mark.add_text("Software", SOFTWARE)
+    write_atomic(path, lambda file: contact_sheet(rows).save(file, "PNG", pnginfo=mark))

@@ -1,11 +1,11 @@
-"""Searching a folder of images with the features of a finished run, or of CLIP as it is.
+"""Searching a folder of images, with the features of a finished run or of zero-shot CLIP.
 
-Queries are images or texts. The folder is encoded once (`images.cache`), under a key that holds all that
-shapes its features: digests of the weights that were loaded and of best.pt, precision, reading, inversion.
+Queries are images or texts. The gallery is encoded once, later only what is new in it (`data.features`).
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,24 +13,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from .. import metrics
-from ..clip.tensorfile import file_digest, show
+from ..cli import digest_of, write_atomic
 from ..clip.tokenizer import tokenize
+from ..clip.weights import file_digest, load_clip
 from ..clip.zero_shot import ZeroShot
-from ..config import Config, from_dict, located
-from ..images.cache import EncodePaths, Index, build_index
-from ..images.features import Extractor
-from ..machine.files import digest_of
-from ..machine.processes import one_process, pick_device
-from ..ucdr.adapter import UCDRAdapter
-from ..ucdr.closed_form import center, centred
-from .contract import Method
-from .experiment import load_tower, restore
-from .report import Shown, plain, sheet
+from ..config import Config, from_dict, locate_weights
+from ..data.features import EVAL_BATCH, Extractor, Index, load_index
+from ..data.images import Files, split_indices
+from ..distributed import one_process, pick_device, set_precision
+from ..ucdr.closed_form import center, feature_mean
+from .experiment import restore
+from .report import SOFTWARE, Shown, write_sheet
 
-FEW = 5  # queries whose mean tells something about their kind
+OTHERS = "name another --run, or --weights without --run for zero-shot CLIP"
 
 
 class Model(NamedTuple):
@@ -38,165 +37,151 @@ class Model(NamedTuple):
 
     title: str
     config: Config
-    method: Method
-    device: torch.device
-    digests: tuple[str, str]  # of best.pt, empty for CLIP as it is, and of the weights
-
-    def encoder(self, invert: str) -> EncodePaths:
-        """Of paths; the last column of the features tells which images were inverted.
-
-        "auto" inverts nothing for a run that inverted nothing.
-        """
-        if invert == "auto" and not {*self.config.stroke_domains}.difference(["none"]):
-            invert = "no"
-        return Extractor(self.method, self.config, self.device).of_paths(invert, flags=True)
+    extractor: Extractor
+    key: str  # of its indexes
 
 
-def run_model(folder: Path, overrides: dict[str, Any], verify: bool = True,
-              other_weights: bool = False) -> Model:
-    """The best model of a finished run. Raises as `experiment.restore`; ValueError with --sre-center 1."""
-    device = pick_device(overrides.get("device", "auto"))
-    config, method, _ = restore(folder, overrides, device, verify, other_weights)
-    if config.sre_center:
-        raise ValueError(f"{folder} was trained with --sre-center 1, where features depend on an image's "
-                         "folder: it cannot search; name another --run, or --weights alone for CLIP")
-    digests = file_digest(folder / "best.pt"), file_digest(config.weights)
-    return Model(f"run {folder}", config, method, device, digests)
+def load_model(run: Path | None, overrides: Mapping[str, Any], force: bool = False) -> Model:
+    """The best model of a run, or without one zero-shot CLIP of the weights in `overrides`.
 
-
-def clip_model(overrides: dict[str, Any], verify: bool = True) -> Model:
-    """Zero-shot CLIP of the weights in `overrides`. Raises as `load_clip`."""
-    config = from_dict({"method": "zero-shot", **overrides, "weights": located(overrides["weights"])})
-    device = pick_device(config.device)
-    method = ZeroShot(load_tower(config, verify, device))
-    digests = "", file_digest(config.weights)
-    return Model(f"zero-shot CLIP of {config.weights}", config, method, device, digests)
+    Raises as `restore` and `load_clip`; ValueError where features depend on their neighbours.
+    """
+    one_process("a search")
+    device, method, digests = pick_device(overrides.get("device", "auto")), None, []
+    if run:
+        config, method, state = restore(run, overrides, device, force)
+        if config.method == "sre-clip" and config.test_attention == "batch":  # S2
+            raise ValueError(f"{run} has --test-attention batch (--variant released), where an image's features "
+                             f"depend on the images beside it: it cannot search; {OTHERS}")
+        title, digests = f"run {run}", [file_digest(run / "best.pt")]
+        if file_digest(config.weights) != state["weights_sha256"]:
+            title += f", with {config.weights} in place of its own weights"
+    else:
+        config = from_dict({**overrides, "method": "zero-shot"})
+        config = replace(config, weights=locate_weights(config.weights))
+        title, method = f"zero-shot CLIP of {config.weights}", ZeroShot(load_clip(config.weights).to(device))
+    set_precision(config.precision)
+    extractor = Extractor(method, device, config.precision, config.workers, config.stroke_domains)
+    return Model(title, config, extractor, digest_of([*digests, file_digest(config.weights)]))
 
 
 def own_gallery(config: Config) -> Path:
     """The folder that a run's own tests search; ValueError where the config does not name it."""
-    if config.target:
-        return Path(config.target)
     domain = config.gallery or ("real" if config.dataset in ("toy", "domainnet") else "")
-    if not domain or not config.data_root:
+    if not config.target and not (domain and config.data_root):
         raise ValueError("which images should be searched? give their folder as --gallery DIR")
-    return Path(config.data_root) / domain
-
-
-def encode_folder(model: Model, folder: Path, invert: str, cache: Path) -> tuple[Index, np.ndarray]:
-    """The index of a folder, and which of its images were inverted, bool [g]. Raises as `build_index`."""
-    config = model.config
-    made_of = [*model.digests, config.precision, config.image_reading, invert]
-    index = build_index(folder, model.encoder(invert), digest_of(made_of), cache, config.bad_images)
-    return replace(index, features=index.features[:, :-1]), index.features[:, -1] > 0
-
-
-def encode_images(model: Model, paths: Sequence[str], invert: str) -> tuple[Tensor, list[bool]]:
-    """Features [q, e] of query images and which were inverted; ValueError for one that cannot be read."""
-    found = list(model.encoder(invert)(list(paths)))
-    if unread := sorted(set(range(len(paths))).difference(*(indices.tolist() for indices, _ in found))):
-        raise ValueError(f"{show(Path(paths[unread[0]]))}: not a readable query image; name another one")
-    rows = torch.cat([features for _, features in found]).cpu()
-    return rows[:, :-1], (rows[:, -1] > 0).tolist()
-
-
-def encode_texts(model: Model, texts: Sequence[str]) -> Tensor:
-    """CLIP's features [q, e] of the texts as they are, L2-normalised.
-
-    A trained adapter is searched by them too, since L-align pulled its features towards text. ValueError
-    where features are elsewhere (SRE-CLIP, a closed form) or of other lengths, and without a text tower.
-    """
-    method, clip = model.method, model.method.clip
-    if not isinstance(method, (ZeroShot, UCDRAdapter)) or model.config.evaluation_features != "normalized":
-        raise ValueError(f"the features of {model.title} are not in CLIP's space at unit length, so --text "
-                         "cannot search them; name --weights alone for CLIP, or --query images")
-    clip.require_text()
-    with torch.no_grad():
-        ids = tokenize(list(texts), clip.context_length).to(model.device)
-        return F.normalize(clip.encode_text(ids).float(), dim=-1).cpu()
+    return Path(config.target or os.path.join(config.data_root, domain))
 
 
 def search(model: Model, gallery: Path, images: Sequence[str], texts: Sequence[str], k: int, cache: Path,
-           invert_query: str, invert_gallery: str, centre: bool,
-           like: Path | None) -> tuple[Index, dict[str, Any]]:
-    """The k nearest images of a gallery folder to each query image and text: the index with the features that
-    were searched, and what --json prints.
+           invert: str = "auto", like: Path | None = None) -> tuple[Index, dict[str, Any]]:
+    """The k nearest gallery images of each query: the index that was searched, and what --json prints.
 
-    centre (transductive): the gallery loses its mean, query images that of the folder `like` or, as texts
-    do, their own when they are FEW or more. Raises ValueError for fewer, and as those above.
+    invert: `none`, or `auto` for what lies in a folder of a stroke domain or looks like strokes (nothing, for
+    a run without stroke domains). like: a folder of images of the queries' kind and of many classes; the
+    queries then lose its mean, and the gallery its own. Raises ValueError for an unreadable query and for
+    texts that cannot be compared with images, and as `load_index`.
     """
-    one_process("a search")
-    if like and not centre:
-        raise ValueError(f"--queries-like {like}: a mean to remove, which needs --center as well")
-    for what, asked in (("texts or more", texts),
-                        ("query images or more, or --queries-like DIR", () if like else images)):
-        if centre and 0 < len(asked) < FEW:
-            raise ValueError(f"--center needs {FEW} {what}, to know their mean; got {len(asked)}")
-    features: list[Tensor] = []
+    if like and texts:
+        raise ValueError(f"--center {like}: the mean of images is none of --text; leave out one of the two")
+    if not set(model.config.stroke_domains) - {"none"}:
+        invert = "none"
+    parts: list[Tensor] = []
     answers: list[dict[str, Any]] = []
-    about = ["the gallery less its mean"] if centre else []
     if images:
-        found, flags = encode_images(model, images, invert_query)
-        mean, whose = None, f"these {len(images)}"
-        if centre and like:
-            others, _ = encode_folder(model, like, invert_query, cache)
-            mean, whose = center(rows(others)), f"{len(others.paths)} images in {like}"
-        if centre:
-            about.append(f"query images less the mean of {whose}")
-            found = centred(found, mean)
-        features.append(found)
+        found, flags = encode_images(model, images, invert)
+        if like:
+            mean = feature_mean(load_index(like, model.extractor, model.key, cache, invert).features)
+            found = center(found, mean)
+        parts.append(found)
         answers += [{"query": path, "kind": "image", "inverted": flag} for path, flag in zip(images, flags)]
     if texts:
-        found = encode_texts(model, texts)
-        if centre:
-            about.append(f"texts less the mean of these {len(texts)}")
-            found = centred(found)
-        features.append(found)
+        parts.append(encode_texts(model, texts))
         answers += [{"query": text, "kind": "text", "inverted": False} for text in texts]
-    index, inverted = encode_folder(model, gallery, invert_gallery, cache)
-    if centre:
-        index = replace(index, features=centred(rows(index)).numpy())
+    index = load_index(gallery, model.extractor, model.key, cache, invert)
+    if like:
+        index = replace(index, features=center(index.features))
     if answers:
-        distances, nearest = metrics.search(torch.cat(features), index.features, k)
-        for answer, lengths, places in zip(answers, distances.tolist(), nearest.tolist()):
-            answer["results"] = [{"path": index.path(j), "distance": length, "inverted": bool(inverted[j])}
-                                 for j, length in zip(places, lengths)]
-    count = len(index.paths)
+        distances, nearest = metrics.search(torch.cat(parts), index.features, min(k, len(index.paths)))
+        for answer, *hits in zip(answers, distances.tolist(), nearest.tolist()):
+            answer["results"] = [{"path": index.path(i), "distance": x, "inverted": bool(index.inverted[i])}
+                                 for x, i in zip(*hits)]
     return index, {
-        "model": model.title, "gallery": str(gallery), "images": count, "encoded": index.encoded,
-        "cached": count - index.encoded, "skipped": len(index.skipped), "inverted": int(inverted.sum()),
-        "unreadable": index.skipped, "centred": "; ".join(about), "queries": answers}
+        "model": model.title, "gallery": str(gallery), "images": len(index.paths), "encoded": index.encoded,
+        "inverted": int(index.inverted.sum()), "unreadable": index.unreadable,
+        "centred": f"queries less the mean of {like}, gallery less its own" if like else "",
+        "queries": answers}
 
 
-def rows(index: Index) -> Tensor:
-    return torch.from_numpy(np.array(index.features))
+def encode_images(model: Model, paths: Sequence[str], invert: str) -> tuple[Tensor, list[bool]]:
+    """Features [q, e] of query images, and which were inverted."""
+    domains = [Path(path).absolute().parent.parent.name for path in paths]  # <domain>/<class>/<image>
+    files, batches = Files(list(paths), list(paths), domains), split_indices(len(paths), EVAL_BATCH)
+    found = [(rows.cpu(), flags) for _, rows, flags in model.extractor.stream(files, batches, invert)]
+    features, inverted = (torch.cat(part) for part in zip(*found))
+    return features, inverted.tolist()
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """The contact sheet of the answers, inverted images as the model saw them. Raises as `report.sheet`."""
-    pictures = []
+def encode_texts(model: Model, texts: Sequence[str]) -> Tensor:
+    """CLIP's features [q, e] of the texts as they are, L2-normalised; L-align pulls an adapter's to these."""
+    config, clip = model.config, model.extractor.method.clip
+    if config.method not in ("zero-shot", "ucdr-adapter") or config.evaluation_features != "normalized":
+        raise ValueError(f"{model.title}: not CLIP's features at unit length, so --text cannot search them; "
+                         f"{OTHERS}")
+    with torch.no_grad():
+        ids = tokenize(list(texts), clip.context_length).to(model.extractor.device)
+        return F.normalize(clip.encode_text(ids).float(), dim=-1).cpu()
+
+
+def as_text(found: Mapping[str, Any]) -> str:
+    """What a terminal shows of what --json prints."""
+    counts = {"encoded now": found["encoded"], "inverted as strokes": found["inverted"],
+              "unreadable and left out": len(found["unreadable"])}
+    notes = [f"{count} {what}" for what, count in counts.items() if count]
+    lines = [found["model"], ", ".join([f"{found['images']} images in {found['gallery']}", *notes])]
+    lines += [f"unreadable: {name}" for name in found["unreadable"]]
+    lines += [f"centred: {found['centred']}"] * bool(found["centred"])
     for answer in found["queries"]:
-        query = Shown(answer["query"], "query", None, answer["inverted"])
-        if answer["kind"] == "text":
-            query = Shown("", answer["query"])
-        hits = [Shown(hit["path"], f"{hit['distance']:.3f}", None, hit["inverted"])
-                for hit in answer["results"]]
-        pictures.append((query, hits))
-    sheet(pictures, path)
-
-
-def as_text(found: dict[str, Any]) -> str:
-    """What a terminal shows; names and texts without what does not print."""
-    told = {"encoded": "encoded now", "cached": "from the cache", "skipped": "unreadable",
-            "inverted": "inverted as strokes"}
-    notes = ", ".join(f"{found[name]} {words}" for name, words in told.items() if found[name])
-    lines = [plain(found["model"]), f"{found['images']} images in {plain(found['gallery'])}: {notes}"]
-    if found["centred"]:
-        lines.append(f"centred (transductive): {plain(found['centred'])}")
-    for answer in found["queries"]:
-        kind = " (text)" if answer["kind"] == "text" else " (inverted)" if answer["inverted"] else ""
-        lines += ["", plain(answer["query"]) + kind]
-        for rank, hit in enumerate(answer["results"], 1):
-            mark = " (inverted)" if hit["inverted"] else ""
-            lines.append(f"{rank:4d}  {hit['distance']:.4f}  {plain(hit['path'])}{mark}")
+        lines += ["", f"{answer['query']}{' (inverted)' * answer['inverted']}"]
+        lines += [f"{rank:4d}  {hit['distance']:.4f}  {hit['path']}{' (inverted)' * hit['inverted']}"
+                  for rank, hit in enumerate(answer["results"], 1)]
     return "\n".join(lines)
+
+
+def draw(found: Mapping[str, Any], path: Path) -> None:
+    """The contact sheet of the answers, inverted images as the model saw them. Raises WriteError."""
+    sheet = []
+    for answer in found["queries"]:
+        names = (answer["query"], "") if answer["kind"] == "image" else ("", answer["query"])
+        sheet.append((Shown(*names, inverted=answer["inverted"]),
+                      [Shown(hit["path"], f"{hit['distance']:.3f}", None, hit["inverted"])
+                       for hit in answer["results"]]))
+    write_sheet(sheet, path)
+
+
+def export(index: Index, path: Path) -> None:
+    """The vectors, float32 [g, e], as .npy; beside it .paths.txt, a row's path a line. Raises WriteError."""
+    names = [os.fsencode(name) + b"\n" for name in index.paths]
+    write_atomic(path, lambda file: np.save(file, index.features.numpy()))
+    write_atomic(path.with_suffix(".paths.txt"), lambda file: file.writelines(names))
+
+
+def check_output(flag: str, path: Path, ending: str, inputs: Sequence[Path]) -> None:
+    """ValueError for another ending, a missing folder, a place among the inputs, a file of someone else."""
+    if path.suffix != ending or not path.parent.is_dir():
+        raise ValueError(f"{flag} {path}: expected a name with the ending {ending} in a folder that exists")
+    if {path.resolve(), *path.resolve().parents} & {file.resolve() for file in inputs}:
+        raise ValueError(f"{flag} {path}: is, or lies among, the images of this search; name another place")
+    if path.exists() and not is_output(path):
+        raise ValueError(f"{flag} {path}: there is a file that no earlier search wrote; name another place")
+
+
+def is_output(path: Path) -> bool:
+    """Whether a search wrote a file: sheets bear a mark, and vectors have their paths beside them."""
+    if path.suffix == ".npy":
+        return path.with_suffix(".paths.txt").exists()
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == SOFTWARE
+    except OSError:
+        return False
