@@ -1,23 +1,20 @@
 """Searches a folder of images by image or text: prints the nearest, draws them, exports the vectors."""
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from pathlib import Path
 
-from ucdr_ref.cli import folder_path, run_command
-from ucdr_ref.config import add_arguments
+def run(argv: list[str] | None) -> None:
+    import argparse
+    import json
+    import sys
 
-FIELDS = ("weights", "device", "workers", "precision")  # of the config
+    from ucdr_ref.cli import folder_path
+    from ucdr_ref.config import FIELDS, add_arguments, parse
 
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, usage="%(prog)s [flags]",
         epilog="--weights without --run: zero-shot CLIP. Another field that is not given is the run's.")
     parser.add_argument("--run", type=folder_path, metavar="DIR",
-                        help="folder of a finished run (default: the newest demonstration)")
+                        help="folder of a run (default: the newest demonstration)")
     parser.add_argument("--gallery", type=folder_path, metavar="DIR",
                         help="folder of images to search, with all below it (default: the run's gallery)")
     parser.add_argument("--query", type=folder_path, nargs="+", default=[], metavar="IMG",
@@ -27,38 +24,34 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--k", type=int, default=10, metavar="N", help="results per query (default: 10)")
     parser.add_argument("--center", type=folder_path, metavar="DIR",
                         help="images of the queries' kind and of many classes: queries lose their mean and "
-                             "the gallery its own. Helps where queries and gallery differ in style; harms where "
-                             "DIR holds few classes, whose mean is then what is searched for")
+                             "the gallery its own. Helps where queries and gallery differ in style; harms "
+                             "where DIR holds few classes, whose mean is then what is searched for")
+    parser.add_argument("--invert", default="auto", choices=("auto", "none"),
+                        help="auto: colours are inverted in folders named like a stroke domain and of what "
+                             "looks like dark strokes on white, some clip art and icons too (default: auto)")
     parser.add_argument("--out", type=folder_path, metavar="SHEET.png", help="write a picture of the results")
     parser.add_argument("--export", type=folder_path, metavar="FILE.npy",
                         help="write the gallery's vectors, and their paths beside it")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.add_argument("--invert", default="auto", choices=("auto", "none"),
-                        help="auto: colours are inverted in folders named like a stroke domain and of what "
-                             "looks like dark strokes on white, some clip art and icons too (default: auto)")
     parser.add_argument("--force", action="store_true", help="search with other CLIP weights than the run's")
-    parser.add_argument("--cache", type=folder_path, metavar="DIR", default=Path("runs", "cache"),
-                        help="where encoded images are kept (default: runs/cache)")
-    add_arguments(parser, FIELDS)
-    return parser.parse_args(argv)
-
-
-def run(argv: list[str] | None) -> None:
-    args = parse(argv)
-    from ucdr_ref.experiments import search
-    from ucdr_ref.experiments.experiment import newest_run
-
-    overrides = {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
+    parser.add_argument("--cache", type=folder_path, metavar="DIR", default="runs/cache",
+                        help="where features of images are kept, for all runs (default: %(default)s)")
+    add_arguments(parser, ("weights", "device", "workers", "precision"))
+    args = parse(parser, argv)
     if not (args.query or args.text or args.export):
         raise ValueError("nothing to do: give --query IMG ..., --text TEXT ... or --export FILE.npy")
+    if args.out and not (args.query or args.text):
+        raise ValueError(f"--out {args.out}: shows the answers to queries; give --query or --text")
     if args.k < 1:
         raise ValueError(f"--k {args.k}: must be at least 1")
     if not all(text.strip() for text in args.text):
         raise ValueError("--text: an empty text finds nothing; say what to look for")
-    if args.out and not (args.query or args.text):
-        raise ValueError(f"--out {args.out}: shows the answers to queries; give --query or --text")
-    zero_shot = args.run is None and "weights" in overrides
-    model = search.load_model(None if zero_shot else args.run or newest_run(), overrides, args.force)
+
+    from ucdr_ref.experiments import experiment, search  # PyTorch: seconds
+
+    overrides = {name: value for name, value in vars(args).items() if name in FIELDS}
+    folder = args.run or (None if "weights" in overrides else experiment.newest_run())
+    model = search.load_model(folder, overrides, args.force)
     gallery = args.gallery or search.own_gallery(model.config)
     inputs = [*args.query, gallery, *filter(None, [args.center])]
     for flag, path, ending in (("--out", args.out, ".png"), ("--export", args.export, ".npy")):
@@ -75,8 +68,16 @@ def run(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    from ucdr_ref.cli import run_command
+
     return run_command(run, argv)
 
 
 if __name__ == "__main__":
+    import os
+    import signal
+    import sys
+
+    # Until `run_command` listens. An exception would meet Python in its imports, which print tracebacks.
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"stopped by SIGINT\n"), os._exit(130)))
     sys.exit(main())

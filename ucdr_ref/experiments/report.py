@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from ..cli import write_atomic, write_text_atomic
+from ..cli import as_value_error, write_atomic, write_text_atomic
 from ..data.images import open_image
 from ..metrics import search
 
@@ -142,22 +142,27 @@ def page(about: Row, words: str, number: str, bars: Mapping[str, Mapping[str, fl
         f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>{title}</title>',
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style>',
         f"<h1>{title}</h1><div><pre>{escape(about['table'])}</pre></div><p>{words}</p>",
-        *curves(Path(about["run"], "log.jsonl")),
+        *curves(read_log(Path(about["run"], "log.jsonl"))),
         f"<h2>{number} by class</h2><div><table>", *lines, "</table></div><h2>Examples</h2><div>",
         f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"></div>\n'])
 
 
-def curves(log: Path) -> Iterator[str]:
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log.jsonl, without a last one that was cut off; none where nothing was trained."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    with as_value_error(path, "is no training's log", "name another --run"):
+        return [dict(json.loads(line)) for line in text[:text.rfind("\n") + 1].splitlines()]
+
+
+def curves(log: Iterable[Row]) -> Iterator[str]:
     """A chart of each number that a phase logs more than once."""
     found: dict[str, list[float]] = {}
-    text = log.read_text(encoding="utf-8") if log.exists() else ""
-    for line in text[:text.rfind("\n") + 1].splitlines():  # a last line may have been cut off
-        values = json.loads(line)
-        for key, value in values.items():
+    for line in log:
+        for key, value in line.items():
             if key == "score":
                 found.setdefault("score that chooses the epoch, %", []).append(100 * value)
             elif key not in ("phase", "epoch", "step") and math.isfinite(value):
-                found.setdefault(f"{values['phase']}: {key}", []).append(value)
+                found.setdefault(f"{line['phase']}: {key}", []).append(value)
     for title, values in found.items():
         if len(values) > 1:
             low, high = min(values), max(values)

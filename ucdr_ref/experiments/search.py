@@ -51,8 +51,8 @@ def load_model(run: Path | None, overrides: Mapping[str, Any], force: bool = Fal
     if run:
         config, method, state = restore(run, overrides, device, force)
         if config.method == "sre-clip" and config.test_attention == "batch":  # S2
-            raise ValueError(f"{run} has --test-attention batch (--variant released), where an image's features "
-                             f"depend on the images beside it: it cannot search; {OTHERS}")
+            raise ValueError(f"{run} has --test-attention batch (--variant released): the images beside it "
+                             f"change an image's features, so it cannot search; {OTHERS}")
         title, digests = f"run {run}", [file_digest(run / "best.pt")]
         if file_digest(config.weights) != state["weights_sha256"]:
             title += f", with {config.weights} in place of its own weights"
