@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from ucdr_ref.machine.files import load_state
+from ucdr_ref.cli import load_state
 
 BLOCK = ("attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj.weight", "attn.out_proj.bias", "ln_1.weight", "ln_1.bias",
          "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias", "ln_2.weight", "ln_2.bias")
@@ -154,7 +154,7 @@ def flags(world: Path, run: Path, *more: str) -> list[str]:
             "--context-vectors", "4", "--workers", "0", *more]
 
 
-LONGER = ("--target-epochs", "3", "--patience", "9", "--source-lr", "0.01", "--target-lr", "0.01", "--save-every", "2")
+LONGER = ("--target-epochs", "3", "--patience", "9", "--source-lr", "0.01", "--target-lr", "0.01")
 
 
 def touch_images(root: Path, domains: Iterable[str], classes: Iterable[str], count: int) -> Path:

@@ -147,7 +147,7 @@ def fit(method: Method, phase: str, data: PhaseData, validate: Callable[[], floa
             norm = torch.stack([gradient.norm() for gradient in gradients]).sum()
             *numbers, size = torch.cat([losses, norm[None]]).tolist()  # where a step waits for the device
             values = dict(zip(terms, numbers))
-            stop_if_not_finite(values, size, {"phase": phase, **asdict(progress), "files": files}, run)
+            stop_if_not_finite(values, size, {**asdict(progress), "phase": phase, "files": files}, run)
             optimizer.step()
             progress.step += 1
             checkpointer.log({"phase": phase, "epoch": progress.epoch, "step": progress.step, **values})
