@@ -1,0 +1,178 @@
+"""Features of image files by any method's `encode`: in memory, or kept on the disk as a folder's index.
+
+`n` files, `e` CLIP embedding, `g` readable images of a folder.
+"""
+from __future__ import annotations
+
+import os
+import sys
+import time
+import typing
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..cli import ProgressLine, digest_of, load_state, make_folder, one_line, save_atomic
+from ..clip.model import CLIP
+from ..clip.zero_shot import normalize, resize_crop
+from ..distributed import all_gather, autocast, rank, world_size
+from .folders import File, folder_key, list_images
+from .images import Files, ImageDataset, load_batches, split_indices
+
+EVAL_BATCH = 128
+SAVE_SECONDS = 60  # between two writings of an index
+
+
+class Encoder(typing.Protocol):
+    """What extraction needs of a method."""
+
+    clip: CLIP
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A method on its device: image files in, features [n, e] (float32) out."""
+
+    method: Encoder
+    device: torch.device
+    precision: str
+    workers: int
+    stroke_domains: Sequence[str]
+
+    def stream(self, files: Files, batches: Sequence[Sequence[int]], invert: str = "domain",
+               unreadable: list[str] | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(indices [b], features [b, e], inverted [b]) of the readable images of each batch of indices.
+
+        invert: as `ImageDataset` takes it; unreadable, and what is raised: as `load_batches`. ValueError for
+        features that are not finite.
+        """
+        transform = resize_crop(self.method.clip.image_size)
+        dataset = ImageDataset(files, transform, self.stroke_domains, invert=invert)
+        loaded = load_batches(dataset, batches, self.workers, self.device, unreadable)
+        progress, done = ProgressLine("encoding", sum(map(len, batches))), 0
+        for batch, (indices, images, inverted) in zip(batches, loaded):
+            if len(indices):
+                with torch.inference_mode(), autocast(self.precision, self.device):
+                    inputs = normalize(images.to(self.device, non_blocking=True))
+                    features = self.method.encode(inputs).float()
+                finite = features.isfinite().all(dim=1)
+                if not finite.all():
+                    path = files.paths[int(indices[finite.int().argmin()])]
+                    raise ValueError(f"{path}: its features are not finite; check --weights and --precision")
+                # The consumer runs outside of both, with a usual tensor, not an inference one.
+                yield indices, features.clone(), inverted
+            done += len(batch)
+            progress.update(done)
+        progress.close()
+
+
+@dataclass
+class FeatureCache:
+    """Features in memory, each file encoded once and by one process: the galleries of tests overlap."""
+
+    extractor: Extractor
+    rows: dict[str, Tensor] = field(default_factory=dict)
+
+    def encode(self, files: Files) -> Tensor:
+        """Features [n, e] on the device, in every process. Raises as `Extractor.stream`."""
+        if new := files.keep([i for i, path in enumerate(files.paths) if path not in self.rows]):
+            batches = split_indices(len(new), EVAL_BATCH)[rank()::world_size()]  # of all domains each
+            stream = self.extractor.stream(new, batches)
+            for indices, rows in all_gather([(indices.tolist(), rows.cpu()) for indices, rows, _ in stream]):
+                self.rows |= zip([new.paths[i] for i in indices], rows)
+        return torch.stack([self.rows[path] for path in files.paths]).to(self.extractor.device)
+
+
+@dataclass(frozen=True)
+class Index:
+    """Row i of `features` [g, e] (float32, on the CPU) is of `paths[i]`, relative to `folder`, sorted."""
+
+    folder: str
+    paths: list[str]
+    features: Tensor
+    inverted: Tensor  # [g], bool
+    unreadable: list[str]  # a sentence for each image that was left out
+    encoded: int  # images encoded now
+
+    def path(self, i: int) -> str:
+        return os.path.join(self.folder, self.paths[i])
+
+
+def stroke_folder(path: str, stroke_domains: Collection[str]) -> str:
+    """The first folder on a relative path that is named like a stroke domain (D14); empty without one."""
+    strokes = set(map(folder_key, stroke_domains))
+    return next((part for part in Path(path).parts[:-1] if folder_key(part) in strokes), "")
+
+
+def load_index(folder: str | os.PathLike[str], extractor: Extractor, key: str, cache: Path,
+               invert: str = "domain", without: Collection[str] = ()) -> Index:
+    """The index of all images below `folder`: from its file in `cache` as far as it goes, the rest encoded.
+
+    key: digest of the method and its weights. without: folders in it that are passed over. Folders below
+    `folder`, not above it, tell which images are of a stroke domain (`stroke_folder`). An image is read again
+    when its path, size or times change. The file is written about once a minute, and when the encoding ends
+    or is interrupted; of two processes that write it the last one wins. Raises FileNotFoundError for a
+    missing folder, ValueError when no image is readable, and as `Extractor.stream` and `save_atomic`.
+    """
+    root, notes, unreadable = os.path.realpath(folder), list[str](), list[str]()
+    listed = list_images(root, notes)
+    for line in notes:
+        print(line, file=sys.stderr)
+    strokes = sorted(extractor.stroke_domains)
+    path = cache / f"{digest_of([root, key, invert, extractor.precision, strokes])[:32]}.pt"
+    row, parts = load_rows(path, listed)
+    files = [file for file in listed if file[0].split(os.sep)[0] not in without]
+    new = [file for file in files if file not in row]
+    if new:
+        make_folder(cache)
+        names = [name for name, *_ in new]
+        images = Files([os.path.join(root, name) for name in names], names,
+                       [stroke_folder(name, strokes) for name in names])
+        batches, known = split_indices(len(new), EVAL_BATCH), len(row)
+        next_save = time.monotonic() + SAVE_SECONDS
+        try:
+            for indices, features, inverted in extractor.stream(images, batches, invert, unreadable):
+                parts.append(torch.cat([features.cpu(), inverted[:, None]], dim=1))
+                for i in indices.tolist():
+                    row[new[i]] = len(row)
+                if (start := time.monotonic()) > next_save:
+                    save_rows(path, row, parts)
+                    next_save = start + max(SAVE_SECONDS, 100 * (time.monotonic() - start))
+        finally:
+            if len(row) > known:
+                save_rows(path, row, parts)
+    found = [file for file in files if file in row]
+    if not found:
+        raise ValueError(f"none of the {len(files)} images below {root} could be read: {unreadable[0]}")
+    rows = torch.cat(parts)[[row[file] for file in found]]
+    return Index(root, [name for name, *_ in found], rows[:, :-1], rows[:, -1] > 0, unreadable,
+                 len(new) - len(unreadable))
+
+
+def save_rows(path: Path, row: dict[File, int], parts: list[Tensor]) -> None:
+    """row: each image's row in the joined parts [m, e + 1], features and whether it was inverted."""
+    names = "\0".join(name for name, *_ in row)  # one text and one tensor are quick to read
+    state = torch.tensor([state for _, *state in row])
+    save_atomic({"names": names, "state": state, "rows": torch.cat(parts)}, path)
+
+
+def load_rows(path: Path, files: Collection[File]) -> tuple[dict[File, int], list[Tensor]]:
+    """What `save_rows` wrote of `files`; nothing, with a notice, where the file is broken."""
+    if not path.exists():
+        return {}, []
+    try:
+        content = load_state(path)
+        names, rows = content["names"].split("\0"), content["rows"]
+        if not (len(names) == len(rows) and rows.ndim == 2 and rows.isfinite().all()):
+            raise ValueError(f"{len(names)} images, rows {list(rows.shape)}")
+        stored = {(name, *state): i for i, (name, state) in enumerate(zip(names, content["state"].tolist()))}
+    except Exception as error:  # whatever is wrong with it, it can be made anew
+        print(f"{path}: broken index ({one_line(error)}); the images are encoded again", file=sys.stderr)
+        return {}, []
+    kept = [file for file in files if file in stored]
+    return {file: i for i, file in enumerate(kept)}, [rows[[stored[file] for file in kept]]]

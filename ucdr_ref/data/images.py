@@ -1,0 +1,270 @@
+"""Images from disk to batches: reading, transforms, stroke inversion, domain-balanced order.
+
+Nothing here keeps a random state, so that an interrupted run goes on exactly as it would have.
+"""
+from __future__ import annotations
+
+import atexit
+import ctypes
+import hashlib
+import os
+import random
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from ..cli import one_line
+from ..clip.zero_shot import CLIP_MEAN, CLIP_STD, Transform
+from ..distributed import derive_seed
+from .folders import folder_key
+
+# Mean and standard deviation of the training images' normalisation (D4).
+STATISTICS = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
+MAX_PIXELS = 120_000_000
+MAX_RATIO = 1000  # of the sides: a longer strip would be scaled to gigabytes with its short side
+WAIT_SECONDS = 120  # for the next batch of a process that reads images
+# Raster formats alone: Pillow would hand an EPS, whatever its name, to Ghostscript.
+FORMATS = ("JPEG", "MPO", "JPEG2000", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "ICO")
+
+
+@dataclass(frozen=True)
+class Files:
+    """A list of images with their labels as text; the three lists have one length."""
+
+    paths: list[str]
+    classes: list[str]
+    domains: list[str]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __add__(self, other: Files) -> Files:
+        return Files(self.paths + other.paths, self.classes + other.classes, self.domains + other.domains)
+
+    def keep(self, indices: Sequence[int]) -> Files:
+        return Files(*([column[i] for i in indices] for column in (self.paths, self.classes, self.domains)))
+
+    def digest(self, root: str) -> str:
+        """sha256 over the paths below `root`: two runs can be seen to use the same list."""
+        names = "\n".join(os.path.relpath(path, root) for path in self.paths)
+        return hashlib.sha256(os.fsencode(names)).hexdigest()
+
+
+def open_image(path: str) -> Image.Image:
+    """An image as RGB: first frame, upright, transparency over white, deep grey scaled to 8 bits (D19).
+
+    Raises ValueError that names the file when it is not a readable image.
+    """
+    try:
+        Image.init()
+        known = [name for name in FORMATS if name in Image.OPEN]  # as this Pillow was built
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of size, an error below, and of broken EXIF
+            with Image.open(path, formats=known) as image:
+                long, short = max(image.size), min(image.size)
+                if long * short > MAX_PIXELS or long > MAX_RATIO * short:
+                    raise ValueError(f"{image.width} x {image.height} pixels: expected at most {MAX_PIXELS}, "
+                                     f"and one side at most {MAX_RATIO} times the other")
+                ImageOps.exif_transpose(image, in_place=True)
+                return to_rgb(image)
+    except Exception as error:  # decoders raise anything on damaged files
+        raise ValueError(f"{path}: not a readable image ({one_line(error)})") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(eight_bits(np.array(image, dtype=np.float32), image.mode == "F"))
+    if not ({"A", "a"}.intersection(image.getbands()) or "transparency" in image.info):
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def eight_bits(values: np.ndarray, fractions: bool) -> np.ndarray:
+    """Grey values as bytes, scaled by the least number of bits that holds them all: 12-bit images come in 16.
+
+    fractions: values of at most 1 are parts of white.
+    """
+    highest = values.max(where=np.isfinite(values), initial=0)
+    white = 1 if fractions and highest <= 1 else 2 ** max(8, int(highest).bit_length()) - 1
+    np.nan_to_num(values, copy=False)
+    return (values.clip(0, white, out=values) * (255 / white)).round().astype(np.uint8)
+
+
+def augment(image_size: int) -> Transform:
+    """The training transform of both phases: RGB image -> uint8 [3, H, W]."""
+    return transforms.Compose([
+        transforms.RandomResizedCrop(image_size, scale=(0.8, 1.0)), transforms.RandomHorizontalFlip(),
+        transforms.ColorJitter(0.4, 0.4, 0.4, 0.4), transforms.PILToTensor()])
+
+
+def is_strokes(image: Image.Image) -> bool:
+    """Whether an RGB image is drawn in dark strokes on a light ground, judged on a thumbnail of 64 x 64.
+
+    It has no colour (2 % of the pixels may have channels that differ by more than 32), a light ground (70 %
+    of the pixels and 85 % of the border are above 200) and a little ink (0.2 to 16 % are below 128). Clip art
+    in outlines and thin black icons are strokes to this rule as well.
+    """
+    pixels = np.asarray(image.resize((64, 64), Image.Resampling.BOX)).astype(np.int16)
+    grey, coloured = pixels.mean(2), np.ptp(pixels, axis=2) > 32
+    border = np.concatenate([grey[0], grey[-1], grey[1:-1, 0], grey[1:-1, -1]])
+    light = (grey > 200).mean() >= 0.7 and (border > 200).mean() >= 0.85
+    return bool(coloured.mean() <= 0.02 and light and 0.002 <= (grey < 128).mean() <= 0.16)
+
+
+Item = tuple[int, Tensor, bool] | str
+
+
+class ImageDataset(Dataset):
+    """Item i: i, the transformed image and whether it was inverted; or a sentence why it cannot be read.
+
+    invert: "domain" inverts the colours of images of the stroke domains, whose names are compared by
+    `folder_key` (D14); "auto" these and what looks like strokes (`is_strokes`), which evaluation never asks;
+    "none" none.
+    """
+
+    def __init__(self, files: Files, transform: Transform, stroke_domains: Sequence[str], seed: int = 0,
+                 invert: str = "domain") -> None:
+        if invert not in ("domain", "auto", "none"):
+            raise ValueError(f"invert {invert!r}: expected domain, auto or none")
+        self.files, self.transform, self.seed, self.invert = files, transform, seed, invert
+        strokes = set(map(folder_key, stroke_domains))
+        self.strokes = {domain for domain in set(files.domains) if folder_key(domain) in strokes}
+
+    def __getitem__(self, i: int) -> Item:
+        try:
+            image = open_image(self.files.paths[i])
+        except ValueError as error:
+            return str(error)
+        inverted = self.invert != "none" and (
+            self.files.domains[i] in self.strokes or self.invert == "auto" and is_strokes(image))  # D14
+        if inverted:
+            image = ImageOps.invert(image)
+        with torch.random.fork_rng(devices=[]):  # of the CPU alone, as the next line: a fifth of the time
+            torch.default_generator.manual_seed(derive_seed(self.seed, i))
+            return i, self.transform(image), inverted
+
+
+def collate(items: list[Item]) -> tuple[list[int], Any, list[bool], list[str]]:
+    """Indices [b], images uint8 [b, 3, H, W] and inverted [b] of readable images; the others' sentences.
+
+    The images are a numpy array: processes pass it on through a pipe, where a tensor would need shared
+    memory, of which a container has little.
+    """
+    good = [item for item in items if not isinstance(item, str)]
+    images = torch.stack([image for _, image, _ in good]) if good else torch.empty(0, dtype=torch.uint8)
+    return ([i for i, _, _ in good], images.numpy(), [inverted for _, _, inverted in good],
+            [item for item in items if isinstance(item, str)])
+
+
+def load_batches(dataset: ImageDataset, batches: Sequence[Sequence[int]], workers: int, device: torch.device,
+                 unreadable: list[str] | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yields (indices [b], images uint8 [b, 3, H, W], inverted bool [b]) for each list of indices.
+
+    They are on the CPU, pinned for a GPU. Unreadable images are left out and their sentences appended to
+    `unreadable`; without that list the first raises ValueError, as does a process that reads and gives no
+    image for WAIT_SECONDS. Such processes end with the generator, and with this process.
+    """
+    workers = min(workers, len(batches))
+    loader = DataLoader(dataset, batch_sampler=[list(batch) for batch in batches], num_workers=workers,
+                        collate_fn=collate, pin_memory=device.type == "cuda",  # a thread that waits for them
+                        prefetch_factor=4 if workers else None, timeout=WAIT_SECONDS if workers else 0,
+                        worker_init_fn=end_with_main)
+    # SIGINT and SIGTERM reach the workers too, but a training still finishes its step: they inherit this
+    # mask, and end when they are told to, or killed.
+    stops = {signal.SIGINT, signal.SIGTERM}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stops) if hasattr(signal, "pthread_sigmask") else None
+    try:
+        loaded: Any = iter(loader)
+    finally:
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def end_workers() -> None:
+        if workers:
+            loaded._shutdown_workers()
+            for worker in loaded._workers:
+                worker.kill()
+
+    atexit.register(end_workers)  # a traceback may keep the generator until then
+    try:
+        for numbers, pixels, flags, sentences in loaded:
+            if sentences and unreadable is None:
+                raise ValueError(f"{sentences[0]}; mend or remove it")
+            if unreadable is not None:
+                unreadable += sentences
+            images = torch.from_numpy(pixels)
+            yield (torch.tensor(numbers, dtype=torch.long),
+                   images.pin_memory() if device.type == "cuda" else images,
+                   torch.tensor(flags, dtype=torch.bool))
+    except RuntimeError as error:
+        raise ValueError(f"a process that reads images failed ({one_line(error)}); take --workers 0, or give "
+                         "more memory (in a container also --shm-size)") from error
+    finally:
+        end_workers()
+        atexit.unregister(end_workers)
+
+
+def end_with_main(worker: int) -> None:
+    """On Linux a worker is killed when the process that started it is gone; elsewhere it ends in seconds."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def split_indices(count: int, size: int) -> list[range]:
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def balanced_batches(domain_ids: Sequence[int], batch: int, seed: int, epoch: int) -> list[list[int]]:
+    """An epoch's batches, as many as the smallest of the s domains allows, with batch // s images of each.
+
+    Raises ValueError for a batch smaller than s.
+    """
+    members, share, rounds = domain_shares(domain_ids, batch)
+    orders = []
+    for domain, indices in members.items():
+        generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch, domain))
+        orders.append(torch.tensor(indices)[torch.randperm(len(indices), generator=generator)].tolist())
+    return [[i for order in orders for i in order[g * share:(g + 1) * share]] for g in range(rounds)]
+
+
+def released_batches(domain_ids: Sequence[int], sampled: int, batch: int, turn: int) -> list[list[int]]:
+    """The released order of the run's pass number `turn`, phase 1's passes counted first (D15).
+
+    One generator, seeded with 0 whatever the run's seed, shuffles the s domains one after another. A stream
+    takes sampled // s images of each in turn, going on where the pass before stopped and from a domain's end
+    to its start, and is cut at `batch`. `sampled` is phase 2's batch in both phases. Raises as
+    `balanced_batches`.
+    """
+    members, share, rounds = domain_shares(domain_ids, sampled)
+    generator = random.Random(0)
+    for order in members.values():
+        generator.shuffle(order)
+    first = turn * rounds * share  # images taken of each domain before this pass
+    stream = [order[k % len(order)] for start in range(first, first + rounds * share, share)
+              for order in members.values() for k in range(start, start + share)]
+    return [stream[start:start + batch] for start in range(0, len(stream), batch)]
+
+
+def domain_shares(domain_ids: Sequence[int], batch: int) -> tuple[dict[int, list[int]], int, int]:
+    """{domain: its indices}, each domain's images in a round, the rounds that the smallest domain allows."""
+    members: dict[int, list[int]] = {domain: [] for domain in sorted(set(domain_ids))}
+    for i, domain in enumerate(domain_ids):
+        members[domain].append(i)
+    if batch < len(members):
+        raise ValueError(f"a batch of {batch} cannot hold the {len(members)} source domains; raise "
+                         f"--source-batch and --target-batch to {len(members)} or more")
+    smallest = min(map(len, members.values()))
+    share = min(batch // len(members), smallest)
+    return members, share, smallest // share
