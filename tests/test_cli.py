@@ -1,0 +1,227 @@
+"""What every command does: one line for a mistake, output that goes away, Ctrl-C, files that are whole or absent."""
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import train
+from tests.helpers import files_of_at_most
+from ucdr_ref import cli
+from ucdr_ref.cli import ProgressLine, WriteError, load_state, read_json, run_command, save_atomic, write_atomic, write_text_atomic
+
+ROOT = Path(__file__).resolve().parents[1]
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+SCRIPTS = ("train.py", "evaluate.py", "retrieve.py")
+
+
+def start(code: str, *more: str, **options: object) -> subprocess.Popen:
+    """A command whose `run(argv)` is this code."""
+    script = f"import os, sys, time\nfrom ucdr_ref.cli import run_command\ndef run(argv):\n    {code}\nsys.exit(run_command(run, None))"
+    return subprocess.Popen([sys.executable, "-c", script, *more], env=ENV, text=True, stderr=subprocess.PIPE, **options)
+
+
+def outcome(error: BaseException | None, capsys: pytest.CaptureFixture) -> tuple[int, str]:
+    def run(argv: list[str] | None) -> None:
+        if error:
+            raise error
+
+    return run_command(run, None), capsys.readouterr().err
+
+
+def test_every_mistake_is_one_line_and_a_status(capsys):
+    assert outcome(None, capsys) == (0, "")
+    assert outcome(ValueError("--k 0:\n  must be at least 1"), capsys) == (2, "error: --k 0: must be at least 1\n")
+    assert outcome(FileNotFoundError(2, "No such file", "x"), capsys) == (2, "error: [Errno 2] No such file: 'x'\n")
+    assert outcome(KeyboardInterrupt(), capsys) == (130, "stopped by SIGINT: run the same command to go on\n")
+    assert outcome(cli.Stopped("stopped by SIGTERM in phase x"), capsys) == (130, "stopped by SIGTERM in phase x\n")
+    status, text = outcome(torch.OutOfMemoryError("CUDA out of memory. Tried"), capsys)
+    assert status == 2 and "take smaller batches (--micro-batch" in text and text.count("\n") == 1
+    with pytest.raises(ZeroDivisionError):  # a mistake of ours keeps its traceback
+        outcome(ZeroDivisionError(), capsys)
+
+
+def test_handlers_and_streams_are_given_back():
+    before = sys.stdout, sys.stderr, signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    assert run_command(lambda argv: signal.raise_signal(signal.SIGTERM), None) == 130
+    assert before == (sys.stdout, sys.stderr, signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+@pytest.mark.parametrize(("redirection", "status"), [
+    ("", 0), ("| true", 1), ("| head -n 1", 1), (">&-", 1), ("2>&-", 0), (">&- 2>&-", 1), ("> /dev/full", 1), ("2> /dev/full", 0)])
+def test_output_that_cannot_be_written_stops_nothing(tmp_path, redirection, status):
+    script = tmp_path / "script.py"
+    script.write_text("import sys, time\nfrom ucdr_ref.cli import run_command\ndef run(argv):\n"
+                      "    for _ in range(20000):\n        print('a line of the output', flush=True)\n        print('progress', file=sys.stderr)\n"
+                      "    open('done', 'w').write('all')\nsys.exit(run_command(run, None))")
+    line = f"({sys.executable} {script}; echo $? > status) {redirection}"
+    done = subprocess.run(["sh", "-c", line], cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    assert (tmp_path / "done").read_text() == "all" and (tmp_path / "status").read_text() == f"{status}\n", done.stderr
+    assert set(done.stderr.split()) <= {"progress"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_quick_and_a_wrong_flag_is_one_sentence(script):
+    code = "import runpy, sys; sys.argv = sys.argv[1:]; sys.modules['torch'] = None; runpy.run_path(sys.argv[0], run_name='__main__')"
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code, script, "--help"], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0 and "--workers" in done.stdout, done.stderr
+    assert time.monotonic() - start < 2  # 0.2 s on an idle core
+    done = subprocess.run([sys.executable, script, "--run", ""], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 2 and "--run: it is empty" in done.stderr
+
+
+def test_a_flag_of_a_training_is_no_flag_of_an_evaluation(capsys):
+    for flags in (["--held-out", "photo"], ["--held-out=photo"], ["--mask", "none"]):
+        with pytest.raises(SystemExit):
+            evaluate.main(flags)
+        assert f"{flags[0].split('=')[0]} is the run's own: it needs a training" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluate.main(["--nonsense", "1"])
+    assert "unrecognized arguments: --nonsense 1" in capsys.readouterr().err
+
+
+def shots(command: list[str], delays: list[float], cwd: Path) -> None:
+    """SIGINT after each delay: the command ends within ten seconds, with one line and no traceback."""
+    for delay in delays:
+        process = subprocess.Popen([sys.executable, *command], cwd=cwd, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        _, text = process.communicate(timeout=10)
+        assert process.returncode in (0, 130) and "Traceback" not in text, (delay, text)
+        assert process.returncode == 0 or text.splitlines()[-1].startswith("stopped by SIGINT"), (delay, text)
+
+
+def test_ctrl_c_in_the_first_seconds_is_one_line(tmp_path):
+    shots([str(ROOT / "train.py"), "--fast", "--run", str(tmp_path / "run"), "--data-root", str(tmp_path / "data")],
+          [0.08, 0.2, 0.6, 1.2], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_thirty_shots(script, tmp_path):
+    own = ["--run", str(tmp_path / "run")]
+    made = ["--fast", "--data-root", str(tmp_path / "data")]
+    if script != "train.py":
+        assert train.main([*own, *made]) == 0
+    more = {"train.py": made, "retrieve.py": ["--text", "a dog", "--gallery", str(tmp_path / "data" / "photo"), "--cache", str(tmp_path / "cache")]}
+    shots([str(ROOT / script), *own, *more.get(script, [])], [0.05 + n / 6 for n in range(30)], tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_a_second_ctrl_c_ends_what_does_not_end():
+    stuck = start("""
+    while True:
+        try:
+            print("ready", flush=True); time.sleep(60)
+        except KeyboardInterrupt:
+            print("caught", flush=True)""", stdout=subprocess.PIPE)
+    assert stuck.stdout.readline() == "ready\n"
+    stuck.send_signal(signal.SIGINT)
+    assert stuck.stdout.readline() == "caught\n"
+    stuck.send_signal(signal.SIGINT)
+    assert stuck.wait(timeout=5) == -signal.SIGINT
+
+
+def test_a_file_is_the_old_or_the_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_text_atomic(path, "old")
+
+    def fails(file: object) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(WriteError, match="could not write .*a.json .No space left on device.; what stood there before is untouched"):
+        write_atomic(path, fails)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(path, lambda file: signal.raise_signal(signal.SIGINT))
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, text in (("1", "old"), ("0", "new")):
+        monkeypatch.setenv("RANK", rank)
+        write_text_atomic(path, "new")
+        assert path.read_text() == text
+    for size in ("", "1"):  # of a shell, not of torchrun
+        monkeypatch.setenv("WORLD_SIZE", size)
+        assert cli.is_main() and not cli.several_processes()
+    with pytest.raises(WriteError, match="name another folder"):
+        cli.make_folder(path / "below")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
+def test_a_full_disk_is_noticed_by_checkpoints_too(tmp_path):
+    save_atomic({"a": torch.zeros(10)}, tmp_path / "a.pt")
+    with files_of_at_most(2000), pytest.raises(WriteError):
+        save_atomic({"a": torch.zeros(10000)}, tmp_path / "a.pt")
+    assert load_state(tmp_path / "a.pt")["a"].shape == (10,)
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch executed",)
+
+
+def test_files_of_something_else_are_one_sentence_and_not_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "x.pt"
+    with pytest.raises(FileNotFoundError, match="x.pt does not exist"):
+        load_state(path)
+    torch.save({"a": Evil()}, path)
+    for content in (path.read_bytes(), pickle.dumps(Evil()), b"", b"PK\x03\x04 half", b"[1]", b"{}", b"\xff"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="x.pt is no checkpoint of this package"):
+            load_state(path)
+        if content != b"{}":
+            with pytest.raises(ValueError, match="x.pt is not readable as a JSON object"):
+                read_json(path)
+    assert read_json(write(path, '{"a": [1]}')) == {"a": [1]} and not Path("executed").exists()
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+class Terminal:
+    def __init__(self, live: bool) -> None:
+        self.live, self.text = live, ""
+
+    def isatty(self) -> bool:
+        return self.live
+
+    def write(self, text: str) -> None:
+        self.text += text
+
+    def flush(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_the_progress_line_fits_and_says_what_is_left(monkeypatch, live):
+    screen, now = Terminal(live), [100.0]
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    monkeypatch.setenv("COLUMNS", "60")
+    line = ProgressLine("target", 1000)
+    for done in range(10, 310, 10):  # 10 images a second; the first ten took the start-up
+        line.update(done, "loss 1.234 and much more that does not fit into this terminal")
+        now[0] += 1
+    line.close()
+    first = "target 20/1000 | 10 img/s | eta 1m38s | loss 1.234"
+    if live:
+        shown = screen.text.split("\r")[1:]
+        assert len(shown) == 29 and shown[0].startswith(first) and {len(text.rstrip("\n")) for text in shown} == {59}
+        assert screen.text.endswith("\n")
+    else:
+        assert [text.split(" | ")[0] for text in screen.text.splitlines()] == ["target 20/1000", "target 170/1000"]
+        assert screen.text.startswith(first)
