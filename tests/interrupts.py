@@ -21,7 +21,7 @@ from tempfile import mkdtemp
 import torch
 from PIL import Image
 
-from ucdr_ref.images.batches import Files, ImageDataset, load
+from ucdr_ref.data.images import Files, ImageDataset, load_batches
 
 SECONDS = 60  # a generous bound for what takes one or two
 POINTS = ("starting", "reading", "idle")
@@ -44,7 +44,7 @@ def read(path: str, point: str, reached: int, steadfast: bool) -> None:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     count = 100 if steadfast else 10 ** 4
     data = ImageDataset(Files([path] * 4, ["a"] * 4, ["a"] * 4), slow, ())
-    batches = load(data, [range(4)] * count, 2, False, torch.device("cpu"))
+    batches = load_batches(data, [range(4)] * count, 2, torch.device("cpu"))
     kept.append(batches)
     if point == "starting":
         os.write(reached, b"x")

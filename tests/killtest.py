@@ -26,8 +26,8 @@ import torch
 
 import train
 from tests.helpers import LONGER, flags, same_runs, write_world
-from ucdr_ref.machine import files
-from ucdr_ref.machine.files import load_state
+from ucdr_ref import cli, training
+from ucdr_ref.cli import load_state
 
 KINDS = ("moment", "write", "signal")
 
@@ -83,8 +83,8 @@ class SlowFile:
 
 def slow_training(arguments: list[str]) -> int:
     """The same training on a slow disk: a checkpoint takes long enough to be killed in."""
-    fast = files.write_atomic
-    files.write_atomic = lambda path, fill: fast(path, lambda file: fill(SlowFile(file)))  # type: ignore[arg-type]
+    fast = cli.write_atomic
+    cli.write_atomic = lambda path, fill: fast(path, lambda file: fill(SlowFile(file)))  # type: ignore[arg-type]
     return train.main(arguments)
 
 
@@ -184,6 +184,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    training.SAVE_EVERY = 2
     with TemporaryDirectory(prefix="killtest.") as folder:
         test = KillTest(Path(folder), args.seed)
         print(f"uninterrupted: {test.seconds:.1f} s, {test.lines} lines", flush=True)
