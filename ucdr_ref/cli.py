@@ -206,7 +206,7 @@ def write_atomic(path: str | os.PathLike[str], fill: Callable[[BinaryIO], object
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
-    write_atomic(path, lambda file: file.write(text.encode()))
+    write_atomic(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def save_atomic(obj: Any, path: str | os.PathLike[str]) -> None:
