@@ -1,0 +1,67 @@
+"""Folders of SRE-CLIP's sources and target, `<root>/<class>/*`: which class each image is of."""
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from .folders import abbreviate, folder_key, list_images
+from .images import Files
+
+SYNSET_ID = re.compile(r"n\d{8}")
+
+
+@dataclass(frozen=True)
+class ClassFolder:
+    """Images of `<root>/<class>/*`, sorted by path."""
+
+    root: str
+    files: Files  # the one domain is the root's own name
+    labels: list[int]  # class indices: two classes may have one name
+    skipped: list[str]  # folders of other classes than wanted
+
+
+def scan_class_folder(flag: str, root: str, names: Sequence[str], ids: Sequence[str],
+                      only: Collection[int] | None = None) -> ClassFolder:
+    """Lists `<root>/<class>/*` (AwA2: `<root>/JPEGImages/<class>/*`) without opening an image.
+
+    names, ids: of the c classes, ids being WordNet's. A folder bears a class's name or id or both (I2AwA:
+    `antelope-n02419796`); a name of several classes is no name. only: class indices; other folders are left
+    out. Raises FileNotFoundError for a missing folder, ValueError for one without images of wanted classes,
+    images outside a class folder and, without `only`, folders of no class.
+    """
+    where = f"{flag} {root}"
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"{where}: no such folder; expected <folder>/<class>/<image>")
+    if os.path.isdir(inner := os.path.join(root, "JPEGImages")):
+        root = inner
+    real = os.path.realpath(root)
+    paths = [path for path, *_ in list_images(real, [])]
+    if stray := [path for path in paths if os.sep not in path]:
+        raise ValueError(f"{where}: {stray[0]} lies in no class folder; expected <folder>/<class>/<image>")
+    keys = [folder_key(name) for name in names]
+    count = Counter(keys)
+    known = {key: k for k, key in enumerate(keys) if count[key] == 1}
+    known |= {synset: k for k, synset in enumerate(ids)}
+
+    def class_of(folder: str) -> int:
+        name, _, synset = folder.rpartition("-")
+        both = (synset, folder_key(name)) if SYNSET_ID.fullmatch(synset) else ()
+        return next((known[key] for key in (folder_key(folder), *both) if key in known), -1)
+
+    folders = [path.split(os.sep)[0] for path in paths]
+    classes = {folder: class_of(folder) for folder in sorted(set(folders))}
+    wanted = range(len(names)) if only is None else only
+    skipped = [folder for folder, k in classes.items() if k not in wanted]
+    if only is None and skipped:
+        raise ValueError(f"{where}: folders that are none of the graph's {len(names)} classes: "
+                         f"{abbreviate(skipped)}; rename or remove them, or build a graph with these classes")
+    if len(skipped) == len(classes):
+        raise ValueError(f"{where}: no folder is named after a seen class; there are {abbreviate(skipped)}")
+    used = [i for i, folder in enumerate(folders) if classes[folder] in wanted]
+    labels = [classes[folders[i]] for i in used]
+    files = Files([os.path.join(real, paths[i]) for i in used], [names[k] for k in labels],
+                  [os.path.basename(real)] * len(used))
+    return ClassFolder(root, files, labels, skipped)
