@@ -19,7 +19,7 @@ def run(argv: list[str] | None) -> None:
     parser.add_argument("--force", action="store_true",
                         help="evaluate although images or weights are not the run's; the table says so")
     parser.add_argument("--cache", type=folder_path, metavar="DIR", default="runs/cache",
-                        help="where features of images are kept, for all runs (default: %(default)s)")
+                        help="where features of images are kept for all runs (default: %(default)s)")
     parser.add_argument("--compare", nargs=2, type=folder_path, metavar="RUN",
                         help="print the tables of two runs and the config fields that differ, and stop")
     add_arguments(parser, (*MACHINE, "data_root", "target", "class_split", "weights"))

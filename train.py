@@ -6,7 +6,7 @@ def run(argv: list[str] | None) -> None:
     import argparse
 
     from ucdr_ref.cli import folder_path
-    from ucdr_ref.config import PRESETS, add_arguments, parse, resolve
+    from ucdr_ref.config import FIELDS, PRESETS, add_arguments, parse, resolve
 
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]")
     parser.add_argument("--run", type=folder_path, metavar="DIR",
@@ -18,7 +18,7 @@ def run(argv: list[str] | None) -> None:
     parser.add_argument("--dry-run", action="store_true",
                         help="print config, files, classes and trainable parameters, and stop")
     parser.add_argument("--cache", type=folder_path, metavar="DIR", default="runs/cache",
-                        help="where features of images are kept, for all runs (default: %(default)s)")
+                        help="where features of images are kept for all runs (default: %(default)s)")
     add_arguments(parser)
     args = parse(parser, argv)
     config = resolve(vars(args), args.preset, args.fast)
@@ -27,7 +27,7 @@ def run(argv: list[str] | None) -> None:
 
     fast = args.fast or str(args.preset).endswith("fast")
     folder = args.run or experiment.default_run(config.method, fast)
-    experiment.train(config, folder, args.cache, args.dry_run)
+    experiment.train(config, folder, args.cache, args.dry_run, given=FIELDS.keys() & vars(args).keys())
 
 
 def main(argv: list[str] | None = None) -> int:

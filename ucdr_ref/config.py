@@ -1,7 +1,7 @@
 """One frozen Config of both methods' options: presets named after table rows, flags and JSON.
 
-In the option classes a field's type holds its choices (`Literal`); `Annotated` adds the closed range of a
-number or the name of what a text stands for, and what `--help` prints. Importing this imports no PyTorch.
+A field's type holds its choices (`Literal`); `Annotated` adds the closed range of a number, or the name of
+what a text stands for, and the help. Importing this imports no PyTorch.
 """
 from __future__ import annotations
 
@@ -86,11 +86,11 @@ def read_fields() -> Iterator[tuple[str, Field]]:
     hints = typing.get_type_hints(Config, include_extras=True)
     for field in fields(Config):
         hint, kind = hints[field.name], type(field.default)
-        *about, text = hint.__metadata__  # a range or a metavar, if any, then the help
+        *about, text = hint.__metadata__
         choices = () if about else typing.get_args(hint.__origin__)
-        limits = about[0] if about and isinstance(about[0], tuple) else (-inf, inf)
-        metavar = {int: "N", float: "X"}.get(kind, "".join(map(str, about)))
-        yield field.name, Field(kind, choices, limits, None if choices else metavar, text, field.default)
+        limits = about[0] if kind in (int, float) and about else (-inf, inf)
+        metavar = None if choices else {int: "N", float: "X"}.get(kind, about[0])
+        yield field.name, Field(kind, choices, limits, metavar, text, field.default)
 
 
 FIELDS = dict(read_fields())
@@ -111,8 +111,7 @@ SKETCHY = dict(dataset="sketchy", data_root="data/Sketchy", weights="weights/ViT
 # The drawn data and its CLIP are small: larger steps, fewer of them, and a shorter context than the paper's.
 TOY = dict(dataset="toy", context_vectors=4, source_batch=50, source_lr=1e-3, target_epochs=2, target_lr=1e-2,
            micro_batch=50)
-# SRE-CLIP: labelled and unlabelled folders are given by flags; the drawn ones are made below data_root.
-# D14 is the other method's: no image is inverted here unless --stroke-domains says so.
+# D14 is the other method's: SRE-CLIP inverts no image unless --stroke-domains says so.
 SRE = dict(method="sre-clip", dataset="folder", data_root="", weights="weights/ViT-B-32.pt",
            stroke_domains=())
 # Its small CLIP has read no words but the 60 class names and bears less dropout in 64 text dimensions.
@@ -142,21 +141,20 @@ def add_arguments(parser: argparse.ArgumentParser, names: Sequence[str] = ()) ->
     for options in (Shared, ucdr.Options, sre.Options):
         group = parser.add_argument_group(str(options.__doc__).split(".")[0])
         for name in (field.name for field in fields(options) if not names or field.name in names):
-            field = FIELDS[name]
-            several = field.kind is tuple
-            default = " ".join(field.default) if several else field.default
+            kind, choices, _, metavar, text, default = FIELDS[name]
+            shown = " ".join(default) if kind is tuple else default
             group.add_argument(
-                flag_of(name), type=str if several else field.kind, nargs="+" if several else None,
-                choices=field.choices or None, metavar=field.metavar, default=argparse.SUPPRESS,
-                help=f"{field.help} (default: {'empty' if default == '' else default})")
+                flag_of(name), type=str if kind is tuple else kind, nargs="+" if kind is tuple else None,
+                choices=choices or None, metavar=metavar, default=argparse.SUPPRESS,
+                help=f"{text} (default: {'empty' if shown == '' else shown})")
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments; a field that the command has no flag for is said to be the training's."""
+    """The arguments; a flag of a training that this command does not take is said to be one."""
     args, unknown = parser.parse_known_args(argv)
-    for text in unknown:
-        if text.partition("=")[0] in map(flag_of, FIELDS):
-            parser.error(f"{text.partition('=')[0]} is the run's own: it needs a training (train.py)")
+    for flag in (text.partition("=")[0] for text in unknown):
+        if flag in map(flag_of, FIELDS):
+            parser.error(f"{flag} is the run's own: it needs a training (train.py)")
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return args
@@ -169,27 +167,26 @@ def flag_of(name: str) -> str:
 def resolve(flags: Mapping[str, Any], preset: str | None = None, fast: bool = False) -> Config:
     """Defaults < preset < variant < flags. fast: the short demonstration.
 
-    Raises ValueError for an unknown preset, one of another dataset or method than the flag's, or a long one
-    with `fast`.
+    Raises ValueError for an unknown preset, or one that is not for the flags' dataset or method, or not fast.
     """
-    name = default_preset(flags, fast) if preset is None else preset
+    name = preset or default_preset(flags, fast)
     if name not in PRESETS:
         raise ValueError(f"--preset {name}: no such preset; there are {', '.join(PRESETS)}")
     if fast and not name.endswith("fast"):
         raise ValueError(f"--fast is short for the demonstration alone, and this is {name}; leave it out")
     values = {"method": "ucdr-adapter", **PRESETS[name]}
-    if preset is None:
+    if not preset:
         values.pop("seen", None)  # of the table's rows
-    for key in ("dataset", "method"):
-        own, given = values[key], flags.get(key, values[key])
-        same_task = key == "method" and (given == "closed-form" or "sre-clip" not in (own, given))
-        if given != own and not same_task:
-            raise ValueError(f"--preset {name} is for --{key} {own}, not {given}; give one of the two")
     variant = dict(VARIANTS[flags.get("variant", "paper")])
     if values["method"] == "sre-clip":
         variant.pop("stroke_domains", None)  # D14 is the other method's
     merged = {**values, **variant, **{key: value for key, value in flags.items() if key in FIELDS}}
-    if variant and merged["selection"] != "validation" and merged["dataset"].startswith(("sketchy", "tu")):
+    same_task = (merged["method"] == "sre-clip") == (values["method"] == "sre-clip")
+    if merged["dataset"] != values["dataset"] or not same_task:
+        raise ValueError(f"--preset {name} is for --dataset {values['dataset']} and --method "
+                         f"{values['method']}, not {merged['dataset']} and {merged['method']}")
+    other_sets = merged["dataset"] in ("sketchy", "sketchy-random", "tuberlin")
+    if variant and other_sets and merged["selection"] != "validation":
         # D10: the released code holds the validation classes out of training on DomainNet alone.
         merged.setdefault("train_classes", "train+val")
     config = from_dict(merged)
@@ -198,11 +195,9 @@ def resolve(flags: Mapping[str, Any], preset: str | None = None, fast: bool = Fa
 
 def default_preset(flags: Mapping[str, Any], fast: bool) -> str:
     """The preset of a command that names none: its method's and dataset's own."""
-    dataset, folders = flags.get("dataset", "toy"), bool(flags.get("source") or flags.get("target"))
-    if flags.get("method") == "sre-clip" or flags.get("method") == "closed-form" and folders:
-        if folders or dataset != "toy":
-            return "sre"
-        return "sre/toy-fast" if fast else "sre/toy"
+    dataset, own_folders = flags.get("dataset", "toy"), bool(flags.get("source") or flags.get("target"))
+    if flags.get("method") == "sre-clip":
+        return "sre" if own_folders or dataset != "toy" else "sre/toy-fast" if fast else "sre/toy"
     if fast and dataset == "toy":
         return "toy/fast"
     return next(name for name in PRESETS if PRESETS[name]["dataset"] == dataset)
@@ -222,22 +217,21 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 
 def check(name: str, value: Any) -> Any:
-    """The value of a field, of its type; ValueError in one sentence when it is no value of that field."""
-    field = FIELDS[name]
-    low, high = field.range
-    if field.kind is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
+    """The value as the field's type; ValueError in one sentence when it is no value of that field."""
+    kind, choices, (low, high), *_ = FIELDS[name]
+    if kind is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
         return tuple(value)
-    if field.kind is float and type(value) is int and abs(value) < 2**53:
+    if kind is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
-    if type(value) is not field.kind:
-        expected = f"must be of type {field.kind.__name__}"
-    elif field.choices and value not in field.choices:
-        expected = f"must be one of {', '.join(map(str, field.choices))}"
-    elif isinstance(value, (int, float)) and not (low <= value <= high and abs(value) < inf):
-        expected = f"must be at least {low:g}" + f" and at most {high:g}" * (high < inf)
+    if type(value) is not kind:
+        expected = f"of type {kind.__name__}"
+    elif choices and value not in choices:
+        expected = f"one of {', '.join(map(str, choices))}"
+    elif kind in (int, float) and not (low <= value <= high and abs(value) < inf):
+        expected = f"at least {low:g}" + f" and at most {high:g}" * (high < inf)
     else:
         return value
-    raise ValueError(f"{flag_of(name)} {str(value)[:100]!r}: {expected}".replace("'", ""))
+    raise ValueError(f"{flag_of(name)} {str(value)[:100]}: must be {expected}")
 
 
 def to_json(config: Config) -> str:

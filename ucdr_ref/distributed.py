@@ -1,7 +1,6 @@
 """Device, precision, seeds, and several processes, started by `torchrun`, that compute what one would.
 
-Each takes its share of every batch; in a single process every function on that does nothing. Rows of
-processes are joined in the order of their ranks.
+Each takes its share of every batch; rows are joined in the order of the ranks. One process does nothing here.
 """
 from __future__ import annotations
 
@@ -36,10 +35,7 @@ def rank() -> int:
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Joins the processes that torchrun started, for as long as the block runs.
-
-    Raises ValueError where WORLD_SIZE is set without torchrun, or the others do not come in JOIN_SECONDS.
-    """
+    """Joins the processes that torchrun started, while the block runs; ValueError where they do not come."""
     if not several_processes():
         yield
         return
@@ -51,9 +47,8 @@ def processes() -> Iterator[None]:
         backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=total)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"WORLD_SIZE is {count}, and no {count} processes found each other within "
-                         f"{JOIN_SECONDS} s ({shorten(one_line(error), 150)}); start with torchrun, or unset "
-                         "WORLD_SIZE") from None
+        raise ValueError(f"WORLD_SIZE is {count}, but no {count} processes met in {JOIN_SECONDS} s ("
+                         f"{shorten(one_line(error), 150)}); start with torchrun, or unset it") from None
     if not is_main():
         sys.stdout = open(os.devnull, "w")
     try:
@@ -66,12 +61,12 @@ def processes() -> Iterator[None]:
 
 @contextmanager
 def exchange() -> Iterator[None]:
-    """Around every exchange: when another process is gone, says so before torchrun ends this one too."""
+    """Around every exchange: says that another process is gone before torchrun ends this one too."""
     try:
         yield
     except RuntimeError as error:
-        print(f"error: process {rank()} could not exchange with another one ({one_line(error)}); what was "
-              "saved is intact: run the same command to go on", file=sys.stderr)
+        print(f"error: process {rank()} lost another one ({one_line(error)}); what was saved is intact: run "
+              "the same command to go on", file=sys.stderr)
         sys.exit(2)
 
 
@@ -112,10 +107,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def average(tensors: Sequence[Tensor], weight: int) -> None:
-    """Puts the processes' mean, each counted `weight` times, in place of the tensors, by one exchange.
-
-    Means over shares of a batch, weighted by the shares' sizes, become means over the batch.
-    """
+    """Puts the processes' mean, each counted `weight` times, in place of the tensors, by one exchange."""
     if world_size() == 1:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors] + [tensors[0].new_ones(1)])
@@ -154,10 +146,9 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"--device {name}: each process needs a GPU of its own: give --device cuda")
     try:
         device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        if device == torch.device("cuda"):
-            own = int(os.environ["LOCAL_RANK"]) if world_size() > 1 else torch.cuda.current_device()
-            device = torch.device("cuda", own)
         if device.type == "cuda":
+            own = int(os.environ["LOCAL_RANK"]) if world_size() > 1 else torch.cuda.current_device()
+            device = torch.device("cuda", own if device.index is None else device.index)
             torch.cuda.set_device(device)  # for what names no device, such as the peak memory or NCCL
         torch.ones(1, dtype=torch.float64, device=device).item()  # evaluation needs it; Apple's GPU has none
     except (RuntimeError, AssertionError, ImportError, ValueError, KeyError, TypeError) as error:

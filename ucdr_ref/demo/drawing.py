@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image, ImageDraw
 
-from ..machine.files import make_folder
+from ..cli import make_folder
 from .goods import GOODS
 from .nature import NATURE
 from .places import PLACES

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..cli import save_atomic
 from ..clip.model import CLIP
 from ..clip.tokenizer import tokenize
 from ..clip.zero_shot import CLIP_MEAN, CLIP_STD
-from ..machine.files import save_atomic
 from .drawing import CLASSES, DOMAINS, draw
 
 SIZE = 96
