@@ -18,8 +18,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from ..cli import as_value_error, write_atomic, write_text_atomic
+from ..data.folders import folder_key
 from ..data.images import open_image
-from ..metrics import search
+from ..metrics import class_means, search
 
 SOFTWARE = "ucdr_ref"
 FRAMES = {True: "green", False: "red", None: "grey"}  # hit, miss, unknown
@@ -60,34 +61,33 @@ def write_retrieval(rows: Sequence[Row], folder: Path, about: Row) -> None:
 
     about: what results.json says beside the rows: `run`, `config`, `table` as it is printed, ...
     """
-    header = ["protocol", "query_domain", "gallery_name", "method"]
-    per_class: list[list[Any]] = [[*header, "class", "queries", "mAP@200", "mAP@all"]]
-    bars, shown = {}, []
+    test = ["protocol", "query_domain", "gallery_name"]
+    per_class: list[list[Any]] = [[*test, "method", "class", "queries", "mAP@200", "mAP@all"]]
+    shown = []
     for row in rows:
-        details, start = row["details"], [row[key] for key in header]
-        names, metrics, counts = details["names"], details["metrics"], Counter(details["queries"].classes)
-        scores = {names[k]: value for k, value in sorted(metrics["per_class"].items())}
-        per_class += [[*start, name, counts[name], score, metrics["per_class@all"][names.index(name)]]
-                      for name, score in scores.items()]
-        if start[:3] == per_class[1][:3]:
-            bars[row["method"]] = scores
-            if not row["transductive"]:
-                shown.append(examples(row, about["config"]["stroke_domains"]))
-    sheet = [line for same_query in zip(*shown) for line in same_query]
-    write_files(rows, folder, about, per_class, sheet, page(about, UCDR, "mAP@200", bars, sheet))
+        details = row["details"]
+        metrics, counts = details["metrics"], Counter(details["queries"].classes)
+        for k, score in sorted(metrics["per_class"].items()):
+            name = details["names"][k]
+            per_class.append([*(row[key] for key in test), row["method"], name, counts[name], score,
+                              metrics["per_class@all"][k]])
+        if not row["transductive"] and all(row[key] == rows[0][key] for key in test):
+            shown.append(examples(row, about["config"]["stroke_domains"]))
+    write_files(rows, folder, about, UCDR, per_class, [line for lines in zip(*shown) for line in lines])
 
 
-def examples(row: Row, strokes: Sequence[str]) -> Sheet:
+def examples(row: Row, stroke_domains: Sequence[str]) -> Sheet:
     """Queries of different classes, each with its nearest images and their distances."""
-    details = row["details"]
+    details, strokes = row["details"], set(map(folder_key, stroke_domains))
     queries, gallery = details["queries"], details["gallery"]
     one_each = [queries.classes.index(name) for name in dict.fromkeys(queries.classes)]
     chosen, lines = one_each[::math.ceil(len(one_each) / SHOWN)], []
     found = search(details["query_features"][chosen], details["gallery_features"], HITS)
     for i, distances, nearest in zip(chosen, *(part.tolist() for part in found)):
         hits = [Shown(gallery.paths[j], f"{distance:.3f}", gallery.classes[j] == queries.classes[i],
-                      gallery.domains[j] in strokes) for j, distance in zip(nearest, distances)]
-        lines.append((Shown(queries.paths[i], row["method"], None, queries.domains[i] in strokes), hits))
+                      folder_key(gallery.domains[j]) in strokes) for j, distance in zip(nearest, distances)]
+        inverted = folder_key(queries.domains[i]) in strokes
+        lines.append((Shown(queries.paths[i], row["method"], None, inverted), hits))
     return lines
 
 
@@ -97,54 +97,51 @@ def write_classification(rows: Sequence[Row], folder: Path, about: Row) -> None:
     A row's `details`: `paths`, `labels` and `predicted` of the images, the classes' `names`, `unseen` ids.
     """
     per_class: list[list[Any]] = [["method", "class", "split", "images", "accuracy", "among_unseen"]]
-    bars, sheet = {}, []
-    for row in rows:
-        if "details" in row:
-            details, method, sheet = row["details"], row["method"], []
-            names, labels, predicted = details["names"], details["labels"], details["predicted"]
-            for k in labels.unique().tolist():
-                mine = (labels == k).nonzero().flatten()
-                split = "unseen" if k in details["unseen"] else "seen"
-                right, among_unseen = (float((found[mine] == k).double().mean())
-                                       for found in (predicted.everywhere, predicted.classes[:, 1]))
-                per_class.append([method, names[k], split, len(mine), right,
-                                  among_unseen if split == "unseen" else None])
-                bars.setdefault(method, {})[f"{names[k]} ({split})"] = right
-                taken = [(details["paths"][i], int(predicted.everywhere[i])) for i in mine[:HITS].tolist()]
-                sheet.append((Shown("", names[k]), [Shown(path, names[p], p == k) for path, p in taken]))
-    sheet = sheet[::math.ceil(len(sheet) / SHOWN)]
-    write_files(rows, folder, about, per_class, sheet, page(about, SRE, "accuracy", bars, sheet))
+    sheet: list[tuple[Shown, list[Shown]]] = []
+    for details, method in ((row["details"], row["method"]) for row in rows if "details" in row):
+        names, labels, found = details["names"], details["labels"], details["predicted"].everywhere
+        among_unseen = class_means((details["predicted"].classes[:, 1] == labels).double(), labels)
+        sheet = []
+        for k, accuracy in sorted(class_means((found == labels).double(), labels).items()):
+            images, unseen = (labels == k).nonzero().flatten().tolist(), k in details["unseen"]
+            per_class.append([method, names[k], "unseen" if unseen else "seen", len(images), accuracy,
+                              among_unseen[k] if unseen else None])
+            hits = [Shown(details["paths"][i], names[found[i]], bool(found[i] == k)) for i in images[:HITS]]
+            sheet.append((Shown("", names[k]), hits))
+    write_files(rows, folder, about, SRE, per_class, sheet[::math.ceil(len(sheet) / SHOWN)])
 
 
-def write_files(rows: Sequence[Row], folder: Path, about: Row, per_class: Sequence[Sequence[Any]],
-                sheet: Sheet, text: str) -> None:
-    """Raises WriteError."""
+def write_files(rows: Sequence[Row], folder: Path, about: Row, words: str,
+                per_class: Sequence[Sequence[Any]], sheet: Sheet) -> None:
+    """per_class: a header and lines, where bars are drawn of the last column but one. Raises WriteError."""
     kept = [{key: value for key, value in row.items() if key != "details"} for row in rows]
     write_text_atomic(folder / "results.json", json.dumps({**about, "rows": kept}, indent=2) + "\n")
-    lines = io.StringIO()
-    csv.writer(lines, lineterminator="\n").writerows(
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows(
         [f"{value:.6f}" if isinstance(value, float) else value for value in line] for line in per_class)
-    write_text_atomic(folder / "per_class.csv", lines.getvalue())
+    write_text_atomic(folder / "per_class.csv", table.getvalue())
     write_sheet(sheet, folder / "queries.png")
-    write_text_atomic(folder / "report.html", text)
-
-
-def page(about: Row, words: str, number: str, bars: Mapping[str, Mapping[str, float]], sheet: Sheet) -> str:
-    """report.html. bars: method -> class -> `number`, in 0..1."""
-    title, jpeg = escape(f"{about['config']['method']}: {about['run']}"), io.BytesIO()
+    jpeg, title = io.BytesIO(), escape(f"{about['config']['method']}: {about['run']}")
     contact_sheet(sheet).save(jpeg, "JPEG", quality=85)
-    lines = [f"<tr><th>class{''.join(f'<th>{escape(method)}' for method in bars)}"]
-    for name in next(iter(bars.values())):
-        cells = "".join(f'<td><i style="width:{60 * scores[name]:.0f}px"></i>{100 * scores[name]:.1f}'
-                        for scores in bars.values())
-        lines.append(f"<tr><td>{escape(name)}{cells}")
-    return "\n".join([
+    write_text_atomic(folder / "report.html", "\n".join([
         f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>{title}</title>',
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style>',
         f"<h1>{title}</h1><div><pre>{escape(about['table'])}</pre></div><p>{words}</p>",
-        *curves(read_log(Path(about["run"], "log.jsonl"))),
-        f"<h2>{number} by class</h2><div><table>", *lines, "</table></div><h2>Examples</h2><div>",
-        f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"></div>\n'])
+        *curves(read_log(Path(about["run"], "log.jsonl"))), *bars(*per_class), "<h2>Examples</h2><div>",
+        f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"></div>\n']))
+
+
+def bars(header: Sequence[str], *lines: Sequence[Any]) -> Iterator[str]:
+    """A table of the first test's classes, a column for each method."""
+    m = header.index("method")
+    first = [line for line in lines if line[:m] == lines[0][:m]]
+    methods = "".join(f"<th>{escape(name)}" for name in dict.fromkeys(line[m] for line in first))
+    yield f"<h2>{header[-2]} by class</h2><div><table><tr><th>class ({header[m + 2]}){methods}"
+    for name, more in dict.fromkeys((line[m + 1], line[m + 2]) for line in first):
+        yield f"<tr><td>{escape(name)} ({more})" + "".join(
+            f'<td><i style="width:{60 * line[-2]:.0f}px"></i>{100 * line[-2]:.1f}'
+            for line in first if line[m + 1] == name)
+    yield "</table></div>"
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
