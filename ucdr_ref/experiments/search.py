@@ -136,10 +136,10 @@ def encode_texts(model: Model, texts: Sequence[str]) -> Tensor:
 def as_text(found: Mapping[str, Any]) -> str:
     """What a terminal shows of what --json prints."""
     counts = {"encoded now": found["encoded"], "inverted as strokes": found["inverted"],
-              "unreadable and left out": len(found["unreadable"])}
+              "unreadable": len(found["unreadable"])}
     notes = [f"{count} {what}" for what, count in counts.items() if count]
     lines = [found["model"], ", ".join([f"{found['images']} images in {found['gallery']}", *notes])]
-    lines += [f"unreadable: {name}" for name in found["unreadable"]]
+    lines += [f"left out: {sentence}" for sentence in found["unreadable"]]
     lines += [f"centred: {found['centred']}"] * bool(found["centred"])
     for answer in found["queries"]:
         lines += ["", f"{answer['query']}{' (inverted)' * answer['inverted']}"]
