@@ -16,7 +16,16 @@ import evaluate
 import train
 from tests.helpers import files_of_at_most
 from ucdr_ref import cli
-from ucdr_ref.cli import ProgressLine, WriteError, load_state, read_json, run_command, save_atomic, write_atomic, write_text_atomic
+from ucdr_ref.cli import (
+    ProgressLine,
+    WriteError,
+    load_state,
+    read_json,
+    run_command,
+    save_atomic,
+    write_atomic,
+    write_text_atomic,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -10,7 +10,20 @@ import pytest
 
 import train
 from tests.helpers import refused
-from ucdr_ref.config import FIELDS, MACHINE, PATHS, PRESETS, VARIANTS, Config, add_arguments, differences, from_dict, parse, resolve, to_json
+from ucdr_ref.config import (
+    FIELDS,
+    MACHINE,
+    PATHS,
+    PRESETS,
+    VARIANTS,
+    Config,
+    add_arguments,
+    differences,
+    from_dict,
+    parse,
+    resolve,
+    to_json,
+)
 
 
 def parsed(*flags: str) -> dict:

@@ -39,7 +39,7 @@ INTACT = "the last checkpoint is intact: free space, then run the same command t
 
 
 class Method(typing.Protocol):
-    """What the loop needs of a method; any module with these will do."""
+    """What the loop needs of a method, beside what every module has."""
 
     PHASES: tuple[str, ...]
 
@@ -50,7 +50,6 @@ class Method(typing.Protocol):
     def step(self, batch: Any, phase: str) -> dict[str, Tensor]: ...
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
     def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class PhaseData:
     def plan(self) -> str:
         """Such as `57 steps of 20 images`, with a note where they are too few to learn much."""
         steps = self.epochs * len(self.order(0))
-        few = " (few: smaller batches or more epochs learn more)" if 0 < steps < 20 else ""
+        few = " (few: take smaller batches or more epochs)" if 0 < steps < 20 else ""
         return f"{steps} steps of {self.batch_size} images{few}"
 
 
