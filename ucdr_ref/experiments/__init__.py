@@ -1,6 +1,5 @@
-"""Where everything meets: benchmarks, methods, run folders, tables; the one wing that knows both papers.
+"""Where both papers meet their images: run folders, methods and tables; the only subpackage that knows both.
 
-Read `contract` and `experiment` (train, restore, evaluate, whatever the method), then `datasets`, `trees`,
-`protocols`, `retrieval` and `ranking` for UCDR, `class_folders`, `classification` and `predictions` for
-SRE-CLIP; `run_folder`, `search`, and `report`, `page`, `charts` for what is written.
+Read `experiment` (train, restore, evaluate, compare), then `retrieval` (UCDR-Adapter, zero-shot CLIP, the
+closed form) and `classification` (SRE-CLIP); `search` and `report` write what people look at.
 """

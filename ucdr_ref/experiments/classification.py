@@ -1,51 +1,48 @@
-"""Domain-adaptive zero-shot classification as an experiment: SRE-CLIP beside CLIP as it is."""
+"""Domain-adaptive zero-shot classification: SRE-CLIP beside zero-shot CLIP, from image folders to a table."""
 from __future__ import annotations
 
-import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from itertools import product
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..clip.load import OPENAI_SHA256
+from ..cli import as_value_error, digest_of, load_state
 from ..clip.model import CLIP
-from ..clip.tensorfile import file_digest, show
+from ..clip.weights import OPENAI_SHA256, file_digest
 from ..clip.zero_shot import ZeroShot, class_text_features
 from ..config import Config
-from ..images.features import prototypes
-from ..machine.files import digest_of, write_text_atomic
-from ..machine.processes import one_process
-from ..sre.adapter import SRECLIP, check_unseen
-from ..sre.class_vectors import node_vectors
-from ..sre.closed_form import CHUNK, Ridge, fit
-from ..sre.graph import Graph, duplicates, normalised_adjacency, parse_graph
-from ..training.journal import Run, load_own_state
-from ..ucdr.closed_form import ClosedFormAdapter
-from . import class_folders
-from .class_folders import Features, Folder, features
-from .contract import Experiment, Method, Training
-from .page import classification_page as page
-from .predictions import accuracies, baseline_logits, method_scores, predict, scores_of
-from .report import plain
-from .report import write_classification as write_results
-from .run_folder import check_sizes, read_lines
-from .trees import Listing, below
+from ..data.class_folders import ClassFolder, scan_class_folder
+from ..data.features import Extractor, load_index
+from ..data.folders import abbreviate
+from ..distributed import derive_seed, one_process
+from ..metrics import predicted_accuracy
+from ..sre.adapter import EPOCH, SRECLIP, Batch, check_unseen
+from ..sre.graph import (
+    Graph,
+    canonical,
+    duplicates,
+    load_graph,
+    node_vectors,
+    normalized_adjacency,
+    parse_graph,
+)
+from ..sre.wordnet import read_classes
+from ..training import PhaseData, load_own_state
 
-__all__ = ["build", "check", "evaluate", "page", "prepare", "rebuild", "table", "tested", "write_results"]
-
+SHIPPED = Path(__file__).parent.parent / "sre" / "graphs"
+CHUNK = 4096  # images whose scores are held at once
+TEST_BATCH = 512  # the released code's batch of test images, which attend to each other (S2)
 COLUMNS = {"zsl": "ZSL", "unseen": "unseen", "seen": "seen", "h": "H"}
-AVERAGES = ("instance", "class")
 TEXT, PROTOTYPES = "zero-shot", "prototypes"  # baselines
-SCORES = "test_scores.jsonl"
-PUBLISHED = {"awa2": "published (I2AwA, instance): unseen 69.7, seen 88.0, H 77.7, an ablation line in the "
-                     "released code"}
+PUBLISHED = {"awa2": "published (I2AwA, instance): unseen 69.7, seen 88.0, H 77.7, an ablation\n"
+                     "line in the released code"}
 
 
 @dataclass(frozen=True)
@@ -54,107 +51,222 @@ class Data:
 
     graph: Graph
     unseen: list[int]
-    sources: list[Folder]
-    target: Folder
+    sources: list[ClassFolder]
+    target: ClassFolder
 
-    def digests(self) -> dict[str, Any]:
+    def digests(self) -> dict[str, tuple[int, str]]:
         """Of the images' names in each folder, and of what the method takes from the graph."""
-        source, target = ([folder.files.digest(os.path.realpath(folder.root)) for folder in folders]
-                          for folders in (self.sources, [self.target]))
+        folders = {**{f"source {i}": folder for i, folder in enumerate(self.sources)}, "target": self.target}
         graph = self.graph
         content = [graph.ids, graph.names, graph.edges, graph.classes, self.unseen]
-        return {"source": source, "target": target, "graph": digest_of(content)}
-
-    @property
-    def listing(self) -> Listing:
-        """The images' names below each folder, the sources' first."""
-        parts = {**{f"source {i}": folder for i, folder in enumerate(self.sources)}, "target": self.target}
-        return {part: below(os.path.realpath(folder.root), folder.files.paths)
-                for part, folder in parts.items()}
+        return {name: (len(folder.files), folder.files.digest(os.path.realpath(folder.root)))
+                for name, folder in folders.items()} | {"graph": (len(graph.ids), digest_of(content))}
 
 
-def prepare(config: Config, before: Listing) -> tuple[Config, Data]:
-    """Graph and folders; the drawn data is drawn first where it is absent. before: for `trees.with_gone`."""
+class Features(NamedTuple):
+    """Frozen CLIP features of the images of one or more folders, not normalised."""
+
+    rows: Tensor  # [n, e], on the CPU
+    paths: list[str]
+    labels: Tensor  # [n], class indices
+
+
+def load_data(config: Config) -> tuple[Config, Data]:
+    """Graph and folders; the drawn data is drawn first where it is absent."""
     one_process("sre-clip, which encodes each image once and then works on features,")
     if config.dataset == "toy":
-        config = class_folders.drawn(config)
-    graph, unseen = class_folders.graph_and_unseen(config)
-    sources = class_folders.scan_sources(config, graph, unseen, before)
-    return config, Data(graph, unseen, sources, target_folder(config, graph, before))
+        config = draw_data(config)
+    graph, unseen = read_graph(config)
+    if not (config.source and config.target):
+        raise ValueError("sre-clip adapts labelled source folders to an unlabelled target: give --source DIR and "
+                         "--target DIR")
+    if os.path.realpath(config.target) in map(os.path.realpath, config.source):
+        raise ValueError(f"--target {config.target} is a --source too: its labels would be trained on")
+    seen = set(range(graph.classes)) - set(unseen)
+    sources = [scan_folder("--source", root, graph, seen) for root in config.source]
+    return config, Data(graph, unseen, sources, scan_folder("--target", config.target, graph))
 
 
-def target_folder(config: Config, graph: Graph, before: Listing) -> Folder:
-    ids = class_folders.read_folder_ids(config.folder_ids)
-    return class_folders.scan_folder("--target", config.target, graph, ids, before=before.get("target", ()))
+def test_data(config: Config, state: dict[str, Any]) -> Data:
+    """What a run is evaluated on: the graph it was trained with, and the target images."""
+    one_process("sre-clip")
+    graph = parse_graph(state["graph"])
+    return Data(graph, state["unseen_ids"], [], scan_folder("--target", config.target, graph))
 
 
-def made(config: Config, clip: CLIP, graph: Graph, unseen: Sequence[int],
-         vectors: Tensor) -> SRECLIP | ClosedFormAdapter:
-    """The method with its initial values; class vectors [N, w] (for the closed form the first c do)."""
-    if config.method == "closed-form":
-        anchors = torch.zeros_like(vectors[:graph.classes])
-        nothing_fitted = Ridge(torch.zeros(clip.embed_dim, vectors.shape[1]), anchors)
-        return ClosedFormAdapter(clip, ZeroShot(clip).encode, nothing_fitted)
-    adjacency = normalised_adjacency(graph.edges, len(graph.ids))
+def scan_folder(flag: str, root: str, graph: Graph, only: set[int] | None = None) -> ClassFolder:
+    return scan_class_folder(flag, root, graph.names[:graph.classes], graph.ids[:graph.classes], only)
+
+
+def draw_data(config: Config) -> Config:
+    """The demonstration: photographs of the seen classes as source, sketches of all classes as target."""
+    from ..demo.drawing import CLASSES, SPLIT, write_dataset
+
+    if config.source or config.target:
+        raise ValueError("--dataset toy draws its own images; leave --source and --target out, or give "
+                         "--dataset folder")
+    root = Path(config.data_root)
+    seen = [name for name in CLASSES if name not in SPLIT["test"]]
+    write_dataset(root / "source", seen, ["real"], config.toy_images)
+    write_dataset(root / "target", CLASSES, ["sketch"], config.toy_images)
+    return replace(config, source=(str(root / "source" / "real"),), target=str(root / "target" / "sketch"))
+
+
+def read_graph(config: Config) -> tuple[Graph, list[int]]:
+    """The class graph, and the indices of its unseen classes.
+
+    `--graph` names a shipped graph, which brings its list, or a file. `--unseen` is a file of names or ids,
+    or a whole class list, `seen|unseen nXXXXXXXX name`, whose classes must be the graph's, in their order.
+    Raises FileNotFoundError or ValueError, also when no class is unseen.
+    """
+    graph_file, unseen_file = config.graph, config.unseen
+    shipped = sorted(path.stem for path in SHIPPED.glob("*.json"))
+    if graph_file in shipped:
+        graph_file, unseen_file = (str(SHIPPED / f"{config.graph}.json"),
+                                   unseen_file or str(SHIPPED / f"{config.graph}.txt"))
+    if not graph_file or not unseen_file:
+        raise ValueError("which classes, and which of them are unseen? give --graph FILE (python -m "
+                         "ucdr_ref.sre.wordnet builds one) and --unseen FILE, a name a line, or --graph "
+                         + " or ".join(shipped))
+    graph, lines = load_graph(graph_file), read_classes(unseen_file)
+    names = [canonical(name) for name in graph.names[:graph.classes]]
+    index = {name: k for k, name in enumerate(names) if names.count(name) == 1}
+    index |= {synset: k for k, synset in enumerate(graph.ids[:graph.classes])}
+    keys = [line.id or canonical(line.name) for line in lines]
+    if missing := [key for key in keys if key not in index]:
+        raise ValueError(f"{unseen_file}: none, or several, of the graph's {graph.classes} classes are called "
+                         f"{abbreviate(missing)}; give an id, `nXXXXXXXX name`, where there are several")
+    listed, whole = [index[key] for key in keys], any(line.split == "seen" for line in lines)
+    if whole and listed != list(range(graph.classes)):
+        raise ValueError(f"{unseen_file}: its {len(lines)} classes are not the {graph.classes} of "
+                         f"{config.graph}, in their order; build the graph from this very list")
+    unseen = sorted({k for k, line in zip(listed, lines) if line.split == "unseen" or not whole})
+    check_unseen(torch.tensor(unseen, dtype=torch.long), graph.names[:graph.classes])
+    return graph, unseen
+
+
+def describe(data: Data) -> list[str]:
+    """Counts of nodes, classes and images, and what is left out, a line each."""
+    graph = data.graph
+    lines = [f"graph    {graph.classes} classes ({len(data.unseen)} unseen), {len(graph.ids)} nodes, "
+             f"{len(graph.edges)} edges"]
+    for part, folder in [*(("source", folder) for folder in data.sources), ("target", data.target)]:
+        lines.append(f"{part}   {len(folder.files)} images, {len(set(folder.labels))} classes ({folder.root})")
+        if folder.skipped:
+            lines.append(f"note     {len(folder.skipped)} class folders outside the seen classes are not used: "
+                         f"{abbreviate(folder.skipped, 100)}")
+    known = {*data.unseen, *(label for folder in data.sources for label in folder.labels)}
+    if bare := [name for k, name in enumerate(graph.names[:graph.classes]) if k not in known]:
+        lines.append(f"note     seen classes without a source image: {abbreviate(bare)}")
+    return lines
+
+
+def build_method(config: Config, clip: CLIP, graph: Graph, unseen: list[int], vectors: Tensor) -> SRECLIP:
+    adjacency = normalized_adjacency(graph.edges, len(graph.ids))
     return SRECLIP(clip, graph.names[:graph.classes], vectors, adjacency, unseen, config)
 
 
-def build(config: Config, data: Data, clip: CLIP, device: torch.device) -> Experiment:
-    """A method that starts from its initial values, drawn from torch's global generator."""
-    graph, vectors = data.graph, node_vectors(data.graph, clip, config.class_vectors)
-    method = made(config, clip, graph, data.unseen, vectors).to(device)
-
-    def start(folder: Path, about: dict[str, Any]) -> Training:
-        source, target = (features(folders, clip, config, folder, device)
-                          for folders in (data.sources, [data.target]))
-        name, anchors = baseline(clip, graph, source)
-        about |= {"class_names": graph.names[:graph.classes],
-                  "domain_names": [Path(root).name for root in config.source],
-                  "graph": asdict(graph), "unseen_ids": data.unseen, "baseline": name, "anchors": anchors}
-        if isinstance(method, ClosedFormAdapter):
-            method.form, about["strength"] = fit(source.take, source.labels,
-                                                 vectors[:graph.classes])
-            return {}, None, Run(folder, config, device, about, config.sre_iterations)
-        validate = None
-        if config.sre_report == "best-test":  # S6
-            validate = partial(test_score, method, target, device, folder)
-        feeds = {"sre": class_folders.feed(source, target, config, device)}
-        # No tower runs in this loop, so its arithmetic stays float32; no test evaluation stops it early.
-        options = replace(config, precision="fp32")
-        return feeds, validate, Run(folder, options, device, about, config.sre_iterations)
-
-    summary = class_folders.summary(data.sources, [data.target], graph, data.unseen)
-    return Experiment(method, summary, start)
+def new_method(config: Config, clip: CLIP, data: Data) -> SRECLIP:
+    """The method before training, drawn from torch's global generator."""
+    return build_method(config, clip, data.graph, data.unseen, node_vectors(data.graph, clip, config.class_vectors))
 
 
-def check(config: Config, state: dict[str, Any], path: Path) -> None:
-    """Raises Misfit, KeyError, TypeError or ValueError for a checkpoint that `rebuild` could not take."""
-    graph, unseen, anchors = parse_graph(state["graph"]), state["unseen_ids"], state["anchors"]
-    if not (isinstance(state["baseline"], str) and isinstance(unseen, list)
-            and all(type(k) is int and 0 <= k < graph.classes for k in unseen)):
-        raise TypeError("the baseline or the unseen classes are something else")
-    if len(state["class_names"]) != graph.classes:
-        raise ValueError(f"{len(state['class_names'])} class names, {graph.classes} classes in the graph")
-    check_unseen(torch.tensor(unseen, dtype=torch.long), state["class_names"])
-    weights = state["method"]
-    if config.method == "closed-form":
-        e, sizes = len(weights["form.weights"]), {"form.anchors": [graph.classes]}
-    else:
-        e = weights["adapter.query.weight"].shape[1]
-        rows = config.sre_bank + (config.sre_batch - 1 if config.bank_ring == "released" else 0)  # S7
-        sizes = {"bank.store": [rows, config.sre_hidden], "class_vectors": [len(graph.ids)]}
-    sound = anchors.dtype == torch.float32 and anchors.shape == (graph.classes, e)
-    if not sound or not torch.isfinite(anchors).all():
-        raise ValueError(f"the baseline's anchors are {anchors.dtype} {list(anchors.shape)}, or not finite")
-    check_sizes(path, weights, sizes)
-
-
-def rebuild(config: Config, clip: CLIP, state: dict[str, Any], path: Path, device: torch.device) -> Method:
+def restore_method(config: Config, clip: CLIP, state: dict[str, Any], path: Path) -> SRECLIP:
     """The method of a checkpoint, ready to encode."""
-    vectors = state["method"]["form.anchors" if config.method == "closed-form" else "class_vectors"]
-    method = made(config, clip, parse_graph(state["graph"]), state["unseen_ids"], vectors).to(device)
+    with as_value_error(path, "is no checkpoint of SRE-CLIP", "train again"):
+        vectors = state["method"]["class_vectors"]
+        method = build_method(config, clip, parse_graph(state["graph"]), state["unseen_ids"], vectors)
     load_own_state(method, state["method"], path)
-    return method.eval()
+    return method.to(next(clip.parameters()).device).eval()
+
+
+def load_features(folders: Sequence[ClassFolder], clip: CLIP, config: Config, cache: Path,
+                  device: torch.device) -> Features:
+    """Features of the folders' images by the frozen tower, all in memory: n x e floats.
+
+    They are of the same files (names, sizes, times), weights and preprocessing as the index in `cache`, which
+    all runs share. Raises ValueError for an unreadable image.
+    """
+    extractor = Extractor(ZeroShot(clip, normalized=False), device, config.precision, config.workers,
+                          config.stroke_domains)
+    key = digest_of(["image features", file_digest(config.weights)])
+    rows, paths, labels = [], [], []
+    for folder in folders:
+        index = load_index(folder.root, extractor, key, cache, without=folder.skipped)
+        if index.unreadable:
+            raise ValueError(f"{index.unreadable[0]}: not a readable image; replace or remove it")
+        label = dict(zip(folder.files.paths, folder.labels))
+        used = [i for i in range(len(index.paths)) if index.path(i) in label]
+        rows.append(index.features[used])
+        paths += map(index.path, used)
+        labels += [label[index.path(i)] for i in used]
+    return Features(torch.cat(rows), paths, torch.tensor(labels))
+
+
+def training(config: Config, data: Data, method: SRECLIP, folder: Path, cache: Path,
+             device: torch.device) -> tuple[dict[str, PhaseData], Callable[[], float] | None, dict[str, Any]]:
+    """Batches, the score of the evaluations on test images (S6), and what goes into the checkpoints."""
+    source, target = (load_features(folders, method.clip, config, cache, device)
+                      for folders in (data.sources, [data.target]))
+    name, anchors = baseline(method.clip, data.graph, source)
+    learned = {"class_names": method.class_names, "domain_names": [Path(root).name for root in config.source],
+               "graph": asdict(data.graph), "unseen_ids": data.unseen, "baseline": name, "anchors": anchors,
+               "evaluations": []}
+    if (folder / "last.pt").exists():
+        learned["evaluations"] = load_state(folder / "last.pt")["evaluations"]
+
+    def validate() -> float:
+        """H (instance) on the test images, as the released code chooses by (S6)."""
+        predicted = predict(method_scores(method, target), len(target.paths), data.unseen)
+        found = accuracies(predicted, target.labels, data.unseen, data.graph.classes)
+        learned["evaluations"].append(found)
+        return found["instance"]["h"] or 0.0
+
+    phases = {"sre": phase_data(source, target, config, device)}
+    return phases, validate if config.sre_report == "best-test" else None, learned
+
+
+@lru_cache(maxsize=8)
+def shuffled(n: int, seed: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+def draw_batch(n: int, b: int, iteration: int, *seed: object) -> Tensor:
+    """Indices [min(b, n)] of an iteration, a function of it and the seed: whole batches of shuffled passes.
+
+    What a pass over the n images leaves over is another part of them in every pass.
+    """
+    b = min(b, n)
+    turn, batch = divmod(iteration, n // b)
+    return shuffled(n, derive_seed(*seed, turn))[batch * b:(batch + 1) * b]
+
+
+def phase_data(source: Features, target: Features, config: Config, device: torch.device) -> PhaseData:
+    """Source features with labels and target features, whose labels are never read, for every iteration."""
+    iterations, b = config.sre_iterations, config.sre_batch
+
+    def order(epoch: int) -> range:
+        return range(epoch * EPOCH, min((epoch + 1) * EPOCH, iterations))
+
+    def load(epoch: int, left: Sequence[int]) -> Iterator[tuple[Batch, list[str]]]:
+        for i in left:
+            s = draw_batch(len(source.paths), b, i, config.seed, "source")
+            t = draw_batch(len(target.paths), b, i, config.seed, "target")
+            files = [source.paths[k] for k in s.tolist()] + [target.paths[k] for k in t.tolist()]
+            yield Batch(source.rows[s].to(device), source.labels[s].to(device), target.rows[t].to(device), i), files
+
+    def validates(epochs: int) -> bool:
+        """S6: the released code evaluates on the test images where a multiple of a tenth of the iterations is
+        passed, but not at the end (3,000: after 300, 600, ... 2,700); here a run of one epoch is, there.
+        """
+        done = epochs * EPOCH
+        passed = 10 * done // iterations > 10 * (done - EPOCH) // iterations
+        return passed and (done < iterations or epochs == 1)
+
+    return PhaseData(math.ceil(iterations / EPOCH), order, load, validates=validates, batch_size=2 * b)
+
+
+# Evaluation
 
 
 def baseline(clip: CLIP, graph: Graph, source: Features) -> tuple[str, Tensor]:
@@ -164,110 +276,118 @@ def baseline(clip: CLIP, graph: Graph, source: Features) -> tuple[str, Tensor]:
     """
     if clip.has_text:
         return TEXT, class_text_features(clip, graph.names[:graph.classes]).cpu()
-    parts = ((F.normalize(source.take(rows), dim=1), source.labels[rows])
-             for rows in torch.arange(len(source)).split(CHUNK))
-    return PROTOTYPES, F.normalize(prototypes(parts, graph.classes), dim=1)
+    sums = torch.zeros(graph.classes, source.rows.shape[1])
+    return PROTOTYPES, F.normalize(sums.index_add_(0, source.labels, F.normalize(source.rows, dim=1)), dim=1)
 
 
-def test_score(method: SRECLIP, target: Features, device: torch.device, folder: Path) -> float:
-    """H (instance) on the test images, which the released code reports (S6); noted in the run folder.
+def baseline_scores(anchors: Tensor, target: Features) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows [b] and their cosines [b, c] with the anchors; a class without an anchor is never predicted."""
+    for rows in torch.arange(len(target.paths)).split(CHUNK):
+        cosines = F.normalize(target.rows[rows], dim=1) @ anchors.T
+        yield rows, cosines.masked_fill(~anchors.any(dim=1), -torch.inf)
 
-    The loop logs it as `validation_mAP`, its name for whatever score it is given.
+
+def test_batches(labels: Tensor, unseen: Sequence[int], released: bool, size: int) -> Sequence[Tensor]:
+    """Which rows pass at once.
+
+    Released (S2): images of unseen and of seen classes apart, class by class, 512 at once; else `size` in the
+    order of the rows, which makes no difference to an image that attends to itself.
     """
-    unseen, c = method.unseen_ids.tolist(), len(method.class_names)
-    predicted = predict(method_scores(method, target, device), len(target), c, unseen)
-    found = accuracies(predicted, target.labels, unseen, c)
-    path = folder / SCORES
-    # The log knows how many evaluations came before; later lines are of a run that was killed.
-    count = (folder / "log.jsonl").read_bytes().count(b'"validation_mAP"')
-    lines = read_lines(path)[:count] if path.exists() else []
-    write_text_atomic(path, "".join(json.dumps(line) + "\n" for line in [*lines, found]))
-    return found["instance"]["h"] or 0.0
+    if not released:
+        return torch.arange(len(labels)).split(size)
+    by_class = labels.argsort(stable=True)
+    of_unseen = torch.isin(labels[by_class], torch.tensor(unseen))
+    parts = by_class[of_unseen].split(TEST_BATCH) + by_class[~of_unseen].split(TEST_BATCH)
+    return [part for part in parts if len(part)]
 
 
-def best_scores(folder: Path) -> tuple[int, dict[str, dict[str, float | None]]]:
-    """Number of test evaluations, and each metric's own maximum over them (S6)."""
-    lines = read_lines(folder / SCORES)
-    best: dict[str, dict[str, float | None]] = {average: {} for average in AVERAGES}
-    try:
-        for average, name in product(AVERAGES, COLUMNS):
-            values = [line[average][name] for line in lines if line[average][name] is not None]
-            if not lines or not all(0 <= value <= 1 for value in values):
-                raise TypeError
-            best[average][name] = max(values, default=None)
-    except (KeyError, TypeError):
-        raise ValueError(f"{show(folder / SCORES)} does not hold accuracies as a training notes them; train "
-                         "again") from None
-    return len(lines), best
+@torch.no_grad()
+def method_scores(method: SRECLIP, target: Features) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows [b] of `test_batches` and their test-time logits [b, c]."""
+    training, config = method.training, method.config
+    method.eval()
+    classes = method.class_embeddings().T / config.sre_temperature
+    released, unseen = config.test_attention == "batch", method.unseen_ids.tolist()  # S2
+    for rows in test_batches(target.labels, unseen, released, config.sre_batch):
+        yield rows, method.encode_features(target.rows[rows].to(classes.device)) @ classes
+    method.train(training)
 
 
-def tested(config: Config, state: dict[str, Any], before: Listing) -> Data:
-    """What a run is evaluated on: the graph it was trained with, and the target images."""
-    one_process("sre-clip")
-    graph = parse_graph(state["graph"])
-    return Data(graph, list(state["unseen_ids"]), [], target_folder(config, graph, before))
+class Predicted(NamedTuple):
+    """The best class of each of n images."""
+
+    everywhere: Tensor  # [n], among all
+    among_unseen: Tensor  # [n]
+    knows_unseen: bool  # whether any unseen class can be predicted
 
 
-def evaluate(config: Config, data: Data, method: Any, state: dict[str, Any], folder: Path,
-             device: torch.device, with_closed_form: bool = False) -> list[dict[str, Any]]:
-    """Rows of baseline, closed form and method, each as it is and calibrated, with `details` for the files.
+def predict(scores: Iterable[tuple[Tensor, Tensor]], n: int, unseen: Sequence[int]) -> Predicted:
+    """scores: rows [b] of n images, and their scores [b, c], part by part: all at once may not fit."""
+    everywhere, among_unseen = torch.zeros(2, n, dtype=torch.long)
+    ids, knows_unseen = torch.tensor(unseen), False
+    for rows, found in scores:
+        found = found.cpu()
+        everywhere[rows] = found.argmax(dim=1)
+        among_unseen[rows] = ids[found[:, ids].argmax(dim=1)]
+        knows_unseen |= bool(found[:, ids].isfinite().any())
+    return Predicted(everywhere, among_unseen, knows_unseen)
 
-    Accuracies in 0..1 under `instance` and `class`. Calibration takes kappa as the share of unseen
-    predictions.
-    """
+
+def accuracies(predicted: Predicted, labels: Tensor, unseen: Sequence[int],
+               c: int) -> dict[str, dict[str, float | None]]:
+    """`predicted_accuracy` for labels [n]; None where there is nothing to count or predict."""
+    is_unseen = torch.isin(torch.arange(c), torch.tensor(unseen))
+    found = predicted_accuracy(predicted.everywhere, predicted.among_unseen, labels, is_unseen)
+    absent = set() if predicted.knows_unseen else {"zsl"}
+    return {average: {name: None if math.isnan(value) or name in absent else value
+                      for name, value in values.items()} for average, values in found.items()}
+
+
+def best_scores(evaluations: Sequence[dict[str, dict[str, float | None]]]) -> dict[str, Any]:
+    """The row of each metric's own maximum over the test evaluations (S6)."""
+    best: dict[str, Any] = {"method": "best-test", "evaluations": len(evaluations)}
+    for average in ("instance", "class"):
+        best[average] = {name: max((found[average][name] or 0 for found in evaluations), default=None)
+                         for name in COLUMNS}
+    return best
+
+
+def evaluate(config: Config, data: Data, method: SRECLIP, state: dict[str, Any], folder: Path, cache: Path,
+             device: torch.device) -> list[dict[str, Any]]:
+    """Rows of baseline and method: accuracies in 0..1 under `instance` and `class`, `details` for the files."""
     graph, unseen, names = data.graph, data.unseen, data.graph.names[:data.graph.classes]
     twice = set(duplicates(names))  # WebVision has two cranes
     names = [f"{name} ({synset})" if name in twice else name for name, synset in zip(names, graph.ids)]
-
-    def features_of(folders: list[Folder]) -> Features:
-        return features(folders, method.clip, config, folder, device)
-
-    target = features_of([data.target])
-    scores = {state["baseline"]: scores_of(partial(baseline_logits, state["anchors"]), target)}
-    if config.method == "closed-form":
-        scores["closed-form"] = scores_of(method.form.cpu().logits, target)
-    elif with_closed_form:
-        source = features_of(class_folders.scan_sources(config, graph, unseen))
-        ridge, _ = fit(source.take, source.labels, state["method"]["class_vectors"][:graph.classes])
-        scores["closed-form"] = scores_of(ridge.logits, target)
-    if config.method == "sre-clip":
-        scores["sre-clip"] = method_scores(method, target, device)
-    about = {"images": len(target), "classes": len(target.labels.unique()), "unreadable": target.skipped}
+    target = load_features([data.target], method.clip, config, cache, device)
+    about = {"images": len(target.paths), "classes": len(target.labels.unique())}
     rows: list[dict[str, Any]] = []
-    for name, parts in scores.items():
-        tried = {name: predict(parts, len(target), len(names), unseen)}
-        if tried[name].zsl:  # prototypes know no unseen class: nothing to calibrate
-            tried[f"{name}, calibrated"] = tried[name].calibrated(config.sre_kappa)
-        for title, predicted in tried.items():
-            details = {"predicted": predicted, "labels": target.labels, "names": names, "unseen": unseen}
-            rows.append({"method": title, **about, **accuracies(predicted, target.labels, unseen, len(names)),
-                         "details": details})
-    if config.method == "sre-clip" and config.sre_report == "best-test":  # S6
-        count, best = best_scores(folder)
-        rows.append({"method": "best-test", "evaluations": count, **about, **best})
+    for name, scores in ((state["baseline"], baseline_scores(state["anchors"], target)),
+                         ("sre-clip", method_scores(method, target))):
+        predicted = predict(scores, len(target.paths), unseen)
+        details = {"predicted": predicted, "labels": target.labels, "names": names, "unseen": unseen,
+                   "paths": target.paths}
+        rows.append({"method": name, **about, **accuracies(predicted, target.labels, unseen, len(names)),
+                     "details": details})
+    if config.sre_report == "best-test":  # S6
+        rows.append({**about, **best_scores(load_state(folder / "last.pt")["evaluations"])})
     return rows
 
 
-def table(rows: list[dict[str, Any]], config: Config) -> str:
-    """The rows as text, in per cent."""
-    titles = "".join(f"{title:>9}" for title in COLUMNS.values())
-    lines, indent = [f"{'method':<25} {'average':<9}{titles}  images, classes"], " " * 14
+def table(rows: Sequence[dict[str, Any]], config: Config) -> list[str]:
+    """The rows as lines of at most 80 columns, in %."""
+    lines = [f"{rows[0]['images']} target images of {rows[0]['classes']} classes",
+             f"{'in %':<14}{'mean over':<10}" + "".join(f"{title:>9}" for title in COLUMNS.values())]
     for row in rows:
-        for average in AVERAGES:
+        for average, things in (("instance", "images"), ("class", "classes")):
             found = [row[average][name] for name in COLUMNS]
             values = "".join(f"{'-':>9}" if value is None else f"{100 * value:9.2f}" for value in found)
-            lines.append(f"{plain(row['method']):<25} {average:<9}{values}  "
-                         f"{row['images']}, {row['classes']}")
+            lines.append(f"{row['method']:<14}{things:<10}{values}")
         if row["method"] == PROTOTYPES:
-            lines.append(f"{indent}(no text tower: nearest mean of source images, which knows no unseen "
-                         "class)")
+            lines.append("  (no text tower: nearest mean of source images, which knows no unseen class)")
         if "evaluations" in row:
-            lines.append(f"{indent}(each metric's maximum over {row['evaluations']} evaluations on the test "
-                         "images, S6)")
-    if config.sre_center:
-        lines.append(f"{indent}(transductive: the target features have lost their mean)")
+            lines.append(f"  (each metric's maximum over {row['evaluations']} evaluations on the test images, S6)")
     # Published numbers stand beside the whole target alone, and OpenAI's weights.
     whole = config.graph in PUBLISHED and rows[0]["classes"] == 50
     if whole and file_digest(config.weights) in OPENAI_SHA256.values():
         lines.append(PUBLISHED[config.graph])
-    return "\n".join(lines)
+    return lines

@@ -1,178 +1,297 @@
-"""Every experiment: built from a config, trained, found again in its run folder, evaluated.
+"""Train, find again and evaluate a run folder, whatever its method.
 
-A task is a module: `retrieval` for UCDR, `classification` for domain-adaptive zero-shot classification. A
-third one is a module with the same functions, which `task_of` chooses:
-
-    prepare(config, before) -> config, data     scans the images of a training (all are in data.listing)
-    build(config, data, clip, device) -> Experiment
-    check(config, state, path)                  raises where rebuild could not take the checkpoint
-    rebuild(config, clip, state, path, device) -> the method of a checkpoint
-    tested(config, state, before) -> data       what a run is evaluated on, with digests()
-    evaluate(config, data, method, state, folder, device, with_closed_form) -> rows
-    table(rows, config) -> text;  write_results(rows, folder, about);  page(rows, log_lines, about) -> HTML
+The folder holds config.json, run.json (command, versions, digests of weights and image lists), log.jsonl,
+last.pt, best.pt and the results. The same command goes on where it stopped.
 """
 from __future__ import annotations
 
 import json
+import os
+import platform
+import sys
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import PIL
 import torch
+import torchvision
 
 from .. import __version__
-from ..clip.load import load_clip
-from ..clip.model import CLIP
-from ..clip.tensorfile import file_digest, show
-from ..config import Config, changes, from_dict, located
-from ..machine.files import load_state, make_folder, save_atomic, write_text_atomic
-from ..machine.options import MACHINE
-from ..machine.processes import fold, main_first, pick_device, wait
-from ..training.journal import own_state
-from ..training.loop import train as train_phases
-from . import classification, retrieval
-from .contract import Method
-from .page import log_lines
-from .report import plain
-from .run_folder import (
-    MAY_DIFFER,
-    check_entries,
-    check_state,
-    checkpoint,
-    first_changed,
-    open_run,
-    recorded_files,
-    remembered,
-    versions,
+from ..cli import as_value_error, load_state, make_folder, read_json, save_atomic, write_text_atomic
+from ..clip.weights import file_digest, load_clip
+from ..config import (
+    FIELDS,
+    MACHINE,
+    PATHS,
+    Config,
+    changes,
+    differences,
+    flag_of,
+    from_dict,
+    locate_weights,
+    to_json,
 )
+from ..distributed import barrier, derive_seed, is_main, main_first, pick_device, set_precision
+from ..training import Run, check_config, own_state
+from ..training import train as train_phases
+from . import classification, report, retrieval
+
+CACHE = Path("runs", "cache")  # encoded images of all runs
+Digests = Mapping[str, tuple[int, str]]  # of each list of images: how many, and the digest of their names
 
 
-def task_of(config: Config) -> Any:
-    """The module of a config's task; ValueError for classification by a method that is none of it."""
-    given = [f"--{name}" for name in ("graph", "source", "target") if getattr(config, name)]
-    if config.method == "sre-clip" or given and config.method == "closed-form":
-        return classification
-    if given:
-        raise ValueError(f"{', '.join(given)}: only for --method sre-clip or closed-form, and this is "
-                         f"{config.method}; give one of the two, or leave out {' and '.join(given)}")
-    return retrieval
+def is_classification(config: Config) -> bool:
+    """Whether the run is SRE-CLIP's; ValueError for its folders with another method."""
+    given = [flag_of(name) for name in ("graph", "source", "target") if getattr(config, name)]
+    if given and config.method != "sre-clip":
+        raise ValueError(f"{', '.join(given)}: only for --method sre-clip, and this is {config.method}")
+    return config.method == "sre-clip"
 
 
-def load_tower(config: Config, verify: bool, device: torch.device) -> CLIP:
-    """CLIP of the config's weights on the device, its vision blocks compiled where --compile asks for it."""
-    clip = load_clip(config.weights, config.heads or None, verify=verify).to(device)
-    if config.compile:
-        clip.visual.transformer.compile()
-    return clip
-
-
-def train(config: Config, folder: Path, verify: bool = True, dry_run: bool = False) -> None:
+def train(config: Config, folder: Path, cache: Path = CACHE, dry_run: bool = False,
+          given: Collection[str] = tuple(FIELDS)) -> None:
     """Trains in the run folder, from where it stands, and evaluates; a dry run prints what it would do.
 
-    verify: weights named as OpenAI's must have the published digest. Raises FileNotFoundError or ValueError
-    when data, weights or folder do not fit, Stopped after SIGINT or SIGTERM.
+    given: fields that the user chose; of the others some follow from the size of an own folder. Raises
+    FileNotFoundError or ValueError when data, weights or folder do not fit, Stopped after SIGINT or SIGTERM.
     """
-    device, task = pick_device(config.device), task_of(config)
-    config, data = task.prepare(config, remembered(folder) if config.bad_images == "skip" else {})
-    clip = load_tower(config, verify, device)
-    torch.manual_seed(fold(config.seed, "initial values"))
-    experiment = task.build(config, data, clip, device)
-    print(f"config   {json.dumps(changes(config))} (all else at its default)")
-    print(experiment.summary)
-    for phase in experiment.method.PHASES:
-        count = sum(parameter.numel() for parameter in experiment.method.trainable(phase).values())
-        print(f"phase {phase}: {count:,} trainable parameters")
+    device = pick_device(config.device)
+    set_precision(config.precision)
+    data: Any
+    method: Any
+    if is_classification(config):
+        config, data = classification.load_data(config)
+    else:
+        config, data = retrieval.load_data(config, given)
+    clip = load_clip(config.weights).to(device)
+    torch.manual_seed(derive_seed(config.seed, "initial values"))
+    if is_classification(config):
+        method = classification.new_method(config, clip, data).to(device)
+        lines, phases = classification.describe(config, data), {}
+    else:
+        method = retrieval.new_method(config, clip, data, device)
+        phases = {phase: retrieval.phase_data(phase, data, config, clip.image_size, device)
+                  for phase in method.PHASES}
+        lines = retrieval.describe(data)
+    print(f"config   {json.dumps(changes(config))} (all else at its default)", *lines, sep="\n")
+    for phase in method.PHASES:
+        plan = phases[phase].plan() if phases else f"{config.sre_iterations} steps of {config.sre_batch} features"
+        count = sum(parameter.numel() for parameter in method.trainable(phase).values())
+        print(f"phase {phase}: {plan}; {count:,} trainable parameters")
     if dry_run:
         return
     weights = file_digest(config.weights)
-    made_of = {"weights_sha256": weights, "files": data.digests(), "versions": versions(device)}
+    extra = {"config": asdict(config), "weights_sha256": weights, "version": __version__}
     with main_first():
-        held = open_run(folder, config, made_of, data.listing)
-    with held:
-        about = {"config": asdict(config), "weights_sha256": weights, "version": __version__}
-        feeds, validate, run = experiment.start(folder, about)
-        if experiment.method.PHASES:
-            train_phases(experiment.method, feeds, validate, run)
+        lock = open_run(folder, config, weights, data.digests(), device)
+    with lock:
+        if is_finished(folder):
+            print("finished already; evaluating")
+        elif is_classification(config):
+            phases, validate, learned = classification.training(config, data, method, folder, cache, device)
+            # No tower runs in this loop, so its arithmetic stays float32; nothing stops it early.
+            run = Run(folder, config.seed, "fp32", device, {**extra, **learned}, config.sre_iterations)
+            train_phases(method, phases, validate, run)
         else:
-            save_atomic({"method": own_state(experiment.method), **run.extra}, folder / "best.pt")
-        wait()  # until the main process has written best.pt
-        experiment.finish(folder)
-        # Not those in best.pt, which may be of before the data moved.
-        now = {name: getattr(config, name) for name in (*MACHINE, *MAY_DIFFER)}
-        evaluate(folder, now, folder, verify=verify)
+            validate, learned = retrieval.training(config, data, method, device)
+            run = Run(folder, config.seed, config.precision, device, {**extra, **learned}, config.patience)
+            if method.PHASES:
+                train_phases(method, phases, validate, run)
+            else:
+                save_atomic({"method": own_state(method), **run.extra}, folder / "best.pt")
+        # With the fields of now, not those in best.pt, which may be of before the data moved.
+        now = {name: getattr(config, name) for name in (*MACHINE, *PATHS)}
+        evaluate(folder, now, folder, cache, finished=True)
 
 
-def restore(folder: str | Path, overrides: dict[str, Any], device: torch.device, verify: bool = True,
-            other_weights: bool = False) -> tuple[Config, Method, dict[str, Any]]:
-    """The config of a run folder, its best method, ready to encode images, and the checkpoint's content.
+def restore(folder: str | Path, overrides: Mapping[str, Any], device: torch.device,
+            force: bool = False) -> tuple[Config, Any, dict[str, Any]]:
+    """The config of a run, its best method, ready to encode images, and all that best.pt holds.
 
     overrides: other paths of weights and data, and machine fields. The weights need no text tower: what text
     there was in training is in the checkpoint. Raises FileNotFoundError or ValueError when the folder holds
-    no finished run, or the weights' digest is not the run's, unless `other_weights`.
+    no model, or one of another config, or, unless `force`, the weights are not the run's.
     """
-    folder = Path(folder)  # text will do
-    check_entries(folder)
+    folder = Path(folder)
     path = folder / "best.pt"
     if not path.exists():
-        advice = f"train first: python train.py --run {folder}"
-        if (folder / "config.json").exists():
-            advice = "go on with the command in its run.json"
-        raise FileNotFoundError(f"{show(folder)} holds no best.pt of a run; {advice}")
+        raise FileNotFoundError(f"{folder} holds no best.pt; {way_out(folder)}")
     from_dict(overrides)  # what does not fit here is no fault of the checkpoint
-    state = load_state(path)
-    with checkpoint(path):
-        config = from_dict({**state["config"], **overrides})
-        check_state(state)
-    config = replace(config, weights=located(config.weights))
-    try:
-        digest = file_digest(config.weights)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{error}; {folder} needs the CLIP weights it was trained with: give them as "
-                         "--weights") from error
-    if digest != state["weights_sha256"] and not other_weights:
+    with as_value_error(path, "is no whole checkpoint of a run", way_out(folder)):
+        state = load_state(path)
+        from_dict(state["config"])
+        if not all(value.isfinite().all() for value in state["method"].values()):
+            raise ValueError("it holds numbers that are not finite")
+    if (folder / "config.json").exists():
+        check_config(state, {"config": read_json(folder / "config.json")}, path)
+    config = from_dict({**state["config"], **overrides})
+    config = replace(config, weights=locate_weights(config.weights))
+    if file_digest(config.weights) != state["weights_sha256"] and not force:
         raise ValueError(f"{config.weights} is not the file that {folder} was trained with (its sha256 "
-                         "differs); give that file as --weights, or accept this one with --other-weights")
-    task = task_of(config)
-    with checkpoint(path):
-        task.check(config, state, path)
-    clip = load_tower(config, verify, device)
-    return config, task.rebuild(config, clip, state, path, device), state
+                         "differs); give that file as --weights, or accept this one with --force")
+    build = classification.restore_method if is_classification(config) else retrieval.restore_method
+    return config, build(config, load_clip(config.weights).to(device), state, path), state
 
 
-def evaluate(folder: Path, overrides: dict[str, Any], out: Path | None = None, other_data: bool = False,
-             other_weights: bool = False, verify: bool = True, with_closed_form: bool = False) -> None:
+def evaluate(folder: Path, overrides: Mapping[str, Any], out: Path | None = None, cache: Path = CACHE,
+             force: bool = False, finished: bool = False) -> None:
     """Writes the results of a run into `out` (the run folder), then prints its table.
 
-    Raises ValueError when image lists or weights are not the run's, unless `other_data` or `other_weights`
-    is given: then table and results.json say so, and they go into a folder of their own. So do those of a
-    run whose training can go on.
+    Other images or weights than the run's are refused, or, with `force`, named in table and results.json,
+    which then go into a folder of their own.
     """
-    wait()  # until the main process has written best.pt and the log
+    barrier()  # until the main process has written best.pt and the log
     device = pick_device(overrides.get("device", "auto"))
-    config, method, state = restore(folder, overrides, device, verify, other_weights)
-    task, weights, log = task_of(config), file_digest(config.weights), log_lines(folder)
-    data = task.tested(config, state, remembered(folder) if config.bad_images == "skip" else {})
-    digests, before = data.digests(), recorded_files(folder)
-    changed = [name for name, digest in digests.items() if digest and before.get(name) != digest]
-    if changed and not other_data:
-        raise ValueError(f"the image lists are not those that {folder} was trained with "
-                         f"({', '.join(changed)}){first_changed(folder, data.listing)}; give the run's own "
-                         "--data-root, --target or --class-split, or accept others with --other-data")
-    differs = {"weights": weights != state["weights_sha256"], "data": bool(changed)}
-    other = [what for what in differs if differs[what]]
-    unfinished = out != folder and (folder / "last.pt").exists() and not (folder / "results.json").exists()
-    out = out or folder.joinpath(*(f"other-{what}" for what in other), *["unfinished"] * unfinished)
+    config, method, state = restore(folder, overrides, device, force)
+    set_precision(config.precision)
+    data: Any
+    if is_classification(config):
+        data = classification.test_data(config, state)
+    else:
+        _, data = retrieval.load_data(config)
+    weights, digests = file_digest(config.weights), data.digests()
+    remarks = ["made with other weights than the run's own"] * (weights != state["weights_sha256"])
+    if changed := changed_lists(folder, digests):
+        if not force:
+            raise ValueError(f"these are not the images of {folder} ({changed}); give the run's own --data-root, "
+                             "--target or --class-split, or accept others with --force")
+        remarks.append(f"made with other images than the run's own ({changed})")
+    out = out or (folder / "forced" if remarks else folder)
     if out != folder and (out / "config.json").exists():
-        raise ValueError(f"--out {show(out)} is the folder of another run; name one for these results")
+        raise ValueError(f"--out {out} is the folder of another run; name one for these results")
     make_folder(out)
-    rows = task.evaluate(config, data, method, state, folder, device, with_closed_form)
-    about = {"run": str(folder), "config": asdict(config), "versions": versions(device), "other": other,
-             "unfinished": unfinished, "weights_sha256": weights, "files": digests}
-    task.write_results(rows, out, about)
-    text = "\n".join([task.table(rows, config),
-                      *(f"          other {what} than the run's own" for what in other),
-                      *["          the best epoch so far: the training has not finished"] * unfinished])
-    page = task.page(rows, log, {**about, "defaults": asdict(Config()), "table": text})
-    write_text_atomic(out / "report.html", page)
-    print(text)
-    print(f"{plain(out)}: report.html, results.json, CSV tables and a picture")
+    finished = finished or is_finished(folder) or not (folder / "last.pt").exists()
+    if not finished:
+        remarks.append("of the best epoch so far: the training has not finished")
+    if is_classification(config):
+        rows = classification.evaluate(config, data, method, state, folder, cache, device)
+        lines, write = classification.table(rows, config), report.write_classification
+    else:
+        rows = retrieval.evaluate(config, data, method, device)
+        lines, write = retrieval.table(rows, config), report.write_retrieval
+    if strength := state.get("strength"):
+        lines.append(f"closed form: lambda = {strength:g}")
+    text = "\n".join([*lines, *remarks])
+    about = {"run": str(folder), "config": asdict(config), "weights_sha256": weights, "files": digests,
+             "versions": versions(device), "remarks": remarks, "finished": finished, "strength": strength, "table": text}
+    write(rows, out, about)  # reads the run's log.jsonl
+    print(f"{text}\n{out}: report.html, results.json, per_class.csv and a picture")
+
+
+def compare(*folders: Path) -> None:
+    """Prints the tables of finished runs, and the fields in which they differ from the first."""
+    configs = []
+    for folder in folders:
+        path = folder / "results.json"
+        with as_value_error(path, "holds no results of a run", f"python evaluate.py --run {folder} writes them"):
+            results = read_json(path)
+            configs.append(from_dict(results["config"]))
+            print(f"{folder}\n{results['table']}\n")
+    for folder, config in zip(folders[1:], configs[1:]):
+        different = differences(config, configs[0])
+        print(f"{folders[0]} -> {folder}: {'; '.join(different) or 'the same fields'}")
+
+
+# Run folders
+
+
+def open_run(folder: Path, config: Config, weights: str, digests: Digests,
+             device: torch.device) -> AbstractContextManager[object]:
+    """Makes the run folder, or checks that it is of this config, these weights and images.
+
+    Returns a context in which no other process can train there. Data and weights may have moved. Raises
+    ValueError for another run (saying what differs), another kind of folder, or one that is in use.
+    """
+    path, record = folder / "config.json", folder / "run.json"
+    if path.exists():
+        different = differences(config, read_config(path), PATHS)
+        if record.exists():
+            different += ["other weights"] * (read_json(record).get("weights_sha256") != weights)
+            different += filter(None, [changed_lists(folder, digests)])
+        if different:
+            raise ValueError(f"{folder} holds another run ({'; '.join(different)}); name another --run, or "
+                             "delete that folder")
+    elif folder.exists() and (not folder.is_dir() or any(folder.glob("[!.]*"))):
+        # A hidden name is what a killed write leaves.
+        raise ValueError(f"{folder} exists and is no run folder (it has no config.json); name another --run")
+    make_folder(folder)
+    lock = lock_run(folder)
+    write_text_atomic(path, to_json(config))  # first: it makes this a run folder, whatever happens next
+    about = {"command": sys.argv, "weights_sha256": weights, "files": digests, "versions": versions(device)}
+    write_text_atomic(record, json.dumps(about, indent=2) + "\n")
+    return lock
+
+
+def lock_run(folder: Path) -> AbstractContextManager[object]:
+    """Holds the run folder for this process, until the context or the process ends, however it does."""
+    if os.name != "posix" or not is_main():
+        return nullcontext()
+    import fcntl  # not on Windows
+    try:
+        file = open(folder / ".lock", "ab")
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process is training in {folder}; wait until it ends, or name another "
+                         "--run") from None
+    except OSError:  # a read-only folder, which writing reports, or a file system without locks
+        return nullcontext()
+    return file
+
+
+def read_config(path: Path) -> Config:
+    with as_value_error(path, "is no config of this version", "name another --run, or delete that folder"):
+        return from_dict(read_json(path))
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run was trained to its end and evaluated."""
+    path = folder / "results.json"
+    return path.exists() and bool(read_json(path).get("finished"))
+
+
+def way_out(folder: Path) -> str:
+    """What to do where best.pt is missing or of no use."""
+    if not (folder / "config.json").exists():
+        return f"train first: python train.py --run {folder}"
+    if is_finished(folder):  # the same command alone would only evaluate
+        return f"delete results.json and last.pt in {folder}, then run the command in its run.json to train again"
+    return "go on with the command in its run.json"
+
+
+def changed_lists(folder: Path, digests: Digests) -> str:
+    """The lists of images that are not the run's, with their lengths now and then; empty where all are."""
+    record = folder / "run.json"
+    with as_value_error(record, "lacks the digests of the run's images", "name another --run"):
+        before = {name: (count, digest) for name, (count, digest) in read_json(record)["files"].items()}
+        return ", ".join(f"{name}: {now[0]} files now, {before[name][0]} at the start"
+                         for name, now in digests.items() if now != before[name])
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What computes: packages, machine, GPU."""
+    return {"ucdr_ref": __version__, "python": platform.python_version(), "torch": torch.__version__,
+            "torchvision": torchvision.__version__, "pillow": PIL.__version__,
+            "machine": f"{platform.system()} {platform.machine()}",
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
+            "threads": str(torch.get_num_threads())}
+
+
+def default_run(method: str, fast: bool) -> Path:
+    """Where a training without --run goes: runs/demo, runs/fast, runs/sre-demo or runs/sre-fast."""
+    return Path("runs", ("sre-" if method == "sre-clip" else "") + ("fast" if fast else "demo"))
+
+
+def newest_run() -> Path:
+    """The default run that was finished last, named on stderr; FileNotFoundError where there is none."""
+    runs = [default_run(method, fast) for method in ("ucdr-adapter", "sre-clip") for fast in (False, True)]
+    finished = [run for run in runs if (run / "results.json").exists() and (run / "best.pt").exists()]
+    if not finished:
+        raise FileNotFoundError(f"no --run was given, and none of {', '.join(map(str, runs))} holds a "
+                                "finished run here; train first: python train.py")
+    newest = max(finished, key=lambda run: (run / "best.pt").stat().st_mtime)
+    if is_main():
+        print(f"{newest} (the newest of the default runs; --run names another)", file=sys.stderr)
+    return newest

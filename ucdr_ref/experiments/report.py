@@ -100,7 +100,7 @@ def write_classification(rows: Sequence[Row], folder: Path, about: Row) -> None:
     sheet: list[tuple[Shown, list[Shown]]] = []
     for details, method in ((row["details"], row["method"]) for row in rows if "details" in row):
         names, labels, found = details["names"], details["labels"], details["predicted"].everywhere
-        among_unseen = class_means((details["predicted"].classes[:, 1] == labels).double(), labels)
+        among_unseen = class_means((details["predicted"].among_unseen == labels).double(), labels)
         sheet = []
         for k, accuracy in sorted(class_means((found == labels).double(), labels).items()):
             images, unseen = (labels == k).nonzero().flatten().tolist(), k in details["unseen"]

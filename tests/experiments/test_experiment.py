@@ -1,0 +1,278 @@
+"""Run folders: what they record, who may go on in them, and one sentence for everything that does not fit."""
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import train
+from tests.helpers import LONGER, flags, logged, refused, same_runs, tiny_state_dict, write_world
+from ucdr_ref.cli import load_state
+from ucdr_ref.clip.weights import file_digest
+from ucdr_ref.config import from_dict
+from ucdr_ref.experiments import experiment, retrieval
+from ucdr_ref.ucdr.adapter import UCDRAdapter
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    assert train.main(flags(world, run, *LONGER)) == 0
+    return run
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be damaged."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def call(run: Path, *more: str) -> list[str]:
+    return ["--run", str(run), "--workers", "0", *more]
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, act) -> None:
+    """`act` runs in training step `step`, from 1."""
+    count = 0
+
+    def counting(self, batch, phase, original=UCDRAdapter.step):
+        nonlocal count
+        count += 1
+        if count == step:
+            act()
+        return original(self, batch, phase)
+
+    monkeypatch.setattr(UCDRAdapter, "step", counting)
+
+
+def test_what_a_run_records(world, finished):
+    config, about = (json.loads((finished / name).read_text()) for name in ("config.json", "run.json"))
+    assert from_dict(config) == from_dict(load_state(finished / "best.pt")["config"])
+    assert about["weights_sha256"] == file_digest(world / "clip.pt") and isinstance(about["command"], list)
+    assert {"ucdr_ref", "python", "torch", "torchvision", "pillow", "machine", "gpu"} <= set(about["versions"])
+    assert {"train", "validation query", "UCDR query", "UCDR gallery unseen", "UCDR gallery mixed"} <= set(about["files"])
+    assert all(count > 0 and len(digest) == 64 for count, digest in about["files"].values())
+    steps = [(line["phase"], line["epoch"], line["step"]) for line in logged(finished) if "step" in line]
+    assert len(set(steps)) == len(steps) and {phase for phase, *_ in steps} == {"source", "target"}
+    found = results(finished)
+    assert found["finished"] and found["remarks"] == [] and found["files"] == about["files"]
+    assert "zero-shot" in found["table"] and from_dict(found["config"]) == from_dict(config)
+
+
+def test_the_same_command_goes_on_to_the_same_end(world, finished, tmp_path, monkeypatch, capsys):
+    """Also after the world has moved to another folder, and once it is finished it only evaluates."""
+    before, after, run = tmp_path / "before", tmp_path / "after", tmp_path / "run"
+    shutil.copytree(world, before)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7, lambda: signal.raise_signal(signal.SIGTERM))
+        assert train.main(flags(before, run, *LONGER)) == 130
+    assert "stopped by SIGTERM in phase" in capsys.readouterr().err
+    before.rename(after)
+    refused(capsys, train.main(flags(after, run, *LONGER, "--target-lr", "0.5")), "target_lr: 0.01 -> 0.5")
+    assert train.main(flags(after, run, *LONGER)) == 0
+    assert "resumed from phase" in capsys.readouterr().out
+    same_runs(finished, run, ignored=("data_root", "class_split", "weights"))
+    moved = call(run, "--out", str(tmp_path / "out"), "--weights", str(after / "clip.pt"), "--data-root", str(after / "data"))
+    assert evaluate.main([*moved, "--class-split", str(after / "split.json")]) == 0
+    assert results(tmp_path / "out")["rows"] == results(finished)["rows"]
+    with monkeypatch.context() as patch:
+        patch.setattr(UCDRAdapter, "step", None)
+        assert train.main(flags(after, run, *LONGER)) == 0
+    assert "finished already; evaluating" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_evaluation_is_one_line(world, run, monkeypatch, capsys, number):
+    monkeypatch.setattr(experiment, "evaluate", lambda *_, **__: signal.raise_signal(number))
+    assert train.main(flags(world, run, *LONGER)) == 130
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_killed_start_is_a_begun_run(world, finished, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".config.json.4711.tmp").write_text('{"meth')
+    assert train.main(flags(world, run, *LONGER)) == 0
+    for path in run.iterdir():
+        if path.name != "config.json":
+            path.unlink()
+    assert train.main(flags(world, run, *LONGER)) == 0
+    same_runs(run, finished)
+
+
+def test_another_config_or_folder_is_refused(world, run, capsys):
+    before = (run / "best.pt").read_bytes()
+    other = flags(world, run, *LONGER, "--mask", "none", "--triplet-pairs", "1")
+    refused(capsys, train.main(other), "mask: 'own' -> 'none'", "triplet_pairs: 2 -> 1", "name another --run")
+    refused(capsys, train.main(flags(world, world / "data")), "is no run folder")
+    refused(capsys, evaluate.main(call(run, "--out", str(run.parent / "run" / "best.pt"))), "best.pt")
+    (run.parent / "other").mkdir()
+    shutil.copy(run / "config.json", run.parent / "other")
+    refused(capsys, evaluate.main(call(run, "--out", str(run.parent / "other"))), "the folder of another run")
+    assert (run / "best.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["best.pt", "last.pt"])
+def test_a_checkpoint_of_another_config_is_refused(world, run, tmp_path, capsys, name):
+    state = load_state(run / name)
+    torch.save({**state, "config": {**state["config"], "target_lr": 0.5}}, tmp_path / "copied.pt")
+    shutil.copy(tmp_path / "copied.pt", run / name)
+    (run / "results.json").unlink()
+    code = evaluate.main(call(run)) if name == "best.pt" else train.main(flags(world, run, *LONGER))
+    refused(capsys, code, str(run / name), "another config (target_lr: 0.5 -> 0.01)")
+
+
+def test_other_images_are_counted_and_never_pass_for_the_run_s_own(world, run, tmp_path, capsys):
+    data = Path(shutil.copytree(world / "data", tmp_path / "data"))
+    assert evaluate.main(call(run, "--data-root", str(data))) == 0  # moved, but the same
+    shutil.copy(data / "photo" / "shape_6" / "0.png", data / "photo" / "shape_6" / "new.png")
+    before = (run / "results.json").read_bytes()
+    changed = "UCDR gallery unseen: 13 files now, 12 at the start"
+    refused(capsys, train.main(flags(world, run, *LONGER, "--data-root", str(data))), changed)
+    refused(capsys, evaluate.main(call(run, "--data-root", str(data))), changed, "--force")
+    assert evaluate.main(call(run, "--data-root", str(data), "--force")) == 0
+    assert f"other images than the run's own ({changed}" in capsys.readouterr().out
+    assert (run / "results.json").read_bytes() == before and "other images" in results(run / "forced")["table"]
+
+
+def test_other_weights_never_pass_for_the_run_s_own(world, run, tmp_path, capsys):
+    shutil.copy(world / "clip.pt", tmp_path / "moved.pt")
+    assert evaluate.main(call(run, "--weights", str(tmp_path / "moved.pt"))) == 0
+    torch.save(tiny_state_dict(1), tmp_path / "other.pt")
+    other = ["--weights", str(tmp_path / "other.pt")]
+    refused(capsys, evaluate.main(call(run, *other)), "its sha256 differs", "--force")
+    refused(capsys, train.main(flags(world, run, *LONGER, *other)), "other weights")
+    assert evaluate.main(call(run, *other, "--force")) == 0
+    assert "other weights than the run's own" in results(run / "forced")["table"]
+    torch.save(tiny_state_dict(embed_dim=48), tmp_path / "wide.pt")
+    refused(capsys, evaluate.main(call(run, "--weights", str(tmp_path / "wide.pt"), "--force")), "32", "48")
+
+
+def test_an_unfinished_run_says_so(world, run, monkeypatch, capsys):
+    (run / "results.json").unlink()
+    assert evaluate.main(call(run)) == 0
+    assert "the training has not finished" in capsys.readouterr().out
+    assert train.main(flags(world, run, *LONGER)) == 0 and results(run)["finished"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "nan"])
+def test_the_advice_for_a_lost_model_leads_out(world, finished, run, tmp_path, capsys, damage):
+    path = run / "best.pt"
+    if damage == "nan":
+        state = load_state(path)
+        state["method"]["domain_prompts"] = torch.full((2, 1, 64), float("nan"))
+        torch.save(state, tmp_path / "nan.pt")
+        shutil.copy(tmp_path / "nan.pt", path)
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:1000])
+    else:
+        path.unlink()
+    refused(capsys, evaluate.main(call(run)), "best.pt", f"delete results.json and last.pt in {run}")
+    (run / "results.json").unlink()
+    (run / "last.pt").unlink()
+    assert train.main(flags(world, run, *LONGER)) == 0
+    same_runs(finished, run)
+
+
+def test_no_run_at_all(run, tmp_path, monkeypatch, capsys):
+    refused(capsys, evaluate.main(call(tmp_path / "no")), "holds no best.pt; train first")
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, evaluate.main([]), "no --run was given", "python train.py")
+
+
+@pytest.mark.parametrize("name", ["config.json", "run.json", "log.jsonl", "results.json", "last.pt"])
+def test_a_damaged_record_is_one_sentence(world, run, capsys, name):
+    for content in ("{", "[1]", "\udcff", ""):
+        (run / name).write_bytes(content.encode(errors="surrogateescape"))
+        if name == "log.jsonl" and content != "[1]" or name == "last.pt":
+            (run / "results.json").unlink(missing_ok=True)
+        refused(capsys, train.main(flags(world, run, *LONGER)), str(run / name))
+
+
+def test_results_that_do_not_fit_leave_the_old_ones(run, monkeypatch, capsys):
+    before, replace = (run / "results.json").read_bytes(), os.replace
+
+    def full(source, target):
+        if Path(target).name == "results.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    refused(capsys, evaluate.main(call(run)), "could not write", "results.json", "No space left on device")
+    assert (run / "results.json").read_bytes() == before and not list(run.glob(".*.tmp"))
+
+
+def test_two_trainings_never_share_a_run_folder(world, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    code = ("import sys, pathlib, ucdr_ref.experiments.experiment as e; held = e.lock_run(pathlib.Path(sys.argv[1])); "
+            "print(1, flush=True); input()")
+    with subprocess.Popen([sys.executable, "-c", code, str(run)], cwd=Path(train.__file__).parent, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"1\n"
+        refused(capsys, train.main(flags(world, run)), f"another process is training in {run}")
+        holder.kill()
+
+
+def test_compare_prints_tables_and_what_differs(world, run, tmp_path, capsys):
+    assert train.main(flags(world, tmp_path / "zs", "--method", "zero-shot", "--seed", "7")) == 0
+    capsys.readouterr()
+    assert evaluate.main(["--compare", str(run), str(tmp_path / "zs")]) == 0
+    printed = capsys.readouterr().out
+    for folder in (run, tmp_path / "zs"):
+        assert f"{folder}\n{results(folder)['table']}\n" in printed
+    assert "method: 'ucdr-adapter' -> 'zero-shot'" in printed and "seed: 0 -> 7" in printed
+    refused(capsys, evaluate.main(["--compare", str(run), str(tmp_path)]), "holds no results of a run")
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(world, tmp_path, capsys):
+    assert train.main(flags(world, tmp_path / "dry", "--dry-run")) == 0
+    text = capsys.readouterr().out
+    for part in ("data     photo", "train    ", "phase source: ", "640 trainable parameters", "14,720 trainable parameters"):
+        assert part in text, part
+    assert not (tmp_path / "dry").exists()
+
+
+def test_own_folders_get_a_schedule_that_fits_their_size(tmp_path, capsys):
+    """At least 50 and 100 steps for whatever was not given; the same command finds the same again."""
+    world = write_world(tmp_path / "world")
+    own = ["--dataset", "folder", "--data-root", str(world / "data"), "--weights", str(world / "clip.pt"), "--gallery", "photo",
+           "--class-split", str(world / "split.json"), "--context-vectors", "4", "--workers", "0", "--run", str(tmp_path / "run")]
+    assert train.main([*own, "--target-epochs", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "phase source: 50 steps of 20 images" in printed
+    assert "phase target: 2 steps of 20 images (few" in printed  # what was given stays
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["source_batch"], config["source_epochs"], config["target_epochs"]) == (20, 25, 1)
+    assert train.main([*own, "--target-epochs", "1"]) == 0 and "finished already" in capsys.readouterr().out
+    assert train.main([*own, "--run", str(tmp_path / "dry"), "--dry-run"]) == 0
+    assert "phase target: 100 steps of 20 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("smallest, domains", [(3, 1), (10, 2), (25, 4), (500, 5), (40_000, 3)])
+def test_the_schedule_for_any_size(smallest, domains):
+    names = [f"d{i}" for i in range(domains)]
+    train_files = retrieval.Files(*[[name for name in names for _ in range(smallest)]] * 3)
+    found = retrieval.fitting_schedule(train_files)
+    for phase, wanted, largest in (("source", 50, 400), ("target", 100, 50)):
+        ids = [names.index(name) for name in train_files.domains]
+        steps = len(retrieval.balanced_batches(ids, found[f"{phase}_batch"], 0, 0)) * found[f"{phase}_epochs"]
+        assert steps >= wanted and domains <= found[f"{phase}_batch"] <= largest
+
+
+def test_forgetting_the_dataset_says_to_add_it(world, tmp_path, capsys):
+    refused(capsys, train.main(["--data-root", str(world / "data"), "--run", str(tmp_path / "run")]), "add --dataset folder")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,279 @@
+"""Retrieval from folders to tables: rows beside separate computations, the closed form, centring, class features."""
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import evaluate
+import train
+from tests.helpers import flags, logged, refused, tiny_state_dict, touch_images
+from ucdr_ref.cli import load_state
+from ucdr_ref.clip.weights import OPENAI_SHA256, load_clip
+from ucdr_ref.clip.zero_shot import preprocess
+from ucdr_ref.config import PRESETS, from_dict
+from ucdr_ref.data.benchmarks import DATASETS, Test, class_list
+from ucdr_ref.data.images import Files, open_image
+from ucdr_ref.experiments import retrieval as experiment
+from ucdr_ref.metrics import retrieval
+from ucdr_ref.ucdr import closed_form
+from ucdr_ref.ucdr.adapter import UCDRAdapter
+
+Row = dict
+
+
+@pytest.fixture(scope="module")
+def run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert train.main(flags(world, folder)) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def form_run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "form"
+    assert train.main(flags(world, folder, "--method", "closed-form", "--class-split", str(five_test_classes(world)))) == 0
+    return folder
+
+
+def five_test_classes(world: Path) -> Path:
+    """A split with enough classes for centred rows."""
+    names = [f"shape_{corners}" for corners in range(3, 11)]
+    path = world / "five.json"
+    path.write_text(json.dumps({"train": names[:2], "val": names[2:3], "test": names[3:]}))
+    return path
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def rows(folder: Path) -> dict[tuple[str, str], Row]:
+    return {(row["method"], row["gallery_name"]): row for row in results(folder)["rows"]}
+
+
+def encode(world: Path, domain: str, names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zero-shot CLIP's features of a domain's classes, image by image, and their labels; sketches are inverted."""
+    paths = [path for name in names for path in sorted((world / "data" / domain / name).iterdir())]
+    images = [open_image(str(path)) for path in paths]
+    if domain == "sketch":
+        images = [Image.eval(image, lambda value: 255 - value) for image in images]
+    x = torch.stack([preprocess(32)(image) for image in images])
+    with torch.no_grad():
+        z = F.normalize(load_clip(world / "clip.pt").encode_image(x), dim=1)
+    return z, torch.tensor([names.index(path.parent.name) for path in paths])
+
+
+def test_zero_shot_rows_equal_a_separate_computation(run, world):
+    names = json.loads((world / "split.json").read_text())["test"]
+    expected = retrieval(*encode(world, "sketch", names), *encode(world, "photo", names))
+    row = rows(run)["zero-shot", "unseen"]
+    for name in experiment.COLUMNS:
+        assert row[name] == pytest.approx(expected[name], abs=1e-6)
+
+
+def test_evaluate_repeats_the_rows_and_leaves_tables_and_a_picture(run, tmp_path):
+    assert evaluate.main(["--run", str(run), "--out", str(tmp_path), "--workers", "0"]) == 0
+    assert results(tmp_path)["rows"] == results(run)["rows"] and {method for method, _ in rows(run)} == {"zero-shot", "ucdr-adapter"}
+    with Image.open(tmp_path / "queries.png") as picture:
+        assert picture.width > 300
+    lines = list(csv.DictReader((tmp_path / "per_class.csv").open()))
+    for method in ("zero-shot", "ucdr-adapter"):
+        of_class = [[float(line["mAP@200"])] * int(line["queries"]) for line in lines
+                    if (line["method"], line["gallery"]) == (method, "unseen")]
+        assert np.mean(sum(of_class, [])) == pytest.approx(rows(run)[method, "unseen"]["mAP@200"], abs=1e-6)
+
+
+def test_the_table_fits_80_columns_and_says_its_conditions(run, form_run):
+    for folder, present, absent in ((run, "no centred row for queries of fewer than 5 classes", "transductive"),
+                                    (form_run, "transductive", "no centred row")):
+        text = results(folder)["table"]
+        assert max(map(len, text.splitlines())) <= 80 and present in text and absent not in text
+        for row in results(folder)["rows"]:
+            assert f"{100 * row['mAP@200']:.2f}" in text and f"{100 * row['Prec@100']:.2f}" in text
+    assert "closed form: lambda = " in results(form_run)["table"]
+
+
+def test_published_numbers_stand_beside_what_they_describe_alone(tmp_path, monkeypatch):
+    row = dict(protocol="UCDR", query_domain="sketch", gallery_name="unseen", method="zero-shot", transductive=False, queries=9,
+               gallery=9, no_relevant=0, k=200, k_used=200, query_classes=9, **dict.fromkeys(experiment.COLUMNS, 0.5))
+    config = from_dict(PRESETS["domainnet/sketch"])
+    monkeypatch.setattr(experiment, "file_digest", lambda path: OPENAI_SHA256["ViT-B-32.pt"])
+    assert "0.6591" in "\n".join(experiment.table([row], config)) and max(map(len, experiment.table([row], config))) <= 80
+    assert "published" not in "\n".join(experiment.table([row], from_dict({**PRESETS["domainnet/sketch"], "gallery": "clipart"})))
+    monkeypatch.setattr(experiment, "file_digest", lambda path: "another")
+    assert "published" not in "\n".join(experiment.table([row], config))
+
+
+def test_centred_rows_need_queries_of_several_classes_that_differ():
+    def centred(labels: list[str], encode) -> bool:
+        files = Files([str(i) for i in range(len(labels))], labels, ["d"] * len(labels))
+        found = experiment.rank({"m": encode}, [Test("UCDR", "d", files, {"unseen": files})])
+        return any(row["transductive"] for row in found)
+
+    def different(files: Files) -> torch.Tensor:
+        return F.normalize(torch.randn(len(files), 8, generator=torch.Generator().manual_seed(0)), dim=1)
+
+    assert centred(list("abcde"), different) and not centred(list("abcdd"), different) and not centred(["a"], different)
+    assert not centred(list("abcde"), lambda files: torch.ones(len(files), 8) / math.sqrt(8))
+
+
+def test_a_closed_form_is_that_of_its_training_images_and_centring_removes_the_means(form_run, world):
+    split = json.loads((world / "five.json").read_text())
+    held_back = {(row["gallery_name"]): row["gallery"] for row in results(form_run)["rows"]}
+    assert held_back["mixed"] - held_back["unseen"] == 2  # one image of each training class in photo
+    state = load_state(form_run / "best.pt")
+    assert state["strength"] == results(form_run)["strength"] == 3.0  # one validation class chooses nothing
+    z, class_ids = zip(*(encode(world, domain, split["train"]) for domain in ("icon", "photo")))
+    trained = json.loads((form_run / "run.json").read_text())["files"]["train"][0]
+    assert trained == 22 and sum(map(len, z)) == 24
+    form = closed_form.ClosedForm(*(state["method"][f"form.{name}"] for name in ("mean", "subspace", "whitening")))
+    found = rows(form_run)
+    query, labels = encode(world, "sketch", split["test"])
+    gallery, gallery_labels = encode(world, "photo", split["test"])
+    for title, make in (("zero-shot", lambda x: x), ("closed-form", form)):
+        moved = [make(query), make(gallery)]
+        expected = retrieval(moved[0], labels, moved[1], gallery_labels)["mAP@all"]
+        assert found[title, "unseen"]["mAP@all"] == pytest.approx(expected, abs=1e-6)
+        moved = [F.normalize(part - part.mean(dim=0), dim=1) for part in moved]
+        expected = retrieval(moved[0], labels, moved[1], gallery_labels)["mAP@all"]
+        row = found[f"{title}, centred", "unseen"]
+        assert row["mAP@all"] == pytest.approx(expected, abs=1e-6) and row["transductive"]
+
+
+def test_lambda_is_chosen_on_validation_classes_and_recorded(world, tmp_path, monkeypatch):
+    scored, score = [], experiment.score
+
+    def noting(encode, test, *more):
+        scored.append(test)
+        return score(encode, test, *more)
+
+    monkeypatch.setattr(experiment, "score", noting)
+    run = tmp_path / "chosen"
+    assert train.main(flags(world, run, "--method", "closed-form")) == 0
+    validated = set(json.loads((world / "split.json").read_text())["val"])
+    choosing = scored[:len(closed_form.STRENGTHS)]
+    for test in choosing:
+        assert set(test.query.classes) == validated and "sketch" not in test.query.domains
+    assert scored[len(choosing)].protocol == "UCDR"
+    strength = load_state(run / "best.pt")["strength"]
+    assert strength in closed_form.STRENGTHS and results(run)["strength"] == strength
+    assert f"lambda = {strength:g}" in results(run)["table"]
+    assert train.main(flags(world, tmp_path / "last", "--method", "closed-form", "--selection", "last")) == 0
+    assert load_state(tmp_path / "last" / "best.pt")["strength"] == 3.0
+
+
+def test_one_source_domain_leaves_no_subspace(world, tmp_path):
+    run = tmp_path / "one"
+    assert train.main(flags(world, run, "--method", "closed-form", "--domains", "photo", "sketch", "--gallery", "photo")) == 0
+    assert load_state(run / "best.pt")["method"]["form.subspace"].shape == (32, 0)
+
+
+def test_class_features_take_the_place_of_text(world, tmp_path, capsys):
+    tower = {key: value for key, value in tiny_state_dict().items() if key.startswith("visual.")}
+    torch.save(tower, tmp_path / "tower.pt")
+    image_only = ["--weights", str(tmp_path / "tower.pt")]
+    refused(capsys, train.main(flags(world, tmp_path / "text", *image_only)), "--class-features prototypes")
+    assert train.main(flags(world, tmp_path / "prototypes", *image_only, "--class-features", "prototypes")) == 0
+    assert "384 trainable parameters" in capsys.readouterr().out  # U and V, no context (D13)
+    anchors = load_state(tmp_path / "prototypes" / "best.pt")["method"]["anchors"]
+    names = json.loads((world / "split.json").read_text())["train"]
+    z, labels = encode(world, "photo", names)
+    trained = torch.tensor([i % 6 for i in range(24)])  # one of six images of each class is held back
+    means = torch.stack([torch.stack([F.normalize(z[(labels == k) & (trained != left)].mean(0), dim=0) for left in range(6)])
+                         for k in range(4)])
+    assert ((means - anchors[:, None]).abs().amax(dim=2).amin(dim=1) < 1e-5).all()
+    np.save(tmp_path / "anchors.npy", np.random.default_rng(0).normal(size=(4, 32)))
+    given = [*image_only, "--class-features", str(tmp_path / "anchors.npy")]
+    assert train.main(flags(world, tmp_path / "given", *given)) == 0
+    for wrong in (np.zeros((4, 31)), np.zeros((4, 32)), np.full((4, 32), np.nan)):
+        np.save(tmp_path / "anchors.npy", wrong)
+        refused(capsys, train.main(flags(world, tmp_path / "wrong", *given)), "anchors.npy", "expected [4, 32]")
+    for content in (b"", b"\x93NUMPY", b"PK\x03\x04"):
+        (tmp_path / "anchors.npy").write_bytes(content)
+        refused(capsys, train.main(flags(world, tmp_path / "wrong", *given)), "a .npy file of numbers")
+    refused(capsys, train.main(flags(world, tmp_path / "wrong", "--class-features", "text")), "--class-features text")
+
+
+def test_zero_shot_run_has_no_phase_and_no_row_of_an_adapter(world, tmp_path):
+    assert train.main(flags(world, tmp_path / "zs", "--method", "zero-shot")) == 0
+    assert {method for method, _ in rows(tmp_path / "zs")} == {"zero-shot"}
+
+
+def test_bf16_training_keeps_float32_weights(world, tmp_path, monkeypatch):
+    kinds = []
+    step, encode_images = UCDRAdapter.step, UCDRAdapter.encode
+    monkeypatch.setattr(UCDRAdapter, "step", lambda *a: kinds.append(torch.is_autocast_enabled("cpu")) or step(*a))
+    monkeypatch.setattr(UCDRAdapter, "encode", lambda *a: kinds.append(torch.is_autocast_enabled("cpu")) or encode_images(*a))
+    run = tmp_path / "run"
+    assert train.main(flags(world, run, "--precision", "bf16")) == 0 and set(kinds) == {True}
+    assert all(math.isfinite(line["loss"]) for line in logged(run) if "loss" in line)
+    weights = load_state(run / "best.pt")["method"].values()
+    assert {value.dtype for value in weights if value.is_floating_point()} == {torch.float32}
+    assert evaluate.main(["--run", str(run), "--out", str(tmp_path / "out"), "--workers", "0"]) == 0
+    assert results(run)["rows"] == results(tmp_path / "out")["rows"]
+
+
+def test_an_unreadable_image_stops_training_and_evaluation_with_its_name(world, run, tmp_path, capsys):
+    data = Path(shutil.copytree(world / "data", tmp_path / "data"))
+    (data / "sketch" / "shape_6" / "0.png").write_bytes(b"")  # a query of the test
+    refused(capsys, evaluate.main(["--run", str(run), "--data-root", str(data), "--workers", "0"]), "shape_6/0.png")
+    (data / "photo" / "shape_3" / "0.png").write_bytes(b"broken")
+    (data / "photo" / "shape_3" / "1.png").write_bytes(b"broken")
+    refused(capsys, train.main(flags(world, tmp_path / "run", "--data-root", str(data))), "shape_3/", "not a readable image")
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Empty files in the folder layout of every dataset that is not drawn."""
+    root = tmp_path_factory.mktemp("trees")
+    domainnet, tuberlin = ([name for part in ("train", "val", "test") for name in class_list(f"{dataset}-{part}")]
+                           for dataset in ("domainnet", "tuberlin"))
+    sketchy = touch_images(root / "sketchy", ("sketch", "extended_photo"), class_list("sketchy-all"), 4)
+    return {"domainnet": touch_images(root / "domainnet", DATASETS["domainnet"].domains, domainnet, 2),
+            "sketchy": sketchy, "sketchy-random": sketchy,
+            "tuberlin": touch_images(root / "tuberlin", ("sketches", "images"), tuberlin, 2),
+            "folder": touch_images(root / "folder", ("photo", "sketch", "icon"), [f"class {i}" for i in range(60)], 4)}
+
+
+@pytest.mark.parametrize("preset, domains, classes", [
+    ("domainnet/sketch", 5, 245), ("domainnet/quickdraw", 5, 245), ("sketchy/eccv", 2, 93), ("sketchy/random", 2, 90),
+    ("tuberlin", 2, 200), ("folder", 2, 42), ("toy", 5, 40), ("toy/fast", 5, 40)])
+def test_dry_run_of_every_preset(preset, domains, classes, trees, world, tmp_path, capsys):
+    dataset = PRESETS[preset]["dataset"]
+    more = {"folder": ["--gallery", "photo"], "toy": ["--toy-images", "2", "--source-batch", "10", "--target-batch", "10"]}
+    assert train.main(["--preset", preset, "--data-root", str(trees.get(dataset, tmp_path)), "--weights", str(world / "clip.pt"),
+                       "--run", str(tmp_path / "dry"), "--dry-run", *more.get(dataset, [])]) == 0
+    text = capsys.readouterr().out
+    line = next(line for line in text.splitlines() if line.startswith("config   "))
+    config = from_dict(json.loads(line.removeprefix("config   ").split(" (all else")[0]))
+    count = (config.context_vectors + (domains + classes) * config.prompt_length) * 64
+    assert f"{classes} classes" in text and f"{count:,} trainable parameters" in text
+    assert "14,720 trainable parameters" in text and not (tmp_path / "dry").exists()
+    if preset == "domainnet/sketch":
+        assert "differs from original 48,837" in text
+
+
+def test_mistakes_are_one_sentence(world, tmp_path, capsys):
+    def run_with(*more: str) -> int:
+        return train.main(flags(world, tmp_path / "none", *more))
+
+    refused(capsys, run_with("--data-root", str(tmp_path / "absent")), "absent", "no such folder")
+    refused(capsys, run_with("--held-out", "paintings"), "--held-out paintings", "icon, photo, sketch")
+    refused(capsys, run_with("--source-batch", "1"), "batch of 1 cannot hold the 2 source domains")
+    refused(capsys, run_with("--context-vectors", "90"), "'shape_3'", "--context-vectors")
+    refused(capsys, run_with("--weights", str(tmp_path / "absent.pt")), "absent.pt")
+    refused(capsys, run_with("--class-split", str(tmp_path / "x.json")), "x.json")
+    for method in ("ucdr-adapter", "zero-shot", "closed-form"):  # nor is another method trained under this one's name
+        refused(capsys, run_with("--method", method, "--graph", "awa2", "--target", "x"), "--graph, --target: only for")
+    shutil.copy(world / "clip.pt", tmp_path / "ViT-B-32.pt")
+    refused(capsys, run_with("--weights", str(tmp_path / "ViT-B-32.pt")), "ViT-B-32.pt", "rename")
+    assert not (tmp_path / "none").exists()
