@@ -8,7 +8,7 @@ def run(argv: list[str] | None) -> None:
     import sys
 
     from ucdr_ref.cli import folder_path
-    from ucdr_ref.config import FIELDS, add_arguments, parse
+    from ucdr_ref.config import add_arguments, parse
 
     parser = argparse.ArgumentParser(
         description=__doc__, usage="%(prog)s [flags]",
@@ -36,7 +36,8 @@ def run(argv: list[str] | None) -> None:
     parser.add_argument("--force", action="store_true", help="search with other CLIP weights than the run's")
     parser.add_argument("--cache", type=folder_path, metavar="DIR", default="runs/cache",
                         help="where features of images are kept, for all runs (default: %(default)s)")
-    add_arguments(parser, ("weights", "device", "workers", "precision"))
+    fields = ("weights", "device", "workers", "precision")
+    add_arguments(parser, fields)
     args = parse(parser, argv)
     if not (args.query or args.text or args.export):
         raise ValueError("nothing to do: give --query IMG ..., --text TEXT ... or --export FILE.npy")
@@ -49,7 +50,7 @@ def run(argv: list[str] | None) -> None:
 
     from ucdr_ref.experiments import experiment, search  # PyTorch: seconds
 
-    overrides = {name: value for name, value in vars(args).items() if name in FIELDS}
+    overrides = {name: value for name, value in vars(args).items() if name in fields}
     folder = args.run or (None if "weights" in overrides else experiment.newest_run())
     model = search.load_model(folder, overrides, args.force)
     gallery = args.gallery or search.own_gallery(model.config)
