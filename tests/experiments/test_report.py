@@ -2,9 +2,10 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import math
-from html.parser import HTMLParser
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,7 +82,7 @@ def classification_row(method: str, folder: Path) -> dict[str, Any]:
     labels = torch.arange(len(NAMES)).repeat(2)
     found = labels.clone()
     found[len(NAMES) + 1] = last = len(NAMES) - 1
-    predicted = SimpleNamespace(everywhere=found, classes=torch.stack([found, torch.full_like(found, last)], dim=1))
+    predicted = SimpleNamespace(everywhere=found, among_unseen=torch.full_like(found, last))
     return {"method": method, "details": {
         "predicted": predicted, "labels": labels, "names": NAMES, "unseen": [last],
         "paths": [f"{folder}/{i}.png" for i in range(len(labels))]}}
@@ -95,33 +96,15 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.open(encoding="utf-8", newline="")))
 
 
-class Page(HTMLParser):
-    """Tags, attributes and text of a page."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.values: list[tuple[str, str | None]] = []
-        self.text = ""
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.values += attrs
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def check_page(path: Path) -> Page:
-    """No script, nothing from elsewhere, every name as text, a width that phones understand."""
-    page = Page(path)
-    assert not {"script", "link", "iframe", "a", "b"} & set(page.tags)
-    assert not any(name.startswith("on") or name == "href" for name, _ in page.values)
-    assert [value[:11] for name, value in page.values if name == "src" and value] == ["data:image/"]
-    assert ("content", "width=device-width, initial-scale=1") in page.values
-    assert "a table of <b> & 33.33" in page.text and "<script>alert(1)</script>" in page.text
-    return page
+def check_page(path: Path) -> str:
+    """The page's text: no script, nothing from elsewhere, every name as text, a width that phones understand."""
+    page = path.read_text(encoding="utf-8")
+    assert set(re.findall(r"<(\w+)", page)) <= set("html meta title style h1 h2 div pre p table tr th td i img".split())
+    assert re.findall(r'\b(?:src|href|on\w+)="(.{11})', page) == ["data:image/"]
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    text = html.unescape(re.sub("<[^>]*>", "", page))
+    assert "a table of <b> & 33.33" in text and "<script>alert(1)</script>" in text
+    return text
 
 
 def test_a_retrieval_leaves_numbers_of_every_class_and_a_page(tmp_path: Path) -> None:
@@ -136,10 +119,10 @@ def test_a_retrieval_leaves_numbers_of_every_class_and_a_page(tmp_path: Path) ->
     for key, part in (("mAP@200", "per_class"), ("mAP@all", "per_class@all")):
         expected = rows[0]["details"]["metrics"][part]
         assert [float(line[key]) for line in lines[:6]] == pytest.approx([expected[k] for k in range(6)], abs=1e-6)
-    page = check_page(tmp_path / "report.html")
+    text = check_page(tmp_path / "report.html")
     for k, score in rows[0]["details"]["metrics"]["per_class"].items():
-        assert f"{NAMES[k]} (2){100 * score:.1f}".encode(errors="backslashreplace").decode() in page.text
-    assert "svg" not in page.tags and "UCDR: queries of" in page.text  # nothing was trained
+        assert f"{NAMES[k]} (2){100 * score:.1f}".encode(errors="backslashreplace").decode() in text
+    assert "UCDR: queries of" in text  # and no chart: nothing was trained
     with Image.open(tmp_path / "queries.png") as picture:
         assert picture.height == 6 * (SIDE + 3 * LINE + GAP)  # one query a class, of the first test, not centred
 
@@ -167,8 +150,8 @@ def test_a_classification_leaves_the_same(tmp_path: Path) -> None:
     assert [line["method"] for line in lines] == ["zero-shot"] * 6 + ["sre-clip"] * 6
     assert [float(line["accuracy"]) for line in lines] == [1, 0.5, 1, 1, 1, 1] * 2
     assert [line["among_unseen"] for line in lines] == ([""] * 5 + ["1.000000"]) * 2
-    page = check_page(tmp_path / "report.html")
-    assert "a & b (seen)50.050.0" in page.text and "pen (unseen)100.0100.0" in page.text and "ZSL: images" in page.text
+    text = check_page(tmp_path / "report.html")
+    assert "a & b (seen)50.050.0" in text and "pen (unseen)100.0100.0" in text and "ZSL: images" in text
     with Image.open(tmp_path / "queries.png") as picture:
         assert picture.size == (3 * (SIDE + GAP), 6 * (SIDE + 3 * LINE + GAP))
 

@@ -57,7 +57,7 @@ def load_model(run: Path | None, overrides: Mapping[str, Any], force: bool = Fal
         if file_digest(config.weights) != state["weights_sha256"]:
             title += f", with {config.weights} in place of its own weights"
     else:
-        config = from_dict({**overrides, "method": "zero-shot"})
+        config = from_dict({**overrides, "method": "zero-shot", "data_root": ""})
         config = replace(config, weights=locate_weights(config.weights))
         title, method = f"zero-shot CLIP of {config.weights}", ZeroShot(load_clip(config.weights).to(device))
     set_precision(config.precision)
