@@ -4,7 +4,6 @@ Every list is sorted and every draw has its own seeded generator, so a split is 
 """
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections import Counter
@@ -12,12 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ..clip.weights import read_text
+from ..cli import read_json
 from ..config import Config
-from .folders import Tree, abbreviate, compare_counts, folder_key, match, merge_spellings, scan
+from .folders import Tree, abbreviate, compare_counts, folder_key, match, scan
 from .images import Files
 
 HERE = Path(__file__).parent
@@ -47,12 +47,11 @@ class Dataset:
 
 
 def class_list(name: str) -> list[str]:
-    """A class list of `splits/`, one name a line."""
     return (HERE / "splits" / f"{name}.txt").read_text(encoding="utf-8").split()
 
 
 def alias_list(name: str) -> dict[str, str]:
-    """A list of `aliases/`: {folder name as in the archive: class name}."""
+    """{folder name as in the archive: class name}."""
     lines = (HERE / "aliases" / f"{name}.tsv").read_text(encoding="utf-8").splitlines()
     return dict(line.split("\t") for line in lines)
 
@@ -173,16 +172,24 @@ def ud_sample(config: Config, name: str, i: int, paths: list[str]) -> list[str]:
 def build_protocol(config: Config) -> Protocol:
     """The protocol of the config's dataset; ValueError or FileNotFoundError where the data does not fit."""
     root, notes, dataset = config.data_root, list[str](), DATASETS.get(config.dataset)
-    tree, splits = read_tree(config, dataset, notes)
+    if dataset and (config.domains or config.class_split):
+        raise ValueError("--domains and --class-split are for --dataset folder, and this is "
+                         f"{config.dataset}; leave them out")
+    tree = scan(root, dataset.domains if dataset else {name: (name,) for name in config.domains}, notes)
+    if dataset:
+        splits = dataset.splits()
+        aliases = {domain: alias_list(name) for domain, name in dataset.aliases.items()}
+        tree = match(tree, notes, sum(splits.values(), []), dataset.title, aliases)
+    else:
+        tree = match(tree, notes)
+        splits = folder_split(config, tree, notes)
+    notes += compare_counts(tree, dataset.versions if dataset else {})
     held_out, gallery, seen = roles(config, dataset, tree)
     train, val, test = splits["train"], splits["val"], splits["test"]
-    advice = "no validation classes are left to choose the epoch by; add --selection last"
-    if config.selection == "validation" and not val:
-        raise ValueError(f"--class-split {config.class_split}: val is empty: {advice}")
     if config.train_classes == "train+val":  # D10
-        if config.selection == "validation":
-            raise ValueError(f"--train-classes train+val: {advice}")
         train, val = train + val, []
+    if config.selection == "validation" and not val:
+        raise ValueError("no validation classes are left to choose the epoch by; add --selection last")
 
     images = partial(pick, tree)
     unseen, kept = images(gallery, test), Files([], [], [])
@@ -222,8 +229,8 @@ def build_protocol(config: Config) -> Protocol:
         if len(set(validation.galleries[chosen].classes)) > 1:
             selected = chosen, dataset.metric if dataset else "mAP@200"
         else:
-            notes.append("note     validation images are of one class, so that any ranking of them is right: "
-                         "the last epoch is kept")
+            notes.append("note     one class of validation images, of which any ranking is right: the last "
+                         "epoch is kept")
     if config.variant == "released" and config.prompt_length > 1:
         notes.append(f"note     the released code cannot run with p = {config.prompt_length} (D16): here a "
                      "class or domain has p rows, as the paper says")
@@ -233,56 +240,31 @@ def build_protocol(config: Config) -> Protocol:
     return Protocol(root, names, sources, trained, validation, tests, gallery, selected, notes)
 
 
-def read_tree(config: Config, dataset: Dataset | None, notes: list[str]) -> tuple[Tree, Splits]:
-    """The images of each domain and class, and the class split."""
-    for flag, given in (("--domains", " ".join(config.domains)), ("--class-split", config.class_split)):
-        if given and dataset:
-            raise ValueError(f"{flag} {given} is for --dataset folder, and this is {config.dataset}; "
-                             "leave it out")
-    domains = dataset.domains if dataset else {name: (name,) for name in config.domains}
-    tree = scan(config.data_root, domains, notes)
-    if dataset:
-        splits = dataset.splits()
-        aliases = {domain: alias_list(name) for domain, name in dataset.aliases.items()}
-        tree = match(tree, sum(splits.values(), []), dataset.title, notes, aliases)
-    else:
-        tree = merge_spellings(tree, notes)
-        splits = folder_split(config, tree, notes)
-    counts = {domain: (sum(map(len, classes.values())), len(classes)) for domain, classes in tree.items()}
-    notes += compare_counts(counts, dataset.versions if dataset else {})
-    return tree, splits
-
-
 def roles(config: Config, dataset: Dataset | None, tree: Tree) -> tuple[str | None, str, str]:
     """The held-out domain, if any, the gallery's, and that of the validation's queries."""
+    there = ", ".join(sorted(tree))
+
     def named(flag: str, name: str) -> str:
         spelt = [name, *(domain for domain in tree if folder_key(domain) == folder_key(name))]
         if found := [domain for domain in spelt if domain in tree]:
             return found[0]
-        raise ValueError(f"{flag} {name or '(empty)'}: no such domain in {config.data_root}; "
-                         f"there are {there}")
+        raise ValueError(f"{flag} {name!r}: no such domain in {config.data_root}; there are {there}")
 
-    there = ", ".join(sorted(tree))
     held_out = None if config.held_out == "none" else named("--held-out", config.held_out)
     usual = [name for name in ("real", "photo", "photos", "images", *sorted(tree)) if name in tree]
     gallery = named("--gallery", config.gallery or (dataset.gallery if dataset else usual[0]))
     others = dataset.seen if dataset else sorted({*tree} - {gallery})
     seen = named("--seen", config.seen or next((name for name in others if name != held_out), gallery))
-    if held_out == gallery:
-        raise ValueError(f"--held-out {held_out} is the gallery domain; hold out another one of {there}")
-    if seen == held_out:
-        raise ValueError(f"--seen {seen} is held out; name a source domain for the validation queries")
-    if held_out is None and len(tree) < 2:
-        raise ValueError(f"{config.data_root}: only the domain {there}; give two or more")
-    if held_out is None and seen == gallery:
-        raise ValueError(f"--seen {seen} is the gallery domain, where each query would find itself; name "
-                         f"another one of {there}")
+    if held_out in (gallery, seen) or held_out is None and seen == gallery:
+        raise ValueError(f"--held-out {config.held_out}, --gallery {gallery} and --seen {seen}: expected "
+                         f"different domains; there are {there}")
     return held_out, gallery, seen
 
 
 def folder_split(config: Config, tree: Tree, notes: list[str]) -> Splits:
     """Classes of a folder dataset: of --class-split, or 70/10/20 % drawn with seed 0."""
     present = sorted({name for classes in tree.values() for name in classes})
+    where = f"--class-split {config.class_split}"
     if not config.class_split:
         count = len(present)
         if count < 4:
@@ -292,24 +274,21 @@ def folder_split(config: Config, tree: Tree, notes: list[str]) -> Splits:
         test, val = max(1, count // 5), max(1, count // 10)
         return {"test": sorted(order[:test]), "val": sorted(order[test:test + val]),
                 "train": sorted(order[test + val:])}
-    where = f"--class-split {config.class_split}"
+    data = read_json(config.class_split)
     keys = {"train": ("train", "seen"), "val": ("val", "val_unseen"), "test": ("test", "unseen")}
-    text = read_text(config.class_split, "; --class-split wants a JSON file")
+    splits: dict[str, Any] = {part: next((data[key] for key in names if key in data), None)
+                              for part, names in keys.items()}
     try:
-        data = json.loads(text)
-        splits = {part: next(data[key] for key in names if key in data) for part, names in keys.items()}
-        if not all(isinstance(names, list) for names in splits.values()):
-            raise TypeError
         listed = [folder_key(name) for names in splits.values() for name in names]
-    except (ValueError, TypeError, StopIteration, RecursionError):
-        raise ValueError(f"{where}: expected a JSON file with lists of class names under train (or seen), "
-                         "val (or val_unseen) and test (or unseen)") from None
+    except TypeError:
+        raise ValueError(f"{where}: expected lists of class names under train (or seen), val (or val_unseen) "
+                         "and test (or unseen)") from None
     if twice := [name for name, count in Counter(listed).items() if count > 1]:
         raise ValueError(f"{where}: {abbreviate(sorted(twice))} stand in more than one part, or twice in one")
     spelt = {folder_key(name): name for name in present}
     if missing := sorted({*listed} - {*spelt}):
         raise ValueError(f"{where}: no folder in {config.data_root} for {abbreviate(missing)}")
-    if others := sorted(name for key, name in spelt.items() if key not in set(listed)):
+    if others := [name for key, name in spelt.items() if key not in set(listed)]:
         notes.append(f"note     {len(others)} class folders are not in the class split and not used: "
                      f"{abbreviate(others, 100)}")
     return {part: [spelt[folder_key(name)] for name in names] for part, names in splits.items()}

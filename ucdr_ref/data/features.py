@@ -48,7 +48,7 @@ class Extractor:
                unreadable: list[str] | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(indices [b], features [b, e], inverted [b]) of the readable images of each batch of indices.
 
-        invert: as `ImageDataset` takes it; unreadable, and what is raised: as `load_batches`. ValueError for
+        invert: as `ImageDataset` takes it; unreadable: as `load_batches`. ValueError as there, and for
         features that are not finite.
         """
         transform = resize_crop(self.method.clip.image_size)
@@ -60,10 +60,9 @@ class Extractor:
                 with torch.inference_mode(), autocast(self.precision, self.device):
                     inputs = normalize(images.to(self.device, non_blocking=True))
                     features = self.method.encode(inputs).float()
-                finite = features.isfinite().all(dim=1)
-                if not finite.all():
-                    path = files.paths[int(indices[finite.int().argmin()])]
-                    raise ValueError(f"{path}: its features are not finite; check --weights and --precision")
+                if not features.isfinite().all():
+                    raise ValueError(f"{files.paths[batch[0]]} and the images after it: features are not "
+                                     "finite; check --weights and --precision")
                 # The consumer runs outside of both, with a usual tensor, not an inference one.
                 yield indices, features.clone(), inverted
             done += len(batch)
@@ -114,10 +113,10 @@ def load_index(folder: str | os.PathLike[str], extractor: Extractor, key: str, c
     """The index of all images below `folder`: from its file in `cache` as far as it goes, the rest encoded.
 
     key: digest of the method and its weights. without: folders in it that are passed over. Folders below
-    `folder`, not above it, tell which images are of a stroke domain (`stroke_folder`). An image is read again
-    when its path, size or times change. The file is written about once a minute, and when the encoding ends
-    or is interrupted; of two processes that write it the last one wins. Raises FileNotFoundError for a
-    missing folder, ValueError when no image is readable, and as `Extractor.stream` and `save_atomic`.
+    `folder`, not above it, tell which images are of a stroke domain. An image is encoded again when its path,
+    size or times change. The file is written about once a minute, and when the encoding ends or is
+    interrupted; of two processes that write it the last one wins. ValueError when no image is readable, and
+    as `list_images`, `Extractor.stream` and `save_atomic`.
     """
     root, notes, unreadable = os.path.realpath(folder), list[str](), list[str]()
     listed = list_images(root, notes)
@@ -126,17 +125,16 @@ def load_index(folder: str | os.PathLike[str], extractor: Extractor, key: str, c
     strokes = sorted(extractor.stroke_domains)
     path = cache / f"{digest_of([root, key, invert, extractor.precision, strokes])[:32]}.pt"
     row, parts = load_rows(path, listed)
-    files = [file for file in listed if file[0].split(os.sep)[0] not in without]
-    new = [file for file in files if file not in row]
-    if new:
+    known, files = len(row), [file for file in listed if file[0].split(os.sep)[0] not in without]
+    if new := [file for file in files if file not in row]:
         make_folder(cache)
         names = [name for name, *_ in new]
         images = Files([os.path.join(root, name) for name in names], names,
                        [stroke_folder(name, strokes) for name in names])
-        batches, known = split_indices(len(new), EVAL_BATCH), len(row)
+        stream = extractor.stream(images, split_indices(len(new), EVAL_BATCH), invert, unreadable)
         next_save = time.monotonic() + SAVE_SECONDS
         try:
-            for indices, features, inverted in extractor.stream(images, batches, invert, unreadable):
+            for indices, features, inverted in stream:
                 parts.append(torch.cat([features.cpu(), inverted[:, None]], dim=1))
                 for i in indices.tolist():
                     row[new[i]] = len(row)
@@ -167,12 +165,12 @@ def load_rows(path: Path, files: Collection[File]) -> tuple[dict[File, int], lis
         return {}, []
     try:
         content = load_state(path)
-        names, rows = content["names"].split("\0"), content["rows"]
-        if not (len(names) == len(rows) and rows.ndim == 2 and rows.isfinite().all()):
+        names, rows, state = content["names"].split("\0"), content["rows"], content["state"].tolist()
+        if not (len(names) == len(state) == len(rows) and rows.ndim == 2 and rows.isfinite().all()):
             raise ValueError(f"{len(names)} images, rows {list(rows.shape)}")
-        stored = {(name, *state): i for i, (name, state) in enumerate(zip(names, content["state"].tolist()))}
+        stored = {(name, *values): i for i, (name, values) in enumerate(zip(names, state))}
+        kept = [file for file in files if file in stored]
+        return {file: i for i, file in enumerate(kept)}, [rows[[stored[file] for file in kept]]]
     except Exception as error:  # whatever is wrong with it, it can be made anew
         print(f"{path}: broken index ({one_line(error)}); the images are encoded again", file=sys.stderr)
         return {}, []
-    kept = [file for file in files if file in stored]
-    return {file: i for i, file in enumerate(kept)}, [rows[[stored[file] for file in kept]]]

@@ -5,15 +5,14 @@ Links are followed, hidden names and the folders of runs passed over, and the or
 from __future__ import annotations
 
 import os
-import stat
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 Tree = dict[str, dict[str, list[str]]]  # domain -> class -> sorted paths
 File = tuple[str, int, int, int]  # path below a folder, size, times of modification and of change in ns
-ENDINGS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".apng", ".webp", ".avif", ".gif",
-                     ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico"))
+ENDINGS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".webp", ".avif", ".gif", ".bmp",
+                     ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico"))
 AUGMENTED = "tx_000000000000"  # Sketchy's unchanged images, beside folders of shifted and scaled copies
 DEEP = "did the archive unpack one level too deep?"
 
@@ -25,21 +24,18 @@ def walk(root: str, runs: list[str]) -> Iterator[tuple[str, list[str], list[str]
     cannot be listed, and for a link back to a folder in which it lies.
     """
     def fail(error: OSError) -> None:
-        raise ValueError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+        raise ValueError(f"{error.filename!r}: cannot list this folder ({error.strerror})") from error
 
     for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
-        found = [name for name in sorted(folders) if not name.startswith(".")]
+        found = [Path(folder, name) for name in sorted(folders) if not name.startswith(".")]
         folders.clear()  # what stays in this list is walked through
-        for name in found:
-            path = Path(folder, name)
-            above = path.absolute().parents
-            if path.is_symlink() and any(path.samefile(parent) for parent in above):
+        for path in found:
+            if path.is_symlink() and any(path.samefile(parent) for parent in path.absolute().parents):
                 raise ValueError(f"{path}: this link leads back to a folder in which it lies; remove it")
-            is_run = (path / "config.json").is_file() and (path / "run.json").is_file()
-            if is_run:
+            if (path / "config.json").is_file() and (path / "run.json").is_file():
                 runs.append(str(path))
             else:
-                folders.append(name)
+                folders.append(path.name)
         paths = [os.path.join(folder, name) for name in sorted(files) if not name.startswith(".")]
         images = [path for path in paths if ending(path) in ENDINGS]
         yield folder, folders, images, [path for path in paths if ending(path) not in ENDINGS]
@@ -52,21 +48,15 @@ def ending(path: str) -> str:
 def list_images(root: str, notes: list[str]) -> list[File]:
     """Each file below `root` with one of ENDINGS, sorted by path. `notes` gets a line about runs in it.
 
-    Raises FileNotFoundError for a missing folder, ValueError for one without images, and as `walk`.
+    ValueError for a folder without images, and as `walk`.
     """
-    if not os.path.isdir(root):
-        raise FileNotFoundError(f"{root}: no such folder; give a folder of images")
-    found, others, runs = [], list[str](), list[str]()
+    found, others, runs = list[File](), list[str](), list[str]()
     for _, _, images, more in walk(root, runs):
         others += more
-        for path in images:
-            try:
-                status = os.stat(path)
-            except OSError:  # a link to nowhere, or removed a moment ago
-                continue
-            if stat.S_ISREG(status.st_mode):
-                name = os.path.relpath(path, root)
-                found.append((name, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+        for path in filter(os.path.isfile, images):
+            status = os.stat(path)
+            times = status.st_mtime_ns, status.st_ctime_ns
+            found.append((os.path.relpath(path, root), status.st_size, *times))
     if not found:
         raise ValueError(f"{root}: no images below this folder{formats(others)}")
     note(notes, runs, "folders of runs are not used")
@@ -76,12 +66,9 @@ def list_images(root: str, notes: list[str]) -> list[File]:
 def scan(root: str, domains: Mapping[str, Sequence[str]], notes: list[str]) -> Tree:
     """Sorted images of `<root>/<domain>/<class>/*`; domains: {domain: folders that may be it}, or empty: all.
 
-    `notes` gets a line for each kind of thing that is not used. Raises FileNotFoundError for a missing root
-    or domain, ValueError for a named domain or a class folder without images, and as `walk`.
+    `notes` gets a line for each kind of thing that is not used. ValueError for a missing domain, a named
+    domain or a class folder without images, and as `walk`.
     """
-    if not os.path.isdir(root):
-        raise FileNotFoundError(f"--data-root {root or '(empty)'}: no such folder; "
-                                "expected <domain>/<class>/* in it")
     runs, others, empty, no_domain = list[str](), list[str](), list[str](), list[str]()
     _, present, elsewhere, _ = next(walk(root, runs))
     tree: Tree = {}
@@ -89,8 +76,8 @@ def scan(root: str, domains: Mapping[str, Sequence[str]], notes: list[str]) -> T
         names = domains.get(domain, [domain])
         place = next((path for name in names if os.path.isdir(path := os.path.join(root, name))), "")
         if not place:
-            raise FileNotFoundError(f"{root}: no domain folder {' or '.join(map(repr, names))}; there are "
-                                    f"{abbreviate(present) or 'none'}; {DEEP}")
+            raise ValueError(f"{root}: no domain folder {' or '.join(map(repr, names))}; there are "
+                             f"{abbreviate(present) or 'none'}; {DEEP}")
         if os.path.isdir(unchanged := os.path.join(place, AUGMENTED)):
             if copies := sorted({*os.listdir(place)} - {AUGMENTED}):
                 notes.append(f"note     {domain}: only {AUGMENTED} is used, not {abbreviate(copies)}")
@@ -129,7 +116,6 @@ def note(notes: list[str], found: Sequence[str], what: str) -> None:
 
 
 def formats(paths: Iterable[str]) -> str:
-    """A remark about files of which none can be read as an image."""
     endings = sorted({ending(path) for path in paths} - {""})
     return f" (no readable format: {abbreviate(endings)})" if endings else ""
 
@@ -137,11 +123,10 @@ def formats(paths: Iterable[str]) -> str:
 def folder_key(name: str) -> str:
     """A name for comparison: case, spaces, punctuation and the writing of accents (NFC) do not matter.
 
-    `t-shirt`, `t_shirt` and `T shirt` are one class. A name of punctuation alone stands for itself; so do
-    bytes that are not UTF-8.
+    `t-shirt`, `t_shirt` and `T shirt` are one class. A name of punctuation alone stands for itself.
     """
     folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
-    kinds = (unicodedata.category(letter) for letter in folded)
+    kinds = [unicodedata.category(letter) for letter in folded]  # Cs: a byte that is not UTF-8
     words = "".join(" " if kind[0] in "PSZC" and kind != "Cs" else letter
                     for letter, kind in zip(folded, kinds)).split()
     return "_".join(words) or folded
@@ -153,19 +138,15 @@ def abbreviate(names: Iterable[str], count: int = 8) -> str:
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
-def compare_counts(found: Mapping[str, tuple[int, int]],
-                   published: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """A line per domain: its (images, classes) beside published counts, which inform and never refuse.
-
-    published: {version: {domain: images}}.
-    """
-    total = sum(images for images, _ in found.values())
-    versions = {name: {**counts, "total": sum(counts[domain] for domain in found)}
-                for name, counts in published.items()}
-    lines = []
-    for domain, (images, classes) in [*found.items(), ("total", (total, 0))]:
-        line = f"data     {domain:<14} {images:>7,} images" + (f", {classes} classes" if classes else "")
-        counts = {name: version[domain] for name, version in versions.items()}
+def compare_counts(tree: Tree, published: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Lines of each domain's images beside {version: {domain: images}}; they inform and never refuse."""
+    found = {domain: sum(map(len, classes.values())) for domain, classes in tree.items()}
+    lines, total = [], sum(found.values())
+    for domain, images in [*found.items(), ("total", total)]:
+        counts = {name: version[domain] if domain in found else sum(version[each] for each in found)
+                  for name, version in published.items()}
+        line = f"data     {domain:<14} {images:>7,} images"
+        line += f", {len(tree[domain])} classes" if domain in tree else ""
         if same := [name for name, count in counts.items() if count == images]:
             line += f"; as published ({', '.join(same)})"
         elif counts:
@@ -175,55 +156,42 @@ def compare_counts(found: Mapping[str, tuple[int, int]],
     return lines
 
 
-def by_key(domain: str, classes: Iterable[str], aliases: Mapping[str, str]) -> dict[str, str]:
-    """{`folder_key` of a class: folder name}; ValueError when two folders of the domain are one class."""
-    found: dict[str, str] = {}
-    for name in classes:
-        key = folder_key(name)
-        other = found.setdefault(aliases.get(key, key), name)
-        if other != name:
-            raise ValueError(f"domain {domain}: the folders {other!r} and {name!r} are one class, as case "
-                             "and punctuation do not tell classes apart; join or rename them")
-    return found
+def match(tree: Tree, notes: list[str], expected: Sequence[str] = (), title: str = "",
+          aliases: Mapping[str, Mapping[str, str]] = {}) -> Tree:  # noqa: B006
+    """The tree with one name for a class: the expected one, or the one that it has in its first domain.
 
-
-def merge_spellings(tree: Tree, notes: list[str]) -> Tree:
-    """The tree in which a class has one name in all domains: the one that it has in the first of them."""
-    spelling: dict[str, str] = {}
-    other: dict[str, str] = {}
-    merged: Tree = {domain: {} for domain in tree}
+    aliases: {domain: {folder: class}}. Folders of no expected class are left out, with a note. ValueError
+    names expected classes that have no folder, and two folders of a domain that are one class.
+    """
+    names = {folder_key(name): name for name in expected}
+    other: dict[str, str] = {}  # spelling: sentence
+    matched: Tree = {}
+    problems = []
     for domain, classes in tree.items():
-        for key, name in by_key(domain, classes, {}).items():
-            first = spelling.setdefault(key, name)
-            merged[domain][first] = classes[name]
-            if first != name:
-                other.setdefault(name, f"{name!r} ({domain}) = {first!r}")
+        also = {folder_key(folder): folder_key(name) for folder, name in aliases.get(domain, {}).items()}
+        found: dict[str, str] = {}
+        for folder in classes:
+            key = folder_key(folder)
+            before = found.setdefault(key if key in names else also.get(key, key), folder)
+            if before != folder:
+                raise ValueError(f"domain {domain}: the folders {before!r} and {folder!r} are one class, as "
+                                 "case and punctuation do not tell classes apart; join or rename them")
+        missing = sorted(name for key, name in names.items() if expected and key not in found)
+        strange = sorted(folder for key, folder in found.items() if expected and key not in names)
+        if missing:
+            problems.append(f"{title}, domain {domain}: no folder for {abbreviate(missing, 100)}; folders "
+                            f"that are no class: {abbreviate(strange, 100) or 'none'}")
+        elif strange:
+            notes.append(f"note     {domain}: folders that are no class of {title} are not used: "
+                         f"{abbreviate(strange, 100)}")
+        for key, folder in found.items():
+            name = folder if expected else names.setdefault(key, folder)
+            if name != folder:
+                other.setdefault(folder, f"{folder!r} ({domain}) = {name!r}")
+        matched[domain] = {name: classes[found[key]] for key, name in names.items() if key in found}
+    if problems:
+        raise ValueError(". ".join(problems) + ("" if all(matched.values()) else f"; {DEEP}"))
     if other:
         notes.append("note     class folders spelt in two ways are one class each: "
                      f"{abbreviate(other.values())}")
-    return merged
-
-
-def match(tree: Tree, expected: Sequence[str], title: str, notes: list[str],
-          aliases: Mapping[str, Mapping[str, str]]) -> Tree:
-    """The tree under the benchmark's class names; other folders are left out, with a note.
-
-    aliases: {domain: {folder: class}}. ValueError names the classes of each domain that have no folder.
-    """
-    keys = {folder_key(name): name for name in expected}
-    renamed: Tree = {}
-    problems = []
-    for domain, classes in tree.items():
-        other = {folder_key(folder): folder_key(name) for folder, name in aliases.get(domain, {}).items()}
-        found = by_key(domain, classes, {key: name for key, name in other.items() if key not in keys})
-        missing = sorted(name for key, name in keys.items() if key not in found)
-        strange = abbreviate(sorted(name for key, name in found.items() if key not in keys), 100)
-        if missing:
-            problems.append(f"{title}, domain {domain}: no folder for {abbreviate(missing, 100)}; folders "
-                            f"that are no class: {strange or 'none'}")
-        elif strange:
-            notes.append(f"note     {domain}: folders that are no class of {title} are not used: {strange}")
-        renamed[domain] = {name: classes[found[key]] for key, name in keys.items() if key in found}
-    if problems:
-        raise ValueError(". ".join(problems) + ("" if all(renamed.values()) else f"; {DEEP}"))
-    return renamed
+    return matched

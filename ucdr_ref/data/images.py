@@ -33,8 +33,6 @@ STATISTICS = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": ((0.485, 0.456, 0.406),
 MAX_PIXELS = 120_000_000
 MAX_RATIO = 1000  # of the sides: a longer strip would be scaled to gigabytes with its short side
 WAIT_SECONDS = 120  # for the next batch of a process that reads images
-# Raster formats alone: Pillow would hand an EPS, whatever its name, to Ghostscript.
-FORMATS = ("JPEG", "MPO", "JPEG2000", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "ICO")
 
 
 @dataclass(frozen=True)
@@ -61,16 +59,16 @@ class Files:
 
 
 def open_image(path: str) -> Image.Image:
-    """An image as RGB: first frame, upright, transparency over white, deep grey scaled to 8 bits (D19).
+    """An image as RGB: first frame, upright, transparency over white, deep grey scaled to 8 bits.
 
     Raises ValueError that names the file when it is not a readable image.
     """
     try:
         Image.init()
-        known = [name for name in FORMATS if name in Image.OPEN]  # as this Pillow was built
+        formats = [name for name in Image.OPEN if name != "EPS"]  # which Ghostscript would execute
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of size, an error below, and of broken EXIF
-            with Image.open(path, formats=known) as image:
+            with Image.open(path, formats=formats) as image:
                 long, short = max(image.size), min(image.size)
                 if long * short > MAX_PIXELS or long > MAX_RATIO * short:
                     raise ValueError(f"{image.width} x {image.height} pixels: expected at most {MAX_PIXELS}, "
@@ -84,22 +82,17 @@ def open_image(path: str) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     if image.mode == "F" or image.mode.startswith("I"):
-        image = Image.fromarray(eight_bits(np.array(image, dtype=np.float32), image.mode == "F"))
-    if not ({"A", "a"}.intersection(image.getbands()) or "transparency" in image.info):
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-
-
-def eight_bits(values: np.ndarray, fractions: bool) -> np.ndarray:
-    """Grey values as bytes, scaled by the least number of bits that holds them all: 12-bit images come in 16.
-
-    fractions: values of at most 1 are parts of white.
-    """
-    highest = values.max(where=np.isfinite(values), initial=0)
-    white = 1 if fractions and highest <= 1 else 2 ** max(8, int(highest).bit_length()) - 1
-    np.nan_to_num(values, copy=False)
-    return (values.clip(0, white, out=values) * (255 / white)).round().astype(np.uint8)
+        values = np.array(image, dtype=np.float32)
+        highest = values.max(where=np.isfinite(values), initial=0)
+        # The least number of bits that holds them: 12-bit images come in 16. Fractions are parts of white.
+        white = 1 if image.mode == "F" and highest <= 1 else 2 ** max(8, int(highest).bit_length()) - 1
+        np.nan_to_num(values, copy=False).clip(0, white, out=values)
+        values *= 255 / white
+        image = Image.fromarray(np.rint(values, out=values).astype(np.uint8))
+    if {"A", "a"}.intersection(image.getbands()) or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def augment(image_size: int) -> Transform:
@@ -112,9 +105,8 @@ def augment(image_size: int) -> Transform:
 def is_strokes(image: Image.Image) -> bool:
     """Whether an RGB image is drawn in dark strokes on a light ground, judged on a thumbnail of 64 x 64.
 
-    It has no colour (2 % of the pixels may have channels that differ by more than 32), a light ground (70 %
-    of the pixels and 85 % of the border are above 200) and a little ink (0.2 to 16 % are below 128). Clip art
-    in outlines and thin black icons are strokes to this rule as well.
+    It has no colour, a light ground, at the border above all, and a little ink. Clip art in outlines and thin
+    black icons are strokes to this rule as well.
     """
     pixels = np.asarray(image.resize((64, 64), Image.Resampling.BOX)).astype(np.int16)
     grey, coloured = pixels.mean(2), np.ptp(pixels, axis=2) > 32
@@ -129,15 +121,12 @@ Item = tuple[int, Tensor, bool] | str
 class ImageDataset(Dataset):
     """Item i: i, the transformed image and whether it was inverted; or a sentence why it cannot be read.
 
-    invert: "domain" inverts the colours of images of the stroke domains, whose names are compared by
-    `folder_key` (D14); "auto" these and what looks like strokes (`is_strokes`), which evaluation never asks;
-    "none" none.
+    invert: "domain" inverts the colours of images of the stroke domains, by `folder_key` (D14); "auto" also
+    what looks like strokes (`is_strokes`), which evaluation never does; "none" nothing.
     """
 
     def __init__(self, files: Files, transform: Transform, stroke_domains: Sequence[str], seed: int = 0,
                  invert: str = "domain") -> None:
-        if invert not in ("domain", "auto", "none"):
-            raise ValueError(f"invert {invert!r}: expected domain, auto or none")
         self.files, self.transform, self.seed, self.invert = files, transform, seed, invert
         strokes = set(map(folder_key, stroke_domains))
         self.strokes = {domain for domain in set(files.domains) if folder_key(domain) in strokes}
@@ -156,33 +145,31 @@ class ImageDataset(Dataset):
             return i, self.transform(image), inverted
 
 
-def collate(items: list[Item]) -> tuple[list[int], Any, list[bool], list[str]]:
+def collate(items: list[Item]) -> tuple[list[int], np.ndarray, list[bool], list[str]]:
     """Indices [b], images uint8 [b, 3, H, W] and inverted [b] of readable images; the others' sentences.
 
-    The images are a numpy array: processes pass it on through a pipe, where a tensor would need shared
-    memory, of which a container has little.
+    As an array the images pass from process to process by a pipe; a tensor would need shared memory, of which
+    a container has little.
     """
     good = [item for item in items if not isinstance(item, str)]
-    images = torch.stack([image for _, image, _ in good]) if good else torch.empty(0, dtype=torch.uint8)
-    return ([i for i, _, _ in good], images.numpy(), [inverted for _, _, inverted in good],
+    images = np.stack([image.numpy() for _, image, _ in good]) if good else np.empty(0, np.uint8)
+    return ([i for i, _, _ in good], images, [inverted for _, _, inverted in good],
             [item for item in items if isinstance(item, str)])
 
 
 def load_batches(dataset: ImageDataset, batches: Sequence[Sequence[int]], workers: int, device: torch.device,
                  unreadable: list[str] | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yields (indices [b], images uint8 [b, 3, H, W], inverted bool [b]) for each list of indices.
+    """Yields (indices [b], images uint8 [b, 3, H, W], inverted bool [b]) of each list of indices, on the CPU.
 
-    They are on the CPU, pinned for a GPU. Unreadable images are left out and their sentences appended to
-    `unreadable`; without that list the first raises ValueError, as does a process that reads and gives no
-    image for WAIT_SECONDS. Such processes end with the generator, and with this process.
+    Sentences about unreadable images are appended to `unreadable`; without that list the first such image
+    raises ValueError. So does a process that reads images and is gone, or silent for WAIT_SECONDS.
     """
     workers = min(workers, len(batches))
     loader = DataLoader(dataset, batch_sampler=[list(batch) for batch in batches], num_workers=workers,
                         collate_fn=collate, pin_memory=device.type == "cuda",  # a thread that waits for them
                         prefetch_factor=4 if workers else None, timeout=WAIT_SECONDS if workers else 0,
                         worker_init_fn=end_with_main)
-    # SIGINT and SIGTERM reach the workers too, but a training still finishes its step: they inherit this
-    # mask, and end when they are told to, or killed.
+    # SIGINT and SIGTERM reach the workers too, but a training still finishes its step: they inherit a mask.
     stops = {signal.SIGINT, signal.SIGTERM}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, stops) if hasattr(signal, "pthread_sigmask") else None
     try:
@@ -201,7 +188,7 @@ def load_batches(dataset: ImageDataset, batches: Sequence[Sequence[int]], worker
     try:
         for numbers, pixels, flags, sentences in loaded:
             if sentences and unreadable is None:
-                raise ValueError(f"{sentences[0]}; mend or remove it")
+                raise ValueError(f"{sentences[0]}; replace or remove it")
             if unreadable is not None:
                 unreadable += sentences
             images = torch.from_numpy(pixels)
@@ -217,7 +204,7 @@ def load_batches(dataset: ImageDataset, batches: Sequence[Sequence[int]], worker
 
 
 def end_with_main(worker: int) -> None:
-    """On Linux a worker is killed when the process that started it is gone; elsewhere it ends in seconds."""
+    """On Linux a worker is killed when the thread that started it is gone; elsewhere it ends in seconds."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
@@ -242,10 +229,9 @@ def balanced_batches(domain_ids: Sequence[int], batch: int, seed: int, epoch: in
 def released_batches(domain_ids: Sequence[int], sampled: int, batch: int, turn: int) -> list[list[int]]:
     """The released order of the run's pass number `turn`, phase 1's passes counted first (D15).
 
-    One generator, seeded with 0 whatever the run's seed, shuffles the s domains one after another. A stream
-    takes sampled // s images of each in turn, going on where the pass before stopped and from a domain's end
-    to its start, and is cut at `batch`. `sampled` is phase 2's batch in both phases. Raises as
-    `balanced_batches`.
+    One generator, seeded with 0 in every run, shuffles the s domains one after another. A stream takes
+    sampled // s images of each in turn, going on where the pass before stopped and from a domain's end to its
+    start, and is cut at `batch`; `sampled` is phase 2's batch in both phases. Raises as `balanced_batches`.
     """
     members, share, rounds = domain_shares(domain_ids, sampled)
     generator = random.Random(0)
