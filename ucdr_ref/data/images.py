@@ -172,11 +172,6 @@ def load_batches(dataset: ImageDataset, batches: Sequence[Sequence[int]], worker
     # SIGINT and SIGTERM reach the workers too, but a training still finishes its step: they inherit a mask.
     stops = {signal.SIGINT, signal.SIGTERM}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, stops) if hasattr(signal, "pthread_sigmask") else None
-    try:
-        loaded: Any = iter(loader)
-    finally:
-        if before is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def end_workers() -> None:
         if workers:
@@ -184,7 +179,12 @@ def load_batches(dataset: ImageDataset, batches: Sequence[Sequence[int]], worker
             for worker in loaded._workers:
                 worker.kill()
 
-    atexit.register(end_workers)  # a traceback may keep the generator until then
+    try:
+        loaded: Any = iter(loader)
+        atexit.register(end_workers)  # a traceback may keep the generator until then
+    finally:
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
         for numbers, pixels, flags, sentences in loaded:
             if sentences and unreadable is None:
