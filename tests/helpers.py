@@ -150,7 +150,7 @@ def write_world(root: Path) -> Path:
 def flags(world: Path, run: Path, *more: str) -> list[str]:
     """A short training on `write_world`'s folders; later flags win."""
     return ["--dataset", "folder", "--data-root", str(world / "data"), "--weights", str(world / "clip.pt"), "--run", str(run),
-            "--class-split", str(world / "split.json"), "--source-batch", "6", "--target-batch", "8", "--target-epochs", "1",
+            "--class-split", str(world / "split.json"), "--source-batch", "6", "--source-epochs", "1", "--target-batch", "8", "--target-epochs", "1",
             "--context-vectors", "4", "--workers", "0", *more]
 
 

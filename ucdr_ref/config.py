@@ -227,7 +227,7 @@ def check(name: str, value: Any) -> Any:
         expected = f"of type {kind.__name__}"
     elif choices and value not in choices:
         expected = f"one of {', '.join(map(str, choices))}"
-    elif kind in (int, float) and not (low <= value <= high and abs(value) < inf):
+    elif isinstance(value, (int, float)) and not (low <= value <= high and abs(value) < inf):
         expected = f"at least {low:g}" + f" and at most {high:g}" * (high < inf)
     else:
         return value
