@@ -1,18 +1,17 @@
 """ucdr_ref: reference implementations of UCDR-Adapter (WACV 2025) and the SRE-CLIP adapter (arXiv
 2510.21808).
 
-The wings, each with a door (`__init__`) that says what to read first; a wing imports only those before it
-(experiments also demo, where drawn data is asked for):
+The `__init__` of each subpackage says what to read first; a part imports only those before it (experiments
+also demo, where drawn data is asked for):
 
     clip         CLIP's towers, tokenizer, weight files; stands alone
     metrics      retrieval metrics, accuracies, exact search; stands alone
     ucdr         paper 1: losses, prompts, adapter; needs clip
     sre          paper 2: losses, adapter, class graph; needs clip
-    machine      files, devices, processes, entry points
-    images       image files to batches, features and indexes
-    training     the loop, and what lets a stopped run go on
-    config       every option of a run, presets, flags
-    experiments  benchmarks, run folders, tables: where everything meets
+    cli, config, distributed   commands and files; options; device, seeds, processes
+    data         image files to batches and features, benchmarks
+    training     the loop and its checkpoints
+    experiments  run folders, tables, search: where everything meets
     demo, bench  drawn data and its CLIP; measurements; both may be deleted
 
 Shapes in docstrings: `b` batch, `n` patches (or images), `d` vision width, `e` embedding, `t` text width, `m`

@@ -27,7 +27,7 @@ class Shared:
         Literal["ucdr-adapter", "zero-shot", "sre-clip", "closed-form"], "what to train"] = "ucdr-adapter"
     dataset: Annotated[
         Literal["toy", "domainnet", "sketchy", "sketchy-random", "tuberlin", "folder"],
-        "benchmark protocol; sketchy: 21 test classes (ECCV 2018), sketchy-random: 25"] = "toy"
+        "protocol; sketchy: 21 test classes (ECCV 2018), sketchy-random: 25"] = "toy"
     data_root: Annotated[
         str, "DIR", "<domain>/<class>/* lie here; the drawn data is made there when absent"] = "data/toy"
     weights: Annotated[
@@ -39,13 +39,13 @@ class Shared:
     held_out: Annotated[
         str, "DOMAIN", "query domain that training never sees; none: U^cCDR, from a seen one"] = "sketch"
     seen: Annotated[
-        str, "DOMAIN", "source domain of the validation and U^cCDR queries; empty: the protocol's"] = ""
+        str, "DOMAIN", "source domain of validation and U^cCDR queries; empty: the protocol's"] = ""
     gallery: Annotated[str, "DOMAIN", "gallery domain; empty: the protocol's"] = ""
     domains: Annotated[
-        tuple[str, ...], "DOMAIN", "folder datasets: domain folders to use, gallery and held-out one "
-        "included (the smallest decides how long an epoch is); empty: all"] = ()
+        tuple[str, ...], "DOMAIN", "own folders: domains to use, gallery and held-out one included (the "
+        "smallest decides how long an epoch is); empty: all"] = ()
     class_split: Annotated[
-        str, "FILE", "folder datasets: JSON with train, val and test class names; empty: drawn"] = ""
+        str, "FILE", "own folders: JSON with train, val and test class names; empty: drawn"] = ""
     stroke_domains: Annotated[
         tuple[str, ...], "DOMAIN", "domains of dark strokes on white, colour-inverted everywhere (D14)"] = (
         "sketch", "quickdraw", "sketches")
@@ -66,9 +66,8 @@ class Config(sre.Options, ucdr.Options, Shared):
     """Every option of a run. Defaults are the paper's, or a careful reading's; a dataset's own: PRESETS."""
 
 
-# May differ when a run is resumed: they change nothing that is computed beyond rounding ...
+# May differ when a run is resumed: what changes nothing beyond rounding, and what is compared by its digest.
 MACHINE = ("device", "workers", "precision", "micro_batch")
-# ... and what lies behind these is compared by its digest.
 PATHS = ("data_root", "class_split", "weights", "source", "target", "graph", "unseen")
 
 
@@ -82,7 +81,7 @@ class Field(NamedTuple):
 
 
 def read_fields() -> Iterator[tuple[str, Field]]:
-    """What the option classes say of each field, Shared's first."""
+    """What the option classes contain, Shared's first."""
     hints = typing.get_type_hints(Config, include_extras=True)
     for field in fields(Config):
         hint, kind = hints[field.name], type(field.default)
@@ -108,7 +107,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 DOMAINNET = dict(dataset="domainnet", data_root="data/DomainNet", weights="weights/ViT-B-32.pt")
 SKETCHY = dict(dataset="sketchy", data_root="data/Sketchy", weights="weights/ViT-B-32.pt", held_out="none",
                prompt_length=4, context_vectors=8)
-# The drawn data and its CLIP are small: larger steps, fewer of them, and a shorter context than the paper's.
+# The drawn data and its CLIP are small: larger steps, fewer of them, a shorter context than the paper's.
 TOY = dict(dataset="toy", context_vectors=4, source_batch=50, source_lr=1e-3, target_epochs=2, target_lr=1e-2,
            micro_batch=50)
 # D14 is the other method's: SRE-CLIP inverts no image unless --stroke-domains says so.

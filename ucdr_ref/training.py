@@ -10,7 +10,6 @@ import math
 import signal
 import sys
 import threading
-import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .cli import (
     ProgressLine,
@@ -36,20 +35,6 @@ from .distributed import all_gather, autocast, average, barrier, derive_seed, me
 SAVE_EVERY = 50  # steps between two checkpoints
 ADVICE = "delete the run folder to start again, or name another --run"
 INTACT = "the last checkpoint is intact: free space, then run the same command to go on"
-
-
-class Method(typing.Protocol):
-    """What the loop needs of a method, beside what every module has."""
-
-    PHASES: tuple[str, ...]
-
-    def trainable(self, phase: str) -> dict[str, nn.Parameter]: ...
-    def start(self, phase: str) -> None: ...
-    def optimizer(self, phase: str) -> torch.optim.Optimizer: ...
-    def learning_rate(self, phase: str, epoch: int, step: int) -> float: ...
-    def step(self, batch: Any, phase: str) -> dict[str, Tensor]: ...
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-    def state_dict(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -98,11 +83,13 @@ class Progress:
     log_bytes: int = 0
 
 
-def train(method: Method, phases: Mapping[str, PhaseData], validate: Callable[[], float] | None,
+def train(method: Any, phases: Mapping[str, PhaseData], validate: Callable[[], float] | None,
           run: Run) -> None:
     """All phases, from where last.pt stands; leaves last.pt, best.pt and log.jsonl in the run folder.
 
-    `validate` gives the score by which the last phase keeps its best epoch and stops early; None keeps the
+    method: a module with PHASES, trainable(phase) (parameters by name), start(phase), optimizer(phase),
+    learning_rate(phase, epoch, step) and step(batch, phase) (loss terms by name).
+    validate: gives the score by which the last phase keeps its best epoch and stops early; None keeps the
     last. Raises Stopped after SIGINT or SIGTERM, ValueError at a non-finite loss.
     """
     with open_checkpointer(run, method) as checkpointer:
@@ -114,7 +101,7 @@ def train(method: Method, phases: Mapping[str, PhaseData], validate: Callable[[]
         checkpointer.save_best(method)
 
 
-def fit(method: Method, phase: str, data: PhaseData, validate: Callable[[], float] | None,
+def fit(method: Any, phase: str, data: PhaseData, validate: Callable[[], float] | None,
         checkpointer: Checkpointer) -> None:
     """One phase: steps, checkpoints, validation after each epoch, early stop."""
     run, progress = checkpointer.run, checkpointer.progress
@@ -189,7 +176,7 @@ def stop_if_not_finite(values: dict[str, float], gradient: float, where: dict[st
 
 
 @contextmanager
-def open_checkpointer(run: Run, method: Method) -> Iterator[Checkpointer]:
+def open_checkpointer(run: Run, method: Any) -> Iterator[Checkpointer]:
     """The checkpoints and log of a run; the method takes over the weights of last.pt, if there is one."""
     progress, optimizer_state, last = Progress(), None, run.folder / "last.pt"
     if last.exists():
@@ -207,7 +194,7 @@ def open_checkpointer(run: Run, method: Method) -> Iterator[Checkpointer]:
 
 @dataclass
 class Checkpointer:
-    """How far a training is, its log, its checkpoints, and whether it was told to stop."""
+    """How far a training is, its log and checkpoints, and whether it was told to stop."""
 
     run: Run
     progress: Progress
@@ -233,9 +220,9 @@ class Checkpointer:
             with writing(path, INTACT), open(path, "ab") as file:
                 file.truncate(min(file.tell(), self.progress.log_bytes))
                 file.write((json.dumps(values) + "\n").encode())
-            self.progress.log_bytes = path.stat().st_size
+                self.progress.log_bytes = file.tell()
 
-    def save(self, method: Method, optimizer: torch.optim.Optimizer, phase: str, due: bool) -> None:
+    def save(self, method: Any, optimizer: torch.optim.Optimizer, phase: str, due: bool) -> None:
         """Writes last.pt where it is due or a process was told to stop, and then raises Stopped."""
         stop = all_gather([*self.stopping])  # the signals of all processes
         if due or stop:
@@ -248,7 +235,7 @@ class Checkpointer:
             raise Stopped(f"stopped by {reason} in phase {phase}, epoch {self.progress.epoch + 1}, step "
                           f"{self.progress.step}; all is saved: run the same command to go on")
 
-    def save_best(self, method: Method) -> None:
+    def save_best(self, method: Any) -> None:
         save_atomic({"method": own_state(method), **self.run.extra}, self.run.folder / "best.pt")
 
 
