@@ -263,7 +263,8 @@ def phase_data(source: Features, target: Features, config: Config, device: torch
         passed = 10 * done // iterations > 10 * (done - EPOCH) // iterations
         return passed and (done < iterations or epochs == 1)
 
-    return PhaseData(math.ceil(iterations / EPOCH), order, load, validates=validates, batch_size=2 * b)
+    size = min(b, len(source.paths)) + min(b, len(target.paths))
+    return PhaseData(math.ceil(iterations / EPOCH), order, load, validates=validates, batch_size=size)
 
 
 # Evaluation
@@ -304,7 +305,7 @@ def test_batches(labels: Tensor, unseen: Sequence[int], released: bool, size: in
 @torch.no_grad()
 def method_scores(method: SRECLIP, target: Features) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows [b] of `test_batches` and their test-time logits [b, c]."""
-    training, config = method.training, method.config
+    training, config = method.training, method.options
     method.eval()
     classes = method.class_embeddings().T / config.sre_temperature
     released, unseen = config.test_attention == "batch", method.unseen_ids.tolist()  # S2

@@ -70,7 +70,7 @@ def train(config: Config, folder: Path, cache: Path = CACHE, dry_run: bool = Fal
     torch.manual_seed(derive_seed(config.seed, "initial values"))
     if is_classification(config):
         method = classification.new_method(config, clip, data).to(device)
-        lines, phases = classification.describe(config, data), {}
+        lines, phases = classification.describe(data), {}
     else:
         method = retrieval.new_method(config, clip, data, device)
         phases = {phase: retrieval.phase_data(phase, data, config, clip.image_size, device)

@@ -1,0 +1,279 @@
+"""SRE-CLIP through the entry points: from folders to tables, and one sentence for every mistake."""
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.testing import assert_close
+
+import evaluate
+import retrieve
+import train
+from tests.helpers import equal, logged, refused, tiny_state_dict, touch_images
+from ucdr_ref.cli import load_state
+from ucdr_ref.clip.weights import load_clip
+from ucdr_ref.clip.zero_shot import class_text_features, preprocess
+from ucdr_ref.config import PRESETS, resolve
+from ucdr_ref.data.images import open_image
+from ucdr_ref.experiments import classification
+from ucdr_ref.sre.adapter import SRECLIP
+from ucdr_ref.sre.graph import Graph, save_graph
+
+NAMES = [f"shape {k}" for k in range(3, 11)]
+UNSEEN = [1, 6]
+SMALL = ["--sre-hidden", "16", "--sre-warmup", "20", "--workers", "0", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def scene(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `photo` (seen classes) and `sketch` (all), a class graph and the unseen names."""
+    root = tmp_path_factory.mktemp("scene")
+    shutil.copytree(world / "data" / "sketch", root / "sketch")
+    shutil.copytree(world / "data" / "photo", root / "photo", ignore=shutil.ignore_patterns("shape_4", "shape_9"))
+    ids = [f"n{k:08d}" for k in range(10)]
+    edges = [(k, 8 + k % 2) for k in range(8)] + [(8, 9)]
+    nodes = [*NAMES, "even", "odd"]
+    save_graph(Graph(ids, nodes, [[name] for name in nodes], edges, 8, "notice"), root / "graph.json")
+    (root / "unseen.txt").write_text("Shape_4\nshape 9\n")
+    shutil.copy(world / "clip.pt", root / "clip.pt")
+    return root
+
+
+def flags(scene: Path, run: Path, *more: str) -> list[str]:
+    """A short training; features are kept beside the run."""
+    paths = dict(source="photo", target="sketch", graph="graph.json", unseen="unseen.txt", weights="clip.pt")
+    given = [part for flag, name in paths.items() for part in (f"--{flag}", str(scene / name))]
+    return ["--method", "sre-clip", *given, "--run", str(run), "--cache", str(run.parent / "cache"), "--sre-iterations", "130",
+            *SMALL, *more]
+
+
+@pytest.fixture(scope="module")
+def run(scene: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert train.main(flags(scene, folder)) == 0
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_state(folder / "best.pt")["method"]
+
+
+def rows(folder: Path) -> list[dict]:
+    return json.loads((folder / "results.json").read_text())["rows"]
+
+
+def test_a_run_trains_and_leaves_a_small_complete_checkpoint(run):
+    steps = logged(run)
+    assert len(steps) == 130 and steps[-1]["ce"] < steps[0]["ce"]
+    for i in (0, 19, 20, 129):
+        source = steps[i]["ce"] + 100 * steps[i]["structure"] + 0.01 * steps[i]["retention"]
+        target = 3 * steps[i]["entropy"] + 5 * steps[i]["diversity"] + 5 * steps[i]["bias"]
+        assert steps[i]["loss"] == pytest.approx(source if i < 20 else target + 1.5 * source, rel=1e-4)
+    state = load_state(run / "best.pt")
+    assert state["unseen_ids"] == UNSEEN and state["class_names"] == NAMES and state["graph"]["notice"] == "notice"
+    assert not any(name.startswith("clip.") or "adjacency" in name for name in state["method"])
+
+
+def test_runs_share_features(run, scene, tmp_path, monkeypatch):
+    shutil.copytree(run.parent / "cache", tmp_path / "cache")
+    monkeypatch.setattr("ucdr_ref.data.images.open_image", lambda *_: pytest.fail("encoded a second time"))
+    monkeypatch.setattr("ucdr_ref.data.features.load_batches", lambda *a: pytest.fail("encoded") if len(a[1]) else iter(()))
+    monkeypatch.setattr(classification, "load_features", classification.load_features)
+    assert train.main(flags(scene, tmp_path / "second")) == 0
+    assert equal(weights(tmp_path / "second"), weights(run))
+
+
+def test_evaluate_needs_neither_graph_nor_source(run, scene, tmp_path):
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    shutil.copytree(scene / "sketch", moved / "sketch")
+    shutil.copytree(run, moved / "run")
+    state = load_state(moved / "run" / "best.pt")
+    state["config"] = {**state["config"], "graph": "gone.json", "unseen": "gone.txt", "source": ["gone"], "target": "gone"}
+    torch.save(state, tmp_path / "best.pt")
+    shutil.copy(tmp_path / "best.pt", moved / "run" / "best.pt")
+    assert evaluate.main(["--run", str(moved / "run"), "--target", str(moved / "sketch"), "--out", str(tmp_path / "out"),
+                          "--cache", str(tmp_path / "cache"), "--workers", "0"]) == 0
+    table = json.loads((tmp_path / "out" / "results.json").read_text())["table"]
+    assert "48 target images of 8 classes" in table and max(map(len, table.splitlines())) <= 80
+    ours = rows(tmp_path / "out")
+    assert ours == rows(run) and [row["method"] for row in ours] == ["zero-shot", "sre-clip"]
+    lines = [line for line in csv.DictReader((tmp_path / "out" / "per_class.csv").open()) if line["method"] == "sre-clip"]
+    assert [line["class"] for line in lines] == NAMES and sum(int(line["images"]) for line in lines) == 48
+    for split in ("seen", "unseen"):
+        values = [float(line["accuracy"]) for line in lines if line["split"] == split]
+        assert sum(values) / len(values) == pytest.approx(ours[1]["class"][split], abs=1e-6)
+        assert f"{100 * ours[1]['class'][split]:.2f}" in table
+
+
+def test_zero_shot_row_equals_a_separate_computation(run, scene):
+    clip = load_clip(scene / "clip.pt")
+    text = class_text_features(clip, NAMES)
+    hits = {True: [], False: []}
+    for k, name in enumerate(NAMES):
+        for path in sorted((scene / "sketch" / name.replace(" ", "_")).iterdir()):
+            f = F.normalize(clip.encode_image(preprocess(32)(open_image(str(path)))[None]), dim=1)
+            hits[k in UNSEEN].append(int((f @ text.T).argmax()) == k)
+    for key, unseen in (("unseen", True), ("seen", False)):
+        assert rows(run)[0]["instance"][key] == pytest.approx(sum(hits[unseen]) / len(hits[unseen]))
+
+
+def test_retrieve_works_on_a_run(run, scene, tmp_path, capsys):
+    query = str(scene / "photo" / "shape_5" / "1.png")
+    assert retrieve.main(["--run", str(run), "--gallery", str(scene / "photo"), "--query", query, "--k", "2", "--workers", "0",
+                          "--cache", str(tmp_path), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["queries"][0]["results"][0]["path"] == query and answer["images"] == 36
+
+
+@pytest.mark.parametrize("report", ["last", "best-test"])
+def test_an_interrupted_run_ends_in_the_same_weights(scene, tmp_path, monkeypatch, report):
+    more = ["--sre-report", report, "--sre-iterations", "250" if report == "best-test" else "130"]
+    call = flags(scene, tmp_path / "cut", *more)
+    step = SRECLIP.step
+    for stop in (47, 118):
+        def failing(self, batch, phase, stop=stop):
+            if batch.iteration == stop:
+                raise ValueError("power cut")
+            return step(self, batch, phase)
+
+        monkeypatch.setattr(SRECLIP, "step", failing)
+        assert train.main(call) == 2
+    monkeypatch.setattr(SRECLIP, "step", step)
+    assert train.main(call) == 0
+    assert train.main(flags(scene, tmp_path / "whole", *more)) == 0
+    assert equal(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    assert logged(tmp_path / "cut") == logged(tmp_path / "whole") and rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    if report == "best-test":
+        evaluations = load_state(tmp_path / "whole" / "last.pt")["evaluations"]
+        best = rows(tmp_path / "whole")[2]
+        assert best["method"] == "best-test" and best["evaluations"] == len(evaluations) == 2  # S6: after 100 and 200
+        assert best["class"]["seen"] == max(found["class"]["seen"] for found in evaluations)
+
+
+def test_target_labels_do_not_reach_the_weights(run, scene, tmp_path, monkeypatch):
+    load = classification.load_features
+
+    def shuffled(folders, *more):
+        found = load(folders, *more)
+        return found._replace(labels=found.labels.flip(0)) if folders[0].root.endswith("sketch") else found
+
+    monkeypatch.setattr(classification, "load_features", shuffled)
+    assert train.main(flags(scene, tmp_path / "run")) == 0
+    assert equal(weights(tmp_path / "run"), weights(run)) and rows(tmp_path / "run")[1] != rows(run)[1]
+
+
+def test_ablations_are_a_flag_each(scene, tmp_path):
+    terms = ("structure", "retention", "entropy", "diversity", "bias")
+    numbers = dict(zip(terms, (100, 0.01, 3, 5, 5)))
+    for off in (("structure",), ("retention",), ("entropy", "diversity", "bias")):
+        given = [part for name in off for part in (f"--sre-{name}", "0")]
+        assert train.main(flags(scene, tmp_path / off[0], "--sre-iterations", "30", *given)) == 0
+        step = logged(tmp_path / off[0])[25]
+        weigh = {name: 0 if name in off else numbers[name] for name in terms}
+        source = step["ce"] + sum(weigh[name] * step[name] for name in terms[:2])
+        target = sum(weigh[name] * step[name] for name in terms[2:])
+        assert step["loss"] == pytest.approx(target + 1.5 * source, rel=1e-5, abs=1e-6)
+
+
+def test_image_tower_alone_with_a_file_of_class_vectors(scene, tmp_path, capsys):
+    tower = {key: value for key, value in tiny_state_dict().items() if key.startswith("visual.")}
+    torch.save(tower, tmp_path / "tower.pt")
+    call = flags(scene, tmp_path / "run", "--weights", str(tmp_path / "tower.pt"), "--sre-iterations", "5")
+    refused(capsys, train.main(call), "image tower alone")
+    torch.manual_seed(0)
+    vectors = tmp_path / "vectors.txt"
+    vectors.write_text("".join(f"n{k:08d} {' '.join(map(str, row))}\n" for k, row in enumerate(torch.randn(10, 6).tolist())))
+    assert train.main([*call, "--class-vectors", str(vectors)]) == 0
+    assert "no text tower: nearest mean" in capsys.readouterr().out
+    row = rows(tmp_path / "run")[0]
+    assert row["method"] == "prototypes" and row["instance"]["zsl"] is None and row["instance"]["unseen"] == 0
+    assert_close(weights(tmp_path / "run")["class_vectors"].norm(dim=1), torch.ones(10))
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_test_batches(released):
+    """S2: every row once; released, images of unseen and of seen classes never pass together."""
+    labels = torch.arange(2000) % 7
+    parts = classification.test_batches(labels, [2, 5], released, 256)
+    assert sorted(torch.cat(list(parts)).tolist()) == list(range(2000))
+    assert max(map(len, parts)) == (512 if released else 256)
+    mixed = [len(torch.isin(labels[part], torch.tensor([2, 5])).unique()) for part in parts]
+    assert set(mixed) == ({1} if released else {2})
+
+
+def test_dry_run_counts_and_lists_what_is_left_out(scene, tmp_path, capsys):
+    assert train.main(flags(scene, tmp_path / "dry", "--source", str(scene / "sketch"), "--target", str(scene / "sketch"),
+                            "--dry-run")) == 2
+    shutil.copytree(scene / "sketch", tmp_path / "all")
+    assert train.main(flags(scene, tmp_path / "dry", "--source", str(tmp_path / "all"), "--dry-run")) == 0
+    text = capsys.readouterr().out
+    for part in ('"method": "sre-clip"', "8 classes (2 unseen), 10 nodes, 9 edges", "36 images, 6 classes", "48 images, 8 classes",
+                 "2 class folders outside the seen classes are not used: shape_4, shape_9",
+                 "phase sre: 130 steps", "2,384 trainable parameters"):  # 3 (32 16 + 16) + 32 16 + 16 + 16 16 + 16
+        assert part in text, part
+    assert not (tmp_path / "dry").exists()
+
+
+@pytest.mark.parametrize("preset", ["i2awa", "i2webv", "sre", "sre/toy", "sre/toy-fast"])
+def test_dry_run_of_every_preset(preset, world, tmp_path, capsys):
+    graph, unseen = classification.read_graph(resolve({"graph": "awa2"}, "i2awa"))
+    names = graph.names[:graph.classes]
+    touch_images(tmp_path, ("web",), [name for k, name in enumerate(names) if k not in unseen], 1)
+    touch_images(tmp_path, ("AwA2",), names, 1)
+    folders = ["--data-root", str(tmp_path / "toy"), "--toy-images", "2"] if PRESETS[preset]["dataset"] == "toy" else \
+        ["--graph", "awa2", "--source", str(tmp_path / "web"), "--target", str(tmp_path / "AwA2")]
+    assert train.main(["--preset", preset, "--weights", str(world / "clip.pt"), "--run", str(tmp_path / "dry"), "--dry-run",
+                       *folders]) == 0
+    assert "phase sre: " in capsys.readouterr().out and not (tmp_path / "dry").exists()
+
+
+def test_mistakes_are_one_sentence(scene, tmp_path, capsys):
+    def run_with(*more: str) -> int:
+        return train.main(flags(scene, tmp_path / "none", *more))
+
+    def written(name: str, text: str) -> str:
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    graph = json.loads((scene / "graph.json").read_text())
+    equal_vectors = written("equal.txt", "".join(f"n{k:08d} {k % 2 + 1} 1\n" for k in range(10)))
+    refused(capsys, run_with("--unseen", written("a.txt", "lion\n")), "lion")
+    refused(capsys, run_with("--unseen", written("b.txt", "seen n00000000 shape 3\nunseen n00000001 shape 4\n")), "in their order")
+    refused(capsys, run_with("--unseen", str(tmp_path / "absent")), "absent")
+    refused(capsys, run_with("--unseen", ""), "--unseen FILE", "--graph awa2 or toy")
+    refused(capsys, run_with("--graph", str(tmp_path / "absent.json")), "absent.json", "ucdr_ref.sre.wordnet")
+    twins = {**graph, "names": ["shape 4", *graph["names"][1:]]}
+    refused(capsys, run_with("--graph", written("t.json", json.dumps(twins))), "shape 4; give an id")
+    refused(capsys, run_with("--graph", "awa2", "--unseen", ""), "no folder is named after a seen class")
+    refused(capsys, run_with("--target", str(tmp_path / "absent")), "--target", "no such folder")
+    refused(capsys, run_with("--target", ""), "--source", "--target DIR")
+    refused(capsys, run_with("--source", str(scene / "sketch")), f"--target {scene / 'sketch'} is a --source too")
+    refused(capsys, run_with("--dataset", "toy", "--preset", "sre/toy"), "--dataset toy draws its own images; leave --source")
+    refused(capsys, run_with("--class-vectors", equal_vectors), "'shape 3' and 'shape 5' have identical vectors")
+    broken = Path(shutil.copytree(scene / "sketch", tmp_path / "broken"))
+    (broken / "shape_3" / "0.png").write_bytes(b"broken")
+    assert not (tmp_path / "none").exists()
+    refused(capsys, run_with("--target", str(broken)), "shape_3/0.png", "readable image")
+
+
+def test_another_config_or_graph_does_not_resume_a_run(run, scene, tmp_path, capsys):
+    refused(capsys, train.main(flags(scene, run, "--sre-kappa", "0.5")), "sre_kappa: 0.3 -> 0.5")
+    moved = Path(shutil.copytree(scene, tmp_path / "scene"))
+    call = flags(moved, tmp_path / "run", "--sre-iterations", "3")
+    assert train.main(call) == 0
+    graph = json.loads((moved / "graph.json").read_text())
+    (moved / "graph.json").write_text(json.dumps({**graph, "edges": graph["edges"][:-1]}))
+    refused(capsys, train.main(call), "graph: ")
+
+
+def test_a_checkpoint_of_something_else_is_refused(run, tmp_path, capsys):
+    for key, value in (("graph", {"ids": []}), ("unseen_ids", [99]), ("method", {})):
+        torch.save({**load_state(run / "best.pt"), key: value}, tmp_path / "best.pt")
+        refused(capsys, evaluate.main(["--run", str(tmp_path), "--workers", "0"]), "best.pt")
