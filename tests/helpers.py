@@ -154,7 +154,7 @@ def flags(world: Path, run: Path, *more: str) -> list[str]:
             "--context-vectors", "4", "--workers", "0", *more]
 
 
-LONGER = ("--target-epochs", "3", "--patience", "9", "--source-lr", "0.01", "--target-lr", "0.01", "--save-every", "2")
+LONGER = ("--target-epochs", "3", "--source-lr", "0.01", "--target-lr", "0.01", "--save-every", "2")
 
 
 def touch_images(root: Path, domains: Iterable[str], classes: Iterable[str], count: int) -> Path:

@@ -37,8 +37,8 @@ def test_flags_over_variant_over_preset_over_defaults():
     both = resolve({"variant": "released", "mask": "own", "prompt_length": 7}, "sketchy/eccv")
     assert (both.mask, both.prompt_length, both.feature_token, both.context_vectors) == ("own", 7, 1, 8)
     for preset, values in PRESETS.items():  # what neither preset, variant nor flag names is the default
-        found = asdict(resolve({"tau": 0.5}, preset))
-        assert found == {**asdict(plain), **values, "tau": 0.5}, preset
+        found = asdict(resolve({"target_lr": 0.5}, preset))
+        assert found == {**asdict(plain), **values, "target_lr": 0.5}, preset
 
 
 def test_every_variant_and_preset_names_fields_that_exist_and_fit():
@@ -73,16 +73,16 @@ def test_presets_without_a_name():
 
 def test_flags_have_the_fields_types_and_leave_no_trace_when_absent():
     assert parsed() == {}
-    given = parsed("--tau", "0.1", "--seed", "3", "--stroke-domains", "a", "b", "--mask", "none", "--feature-token", "1")
-    assert given == {"tau": 0.1, "seed": 3, "stroke_domains": ["a", "b"], "mask": "none", "feature_token": 1}
+    given = parsed("--target-lr", "0.1", "--seed", "3", "--stroke-domains", "a", "b", "--mask", "none", "--feature-token", "1")
+    assert given == {"target_lr": 0.1, "seed": 3, "stroke_domains": ["a", "b"], "mask": "none", "feature_token": 1}
     assert resolve(given).stroke_domains == ("a", "b")
 
 
 def test_json_there_and_back():
-    for config in (Config(), resolve({"variant": "released", "source": ["x", "y"]}, "sre"), resolve({"tau": 1e-7})):
+    for config in (Config(), resolve({"variant": "released", "source": ["x", "y"]}, "sre"), resolve({"target_lr": 1e-7})):
         assert from_dict(json.loads(to_json(config))) == config
     assert list(json.loads(to_json(Config()))) == list(FIELDS)
-    assert from_dict({"tau": 1}).tau == 1.0 and type(from_dict({"tau": 1}).tau) is float
+    assert from_dict({"target_lr": 1}).target_lr == 1.0 and type(from_dict({"target_lr": 1}).target_lr) is float
 
 
 @pytest.mark.parametrize(("values", "sentence"), [
@@ -91,10 +91,10 @@ def test_json_there_and_back():
     ({"feature_token": 2}, "feature_token is 2"), ({"feature_token": True}, "feature_token is True"),
     ({"seed": 1.0}, "seed is 1.0, expected int"), ({"seed": "1"}, "seed is '1'"), ({"seed": True}, "seed is True"),
     ({"seed": None}, "seed is None"), ({"seed": -1}, "seed is -1, expected a finite number x with 0 <= x"),
-    ({"tau": float("nan")}, "tau is nan"), ({"tau": float("inf")}, "tau is inf"), ({"tau": True}, "tau is True"),
-    ({"tau": "1"}, "tau is '1', expected float"), ({"source": "folder"}, "source is 'folder', expected tuple"),
+    ({"target_lr": float("nan")}, "target_lr is nan"), ({"target_lr": float("inf")}, "target_lr is inf"), ({"target_lr": True}, "target_lr is True"),
+    ({"target_lr": "1"}, "target_lr is '1', expected float"), ({"source": "folder"}, "source is 'folder', expected tuple"),
     ({"source": [1]}, r"source is \[1\]"), ({"weights": 3}, "weights is 3, expected str"),
-    ({"tau": 10 ** 400}, "tau is 10+, expected float"), ({"weights": "x", "data_root": ["\n" * 9000]}, "data_root is")])
+    ({"target_lr": 10 ** 400}, "target_lr is 10+, expected float"), ({"weights": "x", "data_root": ["\n" * 9000]}, "data_root is")])
 def test_values_that_cannot_be(values, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
         from_dict(values)
@@ -102,9 +102,9 @@ def test_values_that_cannot_be(values, sentence):
 
 
 @pytest.mark.parametrize(("flag", "value"), [
-    ("momentum", 5), ("momentum", -0.1), ("tau", 0), ("eval_batch", 0), ("save_every", 0), ("queue_size", 0), ("sre_batch", 0),
-    ("sre_hidden", 0), ("sre_dropout", 1), ("sre_kappa", 1.5), ("holdback", 1), ("patience", 0), ("workers", 10**6),
-    ("temperature", 0), ("sre_temperature", 0), ("prompt_length", 0), ("toy_images", 0), ("micro_batch", -1)])
+    ("target_lr", -1), ("eval_batch", 0), ("save_every", 0), ("sre_batch", 0),
+    ("sre_hidden", 0), ("sre_dropout", 1), ("sre_kappa", 1.5), ("holdback", 1), ("workers", 10**6),
+    ("sre_temperature", 0), ("prompt_length", 0), ("toy_images", 0), ("micro_batch", -1)])
 def test_a_number_outside_its_range_is_refused_before_anything_is_drawn_read_or_written(flag, value, tmp_path, capsys):
     asked = ["--" + flag.replace("_", "-"), str(value), "--run", str(tmp_path / "run"), "--data-root", str(tmp_path / "data")]
     refused(capsys, train.main(asked), flag, FIELDS[flag].rule)
@@ -130,9 +130,9 @@ def test_every_number_has_a_rule_that_its_default_obeys_and_every_flag_says_its_
 
 
 def test_differences_are_those_that_change_results():
-    ours = Config(tau=0.1, mask="none", **{name: FIELDS[name].default for name in MACHINE})
+    ours = Config(target_lr=0.1, mask="none", **{name: FIELDS[name].default for name in MACHINE})
     theirs = replace(Config(), device="cuda:3", workers=9, precision="bf16", save_every=7, eval_batch=1)
-    assert differences(ours, theirs) == ["mask: 'own' -> 'none'", "tau: 0.07 -> 0.1"]
+    assert differences(ours, theirs) == ["mask: 'own' -> 'none'", "target_lr: 0.0001 -> 0.1"]
     assert differences(theirs, Config()) == [] and set(MACHINE) < set(FIELDS)
     for name, field in FIELDS.items():
         if isinstance(field.default, int) and name not in MACHINE:

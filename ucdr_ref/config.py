@@ -39,6 +39,9 @@ def read_fields() -> Iterator[tuple[str, Field]]:
         hint, kind = hints[field.name], type(field.default)
         *told, text = hint.__metadata__  # the range of a number or the name of a text, then the help
         choices = () if told else typing.get_args(hint.__origin__)
+        if told and isinstance(told[0], tuple):
+            low, high = told[0]
+            told = [f"{low} <= x" + (f" <= {high}" if high < math.inf else "")]
         rule = "".join(told) if kind in (int, float) else ""
         metavar = rule.replace("x", "N" if kind is int else "X").replace(" ", "") or "".join(told)
         yield field.name, Field(kind, choices, rule, metavar, text, field.default)

@@ -35,7 +35,7 @@ def rows(folder: Path) -> dict[tuple[str, str], dict]:
 @pytest.fixture(scope="module")
 def form_run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "form"
-    assert train.main(flags(world, folder, "--method", "closed-form", "--whitening", "3")) == 0
+    assert train.main(flags(world, folder, "--method", "closed-form", "--selection", "last")) == 0
     return folder
 
 
@@ -70,7 +70,7 @@ def test_a_closed_form_run_is_the_form_of_its_training_images(form_run, world, t
 def test_the_same_command_again_and_an_evaluation_give_the_same(form_run, world, tmp_path):
     before = load_state(form_run / "best.pt")["method"]
     first = rows(form_run)
-    assert train.main(flags(world, form_run, "--method", "closed-form", "--whitening", "3")) == 0
+    assert train.main(flags(world, form_run, "--method", "closed-form", "--selection", "last")) == 0
     again = load_state(form_run / "best.pt")["method"]
     assert before.keys() == again.keys() == {"form.mean", "form.subspace", "form.whitening"}
     assert all(torch.equal(before[name], again[name]) for name in before)
@@ -101,31 +101,11 @@ def test_lambda_is_chosen_without_the_test_classes(world, tmp_path, monkeypatch)
         assert set(test.query.classes) == set(test.galleries[gallery].classes) == validated
         assert held_out not in {test.query_domain, *test.query.domains, *test.galleries[gallery].domains}
     assert train.main(flags(world, tmp_path / "last", "--method", "closed-form", "--selection", "last")) == 0
-    assert train.main(flags(world, tmp_path / "three", "--method", "closed-form", "--whitening", "3")) == 0
-    assert len(seen) == 1  # no validation classes, or a given lambda: nothing is chosen
-    a, b = (load_state(tmp_path / name / "best.pt")["method"] for name in ("last", "three"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_the_adapters_own_closed_form_is_a_row_and_outlives_a_resume(world, tmp_path):
-    run = tmp_path / "run"
-    command = flags(world, run, "--closed-form", "1", "--whitening", "3")
-    assert train.main(command) == 0
-    found = rows(run)
-    assert {"zero-shot", "ucdr-adapter", "ucdr-adapter, closed form", "ucdr-adapter, closed form, centred"} <= {
-        method for method, _ in found}
-    state = load_state(run / "best.pt")
-    assert train.main(command) == 0  # finished: nothing is trained or fitted again
-    again = load_state(run / "best.pt")
-    assert all(torch.equal(state["form"][name], again["form"][name]) for name in state["form"])
-    plain = tmp_path / "plain"
-    assert train.main(flags(world, plain)) == 0
-    assert rows(plain)["ucdr-adapter", "unseen"] == found["ucdr-adapter", "unseen"]  # the adapter itself is as without
+    assert len(seen) == 1  # no validation classes: nothing is chosen
 
 
 def test_with_closed_form_adds_a_row_to_any_run(world, tmp_path, form_run):
-    assert train.main(flags(world, tmp_path / "zs", "--method", "zero-shot", "--whitening", "3", "--closed-form", "1")) == 0
-    assert "form" not in load_state(tmp_path / "zs" / "best.pt")  # --closed-form is the adapter's own
+    assert train.main(flags(world, tmp_path / "zs", "--method", "zero-shot", "--selection", "last")) == 0
     call = ["--run", str(tmp_path / "zs"), "--out", str(tmp_path / "out"), "--workers", "0"]
     assert evaluate.main([*call, "--with-closed-form"]) == 0
     key = ("closed-form", "mixed")

@@ -200,7 +200,7 @@ def test_mistakes_in_flags(world, tmp_path, capsys):
     for method in ("ucdr-adapter", "zero-shot"):  # nor is another method trained under this one's name
         refused(capsys, run_with("--method", method, "--graph", "awa2", "--target", "x"),
                 f"--graph, --target: only for --method sre-clip or closed-form, and this is {method}")
-    refused(capsys, run_with("--tau", "-1"), "tau is -1.0")
+    refused(capsys, run_with("--source-lr", "-1"), "source_lr is -1.0")
     refused(capsys, run_with("--class-split", str(tmp_path / "x.json")), "x.json does not exist")
     assert not (tmp_path / "none").exists()
     for main, flag, value, sentence in ((train.main, "--mask", "theirs", "invalid choice"), (train.main, "--run", "", "it is empty"),
@@ -212,7 +212,7 @@ def test_mistakes_in_flags(world, tmp_path, capsys):
 
 def test_a_run_folder_of_another_config_is_kept(run, world, capsys):
     before = (run / "best.pt").read_bytes()
-    refused(capsys, train.main(flags(world, run, "--mask", "none", "--tau", "0.1")), "mask: 'own' -> 'none'", "tau: 0.07 -> 0.1")
+    refused(capsys, train.main(flags(world, run, "--mask", "none", "--target-lr", "0.1")), "mask: 'own' -> 'none'", "target_lr: 0.0001 -> 0.1")
     assert (run / "best.pt").read_bytes() == before
     elsewhere = world / "data"
     refused(capsys, train.main(flags(world, elsewhere)), "is no run folder")

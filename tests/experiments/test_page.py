@@ -71,7 +71,7 @@ class Page(HTMLParser):
 
 
 def about(method: str) -> dict[str, Any]:
-    config = {**asdict(Config()), "method": method, "tau": 0.1, "data_root": SCRIPT}
+    config = {**asdict(Config()), "method": method, "target_lr": 0.07, "data_root": SCRIPT}
     return {"run": f"runs/{SCRIPT}", "config": config, "defaults": asdict(Config()), "versions": {"torch": "2"},
             "table": f"method\n{SCRIPT}  33.33"}
 
@@ -131,7 +131,7 @@ def check(text: str) -> Page:
     assert "@import" not in text and "url(" not in text
     assert all(c.isprintable() or c == "\n" for c in text)
     words = "".join(page.texts)
-    assert all(part in words for part in (f"{SCRIPT}  33.33", f'"{SCRIPT}"', "tau", "0.07", "torch"))
+    assert all(part in words for part in (f"{SCRIPT}  33.33", f'"{SCRIPT}"', "target_lr", "0.07", "torch"))
     return page
 
 

@@ -20,7 +20,7 @@ from ucdr_ref.sre import adapter as sre
 from ucdr_ref.sre.closed_form import Ridge
 from ucdr_ref.sre.graph import normalised_adjacency
 from ucdr_ref.ucdr import adapter as ucdr
-from ucdr_ref.ucdr.closed_form import ClosedForm, ClosedFormAdapter, centred
+from ucdr_ref.ucdr.closed_form import ClosedForm, ClosedFormAdapter, center
 
 try:
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -126,7 +126,7 @@ def name(change: dict[str, Any]) -> str:
 @pytest.mark.parametrize("p", [1, 4])
 @pytest.mark.parametrize("change", D, ids=name)
 def test_ucdr_adapter_mixes_no_devices(clip, change, p, precision):
-    config = replace(Config(context_vectors=4, queue_size=3), prompt_length=p, **change)
+    config = replace(Config(context_vectors=4), prompt_length=p, **change)
     features = torch.randn(5, clip.embed_dim) if config.class_features == "prototypes" else None
     method = ucdr.UCDRAdapter(clip, list("abcde"), ["photo", "sketch"], config, features)
     with pretended(method), autocast(precision, CUDA):
@@ -162,13 +162,13 @@ def test_baselines_and_closed_forms_mix_no_devices(clip, precision):
     e = clip.embed_dim
     plain = ZeroShot(clip)
     form, ridge = ClosedForm(torch.zeros(e), torch.zeros(e, 1), torch.zeros(e, e)), Ridge(torch.zeros(e, 12), torch.zeros(5, 12))
-    method = ClosedFormAdapter(clip, plain.encode, form)
+    method = ClosedFormAdapter(clip, form)
     with pretended(method, ridge), autocast(precision, CUDA):
         assert (on_gpu(2, 2) @ on_gpu(2, 2)).dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         stays(plain.encode(on_gpu(2, 3, 32, 32)), 2, e)
         stays(method.encode(on_gpu(2, 3, 32, 32)), 2, e)
         stays(ridge.logits(on_gpu(3, e)), 3, 5)
-        stays(centred(on_gpu(3, e)), 3, e)
+        stays(center(on_gpu(3, e)), 3, e)
 
 
 @pytest.mark.parametrize("chunk", [None, 4])

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..clip.load import OPENAI_SHA256
 from ..clip.model import CLIP
 from ..clip.tensorfile import file_digest, show
-from ..clip.zero_shot import ZeroShot, class_text_features
+from ..clip.zero_shot import class_text_features
 from ..config import Config
 from ..images.features import prototypes
 from ..machine.files import digest_of, write_text_atomic
@@ -94,7 +94,7 @@ def made(config: Config, clip: CLIP, graph: Graph, unseen: Sequence[int],
     if config.method == "closed-form":
         anchors = torch.zeros_like(vectors[:graph.classes])
         nothing_fitted = Ridge(torch.zeros(clip.embed_dim, vectors.shape[1]), anchors)
-        return ClosedFormAdapter(clip, ZeroShot(clip).encode, nothing_fitted)
+        return ClosedFormAdapter(clip, nothing_fitted)  # type: ignore[arg-type]
     adjacency = normalised_adjacency(graph.edges, len(graph.ids))
     return SRECLIP(clip, graph.names[:graph.classes], vectors, adjacency, unseen, config)
 
@@ -112,7 +112,7 @@ def build(config: Config, data: Data, clip: CLIP, device: torch.device) -> Exper
                   "domain_names": [Path(root).name for root in config.source],
                   "graph": asdict(graph), "unseen_ids": data.unseen, "baseline": name, "anchors": anchors}
         if isinstance(method, ClosedFormAdapter):
-            method.form, about["strength"] = fit(source.take, source.labels,
+            method.form, about["strength"] = fit(source.take, source.labels,  # type: ignore[assignment]
                                                  vectors[:graph.classes])
             return {}, None, Run(folder, config, device, about, config.sre_iterations)
         validate = None

@@ -218,9 +218,7 @@ def select(config: Config, tests: list[Test], validation: Test, metric: str,
     """The queries, and the gallery and metric, that choose the epoch (D5); a line when they cannot choose."""
     if config.selection == "last":
         return None, None
-    chosen = {"validation": validation, "test": tests[0], "test-ud": tests[-1]}[config.selection]
-    if config.selection == "test-ud" and chosen.protocol != "UdCDR":
-        raise ValueError("--selection test-ud: this protocol has no U^dCDR queries; give validation or test")
+    chosen = {"validation": validation, "test": tests[0]}[config.selection]
     name = "mixed" if "mixed" in chosen.galleries else next(iter(chosen.galleries))  # D5
     chosen = replace(chosen, galleries={name: chosen.galleries[name]})
     check(chosen)

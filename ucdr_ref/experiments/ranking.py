@@ -17,7 +17,8 @@ from ..images.features import Extractor
 from ..machine.processes import gather, world
 from ..machine.processes import rank as own_rank
 from ..metrics import retrieval
-from ..ucdr.closed_form import ClosedForm, centred
+from ..ucdr import closed_form
+from ..ucdr.closed_form import ClosedForm
 from .protocols import Test
 from .report import plain
 
@@ -80,7 +81,7 @@ def score(rows: Rows, test: Test, center: bool = False) -> dict[str, dict[str, A
     """
     def moved(files: Files) -> tuple[Tensor, Files]:
         features, found = rows(files)
-        return centred(features) if center else features, found
+        return closed_form.center(features) if center else features, found
 
     query, queries = moved(test.query)
     results = {}

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,6 @@ from ..images.batches import (
     released_batches,
 )
 from ..images.features import Extractor, prototypes
-from ..machine.files import load_state, save_atomic
 from ..machine.processes import fold, gather_rows, main_first, place, share
 from ..training.journal import load_own_state
 from ..training.loop import Feed, Run
@@ -63,7 +61,7 @@ def initial(config: Config, clip: CLIP, class_names: list[str], domain_names: li
             anchors: Tensor | None) -> Any:
     """The config's method, drawn from torch's global generator where it is trained by steps."""
     if config.method == "closed-form":
-        return ClosedFormAdapter(clip, ZeroShot(clip).encode, empty_form(clip, domain_names))
+        return ClosedFormAdapter(clip, empty_form(clip, domain_names))
     if config.method == "zero-shot":
         return zero_shot(config, clip)
     return UCDRAdapter(clip, class_names, domain_names, config, anchors, gather_rows, place)
@@ -101,12 +99,7 @@ def build(config: Config, protocol: Protocol, clip: CLIP, device: torch.device) 
         return feeds, validate if protocol.selected is not None else None, run
 
     def finish(folder: Path) -> None:
-        """--closed-form 1: the form of the trained adapter's own features goes into best.pt."""
-        path, wanted = folder / "best.pt", config.closed_form and config.method == "ucdr-adapter"
-        if wanted and "form" not in (state := load_state(path)):
-            trained = rebuild(config, clip, state, path, device)
-            form = fit_form(config, protocol, encoded(trained, config, device))
-            save_atomic({**state, "form": form.state_dict()}, path)
+        pass
 
     return Experiment(method, summary(protocol), start, finish)
 
@@ -115,7 +108,7 @@ def check(config: Config, state: dict[str, Any], path: Path) -> None:
     """Raises Misfit when the sizes that the config asks for are not those of the checkpoint's tensors."""
     p, (c, s) = config.prompt_length, (len(state[key]) for key in ("class_names", "domain_names"))
     if config.method == "ucdr-adapter":
-        sizes = {"domain_prompts": [s, p], "class_prompts": [c, p], "queues.rows": [c + 1, config.queue_size]}
+        sizes = {"domain_prompts": [s, p], "class_prompts": [c, p], "queues.labels": [c * config.queue_size]}
         check_sizes(path, state["method"], sizes)
 
 
@@ -126,11 +119,7 @@ def rebuild(config: Config, clip: CLIP, state: dict[str, Any], path: Path, devic
     method = initial(config, clip, class_names, domain_names, anchors).to(device).eval()
     own = {name: value for name, value in state["method"].items() if name != "template.ctx"}
     load_own_state(method, own, path)
-    if config.method != "ucdr-adapter" or "form" not in state:
-        return method
-    form = empty_form(clip, domain_names)
-    load_own_state(form, state["form"], path)
-    return ClosedFormAdapter(clip, method.encode, form).to(device)
+    return method
 
 
 def summary(protocol: Protocol) -> str:
@@ -233,10 +222,10 @@ def measured_form(protocol: Protocol, table: FeatureTable) -> Measured:
 
 
 def fit_form(config: Config, protocol: Protocol, table: FeatureTable) -> ClosedForm:
-    """The closed form; lambda as --whitening says, or chosen on validation classes, or 3 without such."""
+    """The closed form; lambda is chosen on validation classes, or 3 without such."""
     measured, validation, selected = measured_form(protocol, table), protocol.validation, protocol.selected
-    strength = config.whitening or 3.0  # on a plateau that spans 1 to 10
-    if not config.whitening and config.selection == "validation" and validation and selected:
+    strength = 3.0  # on a plateau that spans 1 to 10
+    if config.selection == "validation" and validation and selected:
         strength = choose_strength(
             measured, lambda form: validation_score(formed(table, form), validation, selected))
     return measured.form(strength)
@@ -247,15 +236,10 @@ def evaluate(config: Config, protocol: Protocol, method: Any, state: dict[str, A
     """`ranking.rank`'s rows of zero-shot CLIP and of the method, and of closed forms of their features."""
     clip = encoded(zero_shot(config, method.clip), config, device)
     methods: dict[str, Rows] = {"zero-shot": clip.of}
-    form: Any = getattr(method, "form", None)
     if config.method == "closed-form":
-        methods["closed-form"] = formed(clip, form)
+        methods["closed-form"] = formed(clip, method.form)
     elif with_closed_form:
         methods["closed-form"] = formed(clip, fit_form(config, protocol, clip))
     if config.method == "ucdr-adapter":
-        without = SimpleNamespace(clip=method.clip, encode=method.base) if form else method
-        adapter = encoded(without, config, device)
-        methods["ucdr-adapter"] = adapter.of
-        if form:
-            methods["ucdr-adapter, closed form"] = formed(adapter, form)
+        methods["ucdr-adapter"] = encoded(method, config, device).of
     return rank(methods, protocol.tests)

@@ -25,7 +25,7 @@ from ..images.features import Extractor
 from ..machine.files import digest_of
 from ..machine.processes import one_process, pick_device
 from ..ucdr.adapter import UCDRAdapter
-from ..ucdr.closed_form import center, centred
+from ..ucdr.closed_form import center, feature_mean
 from .contract import Method
 from .experiment import load_tower, restore
 from .report import Shown, plain, sheet
@@ -140,22 +140,22 @@ def search(model: Model, gallery: Path, images: Sequence[str], texts: Sequence[s
         mean, whose = None, f"these {len(images)}"
         if centre and like:
             others, _ = encode_folder(model, like, invert_query, cache)
-            mean, whose = center(rows(others)), f"{len(others.paths)} images in {like}"
+            mean, whose = feature_mean(rows(others)), f"{len(others.paths)} images in {like}"
         if centre:
             about.append(f"query images less the mean of {whose}")
-            found = centred(found, mean)
+            found = center(found, mean)
         features.append(found)
         answers += [{"query": path, "kind": "image", "inverted": flag} for path, flag in zip(images, flags)]
     if texts:
         found = encode_texts(model, texts)
         if centre:
             about.append(f"texts less the mean of these {len(texts)}")
-            found = centred(found)
+            found = center(found)
         features.append(found)
         answers += [{"query": text, "kind": "text", "inverted": False} for text in texts]
     index, inverted = encode_folder(model, gallery, invert_gallery, cache)
     if centre:
-        index = replace(index, features=centred(rows(index)).numpy())
+        index = replace(index, features=center(rows(index)).numpy())
     if answers:
         distances, nearest = metrics.search(torch.cat(features), index.features, k)
         for answer, lengths, places in zip(answers, distances.tolist(), nearest.tolist()):
