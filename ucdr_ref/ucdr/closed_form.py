@@ -52,7 +52,7 @@ def remove(z: Tensor, mean: Tensor, subspace: Tensor) -> Tensor:
 
 
 class ClosedForm(nn.Module):
-    """z -> N(a W), made by `Measured.form`; one of zeros in these shapes can load a checkpoint."""
+    """z -> N(a W); one of zeros in these shapes can load a checkpoint."""
 
     mean: Tensor  # m [e]
     subspace: Tensor  # U [e, s - 1]
@@ -60,8 +60,9 @@ class ClosedForm(nn.Module):
 
     def __init__(self, mean: Tensor, subspace: Tensor, whitening: Tensor) -> None:
         super().__init__()
-        for name, value in (("mean", mean), ("subspace", subspace), ("whitening", whitening)):
-            self.register_buffer(name, value.float().contiguous())
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("subspace", subspace.float().contiguous())
+        self.register_buffer("whitening", whitening.float().contiguous())
 
     def forward(self, z: Tensor) -> Tensor:
         """z [n, e] -> [n, e], L2-normalised, float32"""
@@ -71,28 +72,25 @@ class ClosedForm(nn.Module):
 
 
 class Measured(NamedTuple):
-    """Everything of a ClosedForm but lambda, float64."""
+    """Everything of a ClosedForm but lambda."""
 
     mean: Tensor  # m [e]
     subspace: Tensor  # U [e, s - 1]
     within: Tensor  # S_w [e, e]
 
-    def form(self, strength: float | None) -> ClosedForm:
-        """W = (S_w + lambda tr(S_w) / e I)^(-1/2), lambda = strength; W = I for None, and where S_w is 0."""
-        e, trace = len(self.mean), self.within.trace()
-        whitening = identity = torch.eye(e, device=self.mean.device, dtype=torch.float64)
-        if strength is not None and trace > ROUND_OFF:
-            values, vectors = torch.linalg.eigh(self.within + strength * trace / e * identity)
-            whitening = vectors * values.rsqrt() @ vectors.T
-        return ClosedForm(self.mean, self.subspace, whitening)
+    def form(self, strength: float) -> ClosedForm:
+        """With W = (S_w + lambda tr(S_w) / e I)^(-1/2), lambda = strength."""
+        values, vectors = torch.linalg.eigh(self.within)
+        ridge = strength * values.mean() + ROUND_OFF  # S_w = 0 where images of a class are all alike
+        return ClosedForm(self.mean, self.subspace, vectors * (values + ridge).rsqrt() @ vectors.T)
 
 
 def measure(z: Tensor, class_ids: Tensor, domain_ids: Tensor, s: int) -> Measured:
-    """m, U and S_w of source features z [n, e] with ids [n]; ValueError for a domain without an image.
+    """m, U and S_w, in float64, of source features z [n, e] with ids [n].
 
     m: mean of the m_d. U: orthonormal basis of the span of m_d - m, filled with zeros, which remove nothing.
     S_w = 1/n sum over images of d^T d, d = a - mean of a over all images of its class: what still differs
-    between domains counts as spread within the class.
+    between domains counts as spread within the class. Raises ValueError for a domain without an image.
     """
     images = torch.bincount(domain_ids, minlength=s).tolist()
     if 0 in images:
@@ -103,12 +101,12 @@ def measure(z: Tensor, class_ids: Tensor, domain_ids: Tensor, s: int) -> Measure
     _, lengths, directions = torch.linalg.svd(means - mean, full_matrices=False)  # longest first
     subspace = (directions * (lengths ** 2 > ROUND_OFF)[:, None])[: s - 1].T
 
-    scatter = torch.zeros_like(mean.outer(mean))
+    within = torch.zeros_like(mean.outer(mean))
     for k in class_ids.unique():
         a = remove(unit(z[class_ids == k]), mean, subspace)
         d = a - a.mean(dim=0)
-        scatter += d.T @ d
-    return Measured(mean, subspace, scatter / len(z))
+        within += d.T @ d / len(z)
+    return Measured(mean, subspace, within)
 
 
 def choose_strength(measured: Measured, score: Callable[[ClosedForm], float]) -> float:

@@ -58,11 +58,9 @@ def prompt_bank(rows: int, p: int, patch: int, d: int) -> nn.Parameter:
 class TargetPromptGenerator(nn.Module):
     """Target Prompt Generator (A): describes an image by attention over a bank B of source prompts.
 
-    K = W_p B, w = softmax(W_i I_g . K / T), P = sum_k w_k K_k, then P <- (P + LayerNorm(W_o P)) / 33. One set
-    of projections serves the domain and the class bank; keys and values are the same projected rows.
+    K = W_p B, w = softmax(W_i I_g . K / T), P = sum_k w_k K_k, then P <- (P + LayerNorm(W_o P)) / 33. One
+    generator serves both banks, of domains and of classes.
     """
-
-    DIVISOR = 33.0  # of the released code
 
     def __init__(self, d: int, temperature: float) -> None:
         super().__init__()
@@ -73,8 +71,8 @@ class TargetPromptGenerator(nn.Module):
     def forward(self, query: Tensor, bank: Tensor, own: Tensor | None = None) -> Tensor:
         """query I_g [b, d], bank [rows, p, d] -> one prompt token [b, 1, d].
 
-        own [b]: the bank row that image b must do without (phase 2), zero before W_p, so that W_p's bias is
-        left (D1). The keys are [b, rows * p, d]: 38 MB for 50 images, 245 classes and d = 768.
+        own [b]: the row that each image must do without (phase 2): zero before W_p, so W_p's bias after it.
+        The keys take b * rows * p * d floats, 38 MB for 50 images and 245 classes of ViT-B.
         """
         rows, p, _ = bank.shape
         keys = self.W_p(bank.flatten(0, 1)).expand(len(query), -1, -1)
@@ -86,4 +84,4 @@ class TargetPromptGenerator(nn.Module):
         weights = (scores / self.temperature).softmax(dim=-1)
         prompt = torch.einsum("bk,bkd->bd", weights, keys)
         prompt = prompt + self.norm(self.W_o(prompt))
-        return (prompt / self.DIVISOR).unsqueeze(1)
+        return (prompt / 33).unsqueeze(1)  # 33: of the released code
