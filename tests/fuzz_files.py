@@ -122,7 +122,7 @@ class Scene:
         self.clip = load_clip(folder / "clip.pt")
         self.device = torch.device("cpu")
         self.sha = file_digest(folder / "clip.pt")
-        small = dict(weights=str(folder / "clip.pt"), dataset="folder", class_features="prototypes", queue_size=3, save_every=1,
+        small = dict(weights=str(folder / "clip.pt"), dataset="folder", class_features="prototypes", save_every=1,
                      target_epochs=1, sre_hidden=16, sre_batch=4, sre_bank=6, sre_iterations=3, sre_warmup=1)
         self.configs = {"ucdr": Config(**small), "sre": Config(method="sre-clip", **small)}  # type: ignore[arg-type]
         ids = [f"n{k:08d}" for k in range(6)]

@@ -53,7 +53,7 @@ def test_the_released_triplet_mean_is_over_images_with_a_pair(valid):
         for j in range(3):
             slow += valid[i] * max(0, math.dist(f[i], positives[i, j]) ** 2 - math.dist(f[i], negatives[i, j]) ** 2 + 0.2) / 3
     slow /= max(1, sum(valid))
-    assert losses.triplet(f, positives, negatives, flags, 0.2, everyone=flags).item() == pytest.approx(slow, rel=1e-5)
-    shares = [losses.triplet(f[part], positives[part], negatives[part], flags[part], 0.2, everyone=flags)
+    assert losses.triplet(f, positives, negatives, flags, 0.2, all_valid=flags).item() == pytest.approx(slow, rel=1e-5)
+    shares = [losses.triplet(f[part], positives[part], negatives[part], flags[part], 0.2, all_valid=flags)
               for part in (slice(0, 2), slice(2, 5))]  # two processes, whose values count 2 and 3 times
     assert (2 * shares[0] + 3 * shares[1]).item() / 5 == pytest.approx(slow, rel=1e-5)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "ucdr_ref"
 PATHS = sorted(PACKAGE.rglob("*.py"))
 OUTSIDE = {"torch", "torchvision", "PIL", "numpy"} | set(sys.stdlib_module_names)
-PEERS = {"open_clip", "faiss"}  # measured beside, by bench alone and only inside functions
+PEERS = {"open_clip", "faiss", "tests"}  # measured beside, by bench alone and only inside functions
 # What a wing may import of the package besides itself; bench is imported by nobody, demo by experiments, lazily.
 MAY = {"clip": set(), "metrics": set(), "ucdr": {"clip"}, "sre": {"clip"}, "machine": {"clip"},
        "images": {"clip", "machine", "metrics"}, "training": {"clip", "machine"}, "config": {"machine", "ucdr", "sre"},

@@ -42,10 +42,12 @@ def steps(method, batch, phase):
     assert any(not torch.equal(before[name], value) for name, value in parameters.items()), phase
 """
 UCDR = CLIP + STEPS + """
-from theirs.ucdr import Batch, Options, UCDRAdapter
-from theirs.ucdr.plain import PlainAdapter
-for kind in (UCDRAdapter, PlainAdapter):
-    method = kind(clip, ["square", "circle"], ["photo", "sketch"], Options(context_vectors=4))
+from theirs.ucdr.adapter import Batch, UCDRAdapter
+from theirs.ucdr.closed_form import ClosedFormAdapter, measure
+from theirs.ucdr.options import Options
+form = measure(torch.randn(8, 32), torch.arange(8) % 2, torch.arange(8) // 4, 2).form(3.0)
+for kind in (UCDRAdapter, ClosedFormAdapter):
+    method = ClosedFormAdapter(clip, form) if kind is ClosedFormAdapter else UCDRAdapter(clip, ["square", "circle"], ["photo", "sketch"], Options(context_vectors=4))
     batch = Batch(image.repeat(4, 1, 1, 1), torch.tensor([0, 1, 0, 1]), torch.tensor([0, 0, 1, 1]))
     if kind is UCDRAdapter:
         steps(method, batch, "source")

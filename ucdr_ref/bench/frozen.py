@@ -28,7 +28,7 @@ from ..experiments.retrieval import measured_form
 from ..images.batches import Files
 from ..images.features import Extractor
 from ..machine.files import load_state, save_atomic
-from ..ucdr.closed_form import choose_strength
+from ..ucdr.closed_form import ClosedForm, choose_strength
 
 METRICS = ("mAP@200", "mAP@all", "Prec@100")
 BLOCK = 512  # images between two saves
@@ -130,7 +130,9 @@ def rows_of(tables: Mapping[str, Stored], config: Config, form: bool = True) -> 
                                        table=table: validation_score(  # type: ignore[misc]
                 formed(table, tried), protocol.validation, protocol.selected))
             seconds = time.process_time() - start
-            methods |= {f"{name}, subspace removed": formed(table, measured.form(None)),
+            identity = torch.eye(len(measured.mean))
+            removed = ClosedForm(measured.mean, measured.subspace, identity.to(measured.mean.device))
+            methods |= {f"{name}, subspace removed": formed(table, removed),
                         f"{name}, closed form": formed(table, measured.form(strength))}
         for title, rows in methods.items():
             for center in (False, True):

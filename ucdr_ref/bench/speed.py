@@ -37,6 +37,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tests import plain as bench_plain
+
 from .. import metrics
 from ..clip.tensorfile import tidy
 from ..config import Config
@@ -46,7 +48,6 @@ from ..experiments.retrieval import cut
 from ..experiments.run_folder import versions
 from ..machine.command import command
 from ..machine.processes import autocast, pick_device
-from ..ucdr import plain as bench_plain
 from ..ucdr.adapter import Batch, UCDRAdapter
 from .costs import measure_closed_form, measure_reading
 from .peers import SEARCH, measure_search, random_features, timed

@@ -16,13 +16,13 @@ def image_text_contrast(f: Tensor, t: Tensor, labels: Tensor, tau: float) -> Ten
 
 
 def triplet(f: Tensor, positives: Tensor, negatives: Tensor, valid: Tensor, margin: float,
-            squared: bool = True, everyone: Tensor | None = None) -> Tensor:
+            squared: bool = True, all_valid: Tensor | None = None) -> Tensor:
     """L-triplet: (1/r) sum over r pairs of max(0, D(f, I_p) - D(f, I_n) + margin), mean over the batch.
 
     f [b, e]; positives and negatives [b, r, e], drawn from the momentum queues; valid [b] is False where an
-    image has no positive or no negative yet: it adds zero. D is the squared Euclidean distance, or the plain
-    one when not `squared` (D8). `everyone`, the `valid` of all processes: the mean is over the images that
-    have a pair; the processes' values, weighted by their images, average to it (D17).
+    image has no positive or no negative yet: it adds zero. D: the squared Euclidean distance, or when not
+    `squared` the distance itself (D8). all_valid [total], the `valid` of all processes: the mean is over the
+    images that have a pair, as an average of the processes' values weighted by their images (D17).
     """
     def distance(other: Tensor) -> Tensor:
         difference = f.unsqueeze(1) - other
@@ -30,4 +30,4 @@ def triplet(f: Tensor, positives: Tensor, negatives: Tensor, valid: Tensor, marg
 
     hinge = F.relu(distance(positives) - distance(negatives) + margin).mean(dim=1)
     mean = torch.where(valid, hinge, 0.0).mean()
-    return mean if everyone is None else mean * len(everyone) / everyone.sum().clamp(min=1)  # D17
+    return mean if all_valid is None else mean * len(all_valid) / all_valid.sum().clamp(min=1)  # D17

@@ -17,41 +17,36 @@ class TextTemplate(nn.Module):
     """Learnable Textual Semantic Template (T): `a photo of {name} from X ... X domain.`, m learnable X's.
 
     `ctx` [m, t] is shared by all classes, N(0, 0.02^2) at the start; all other token embeddings are frozen.
-    L is the length of the longest prompt. Raises ValueError for a class name whose prompt does not fit into
-    the text tower's context, naming it.
+    Raises ValueError for a class name too long for the text tower, naming it.
     """
 
     ctx: nn.Parameter
-    tokens: Tensor  # [c, L, t], frozen embeddings; those of the X's are never read
-    context_at: Tensor  # [c, m], positions of the X's
-    end: Tensor  # [c], position of end-of-text
+    ids: Tensor  # [c, L], tokens of the prompts, padded to the longest
 
     def __init__(self, clip: CLIP, class_names: Sequence[str], m: int) -> None:
         super().__init__()
         clip.require_text()
         self.ctx = nn.Parameter(torch.empty(m, clip.text_width).normal_(std=0.02))
-        device, room = clip.logit_scale.device, clip.context_length
         texts = [f"a photo of {readable(name)} from {' '.join('X' * m)} domain." for name in class_names]
         lengths = [len(encode(text)) for text in texts]
         for name, length in zip(class_names, lengths):
-            if length > room:
-                raise ValueError(f"class name {name!r} makes a prompt of {length} tokens, and the text tower "
-                                 f"takes {room}: shorten the name or lower --context-vectors (now {m})")
-        end = torch.tensor(lengths, device=device) - 1
-        start = end - 2 - m  # len(bpe(name)) + 5; after the X's come `domain`, `.` and end-of-text
-        ids = tokenize(texts, room)[:, : max(lengths)].to(device)
-        self.register_buffer("tokens", clip.token_embedding(ids).detach(), persistent=False)
-        self.register_buffer("context_at", start[:, None] + torch.arange(m, device=device), persistent=False)
-        self.register_buffer("end", end, persistent=False)
+            if length > clip.context_length:
+                raise ValueError(f"class name {name!r} makes a prompt of {length} tokens, expected at most "
+                                 f"{clip.context_length}: shorten it or lower --context-vectors (now {m})")
+        ids = tokenize(texts, clip.context_length)[:, : max(lengths)]
+        self.register_buffer("ids", ids.to(clip.logit_scale.device), persistent=False)
 
     def forward(self, clip: CLIP) -> Tensor:
         """L2-normalised class text features t_c [c, e]."""
-        row = torch.arange(len(self.tokens), device=self.tokens.device)
-        ctx = self.ctx.to(self.tokens.dtype).expand(len(row), -1, -1)
-        x = self.tokens.index_put((row[:, None], self.context_at), ctx)
+        m, device = len(self.ctx), self.ids.device
+        end = self.ids.argmax(dim=-1)  # end-of-text has the largest id in the vocabulary
+        start = end - m - 2  # = len(bpe(name)) + 5; behind the X's come `domain`, `.` and end-of-text
+        row = torch.arange(len(end), device=device)
+        x = clip.token_embedding(self.ids)
+        x[row[:, None], start[:, None] + torch.arange(m, device=device)] = self.ctx.to(x.dtype)
+        # Attention is causal: end-of-text, the only token that is read, sees nothing of the padding.
         x = clip.transformer(x + clip.positional_embedding[: x.shape[1]], causal=True)
-        # Attention is causal, so end-of-text has not seen the padding behind it.
-        return F.normalize(clip.pool_text(x[row, self.end]).float(), dim=-1)
+        return F.normalize(clip.pool_text(x[row, end]).float(), dim=-1)
 
 
 def prompt_bank(rows: int, p: int, patch: int, d: int) -> nn.Parameter:
@@ -63,11 +58,9 @@ def prompt_bank(rows: int, p: int, patch: int, d: int) -> nn.Parameter:
 class TargetPromptGenerator(nn.Module):
     """Target Prompt Generator (A): describes an image by attention over a bank B of source prompts.
 
-    K = W_p B, w = softmax(W_i I_g . K / T), P = sum_k w_k K_k, then P <- (P + LayerNorm(W_o P)) / 33. One set
-    of projections serves the domain and the class bank; keys and values are the same projected rows.
+    K = W_p B, w = softmax(W_i I_g . K / T), P = sum_k w_k K_k, then P <- (P + LayerNorm(W_o P)) / 33. One
+    generator serves both banks, of domains and of classes.
     """
-
-    DIVISOR = 33.0  # of the released code
 
     def __init__(self, d: int, temperature: float) -> None:
         super().__init__()
@@ -78,17 +71,17 @@ class TargetPromptGenerator(nn.Module):
     def forward(self, query: Tensor, bank: Tensor, own: Tensor | None = None) -> Tensor:
         """query I_g [b, d], bank [rows, p, d] -> one prompt token [b, 1, d].
 
-        own [b]: the bank row that image b must do without (phase 2). It is set to zero before W_p (D1), which
-        leaves the bias of W_p. Memory: the keys are [b, rows * p, d], 38 MB for 50 images and 245 classes.
+        own [b]: the row that each image must do without (phase 2): zero before W_p, so W_p's bias after it.
+        The keys take b * rows * p * d floats, 38 MB for 50 images and 245 classes of ViT-B.
         """
         rows, p, _ = bank.shape
         keys = self.W_p(bank.flatten(0, 1)).expand(len(query), -1, -1)
         if own is not None:
-            row_of_key = torch.arange(rows, device=own.device).repeat_interleave(p)
-            masked = row_of_key == own[:, None]  # D1
-            keys = torch.where(masked[:, :, None], self.W_p.bias.to(keys.dtype), keys)
+            row = torch.arange(rows, device=own.device).repeat_interleave(p)
+            masked = (row == own[:, None]).unsqueeze(-1)
+            keys = torch.where(masked, self.W_p.bias.to(keys.dtype), keys)  # D1
         scores = torch.einsum("bd,bkd->bk", self.W_i(query), keys)
         weights = (scores / self.temperature).softmax(dim=-1)
         prompt = torch.einsum("bk,bkd->bd", weights, keys)
         prompt = prompt + self.norm(self.W_o(prompt))
-        return (prompt / self.DIVISOR).unsqueeze(1)
+        return (prompt / 33).unsqueeze(1)  # 33: of the released code

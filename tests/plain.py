@@ -1,11 +1,8 @@
-"""UCDR-Adapter computed as its equations read, with nothing saved: what `bench` measures the package against.
+"""UCDR-Adapter (WACV 2025) computed as its equations read, with nothing saved: an oracle for tests and `bench`.
 
-An independent transcription (WACV 2025): it shares the package's parameters, never its arithmetic. All 77
-tokens of every class go through the text tower in every step of both phases, every block computes every
-token, attention is spelled out, a full copy of the image branch is averaged and run in both phases, each
-image gets its own masked prompt bank, queues are lists, and metrics rank one query at a time. What is frozen
-in the paper has no gradient; only the momentum encoder, by definition without one, runs under `no_grad`.
-Ledger: the paper's column.
+It shares the package's parameters, never its arithmetic: all 77 tokens of every class go through the text tower in
+every step of both phases, every block computes every token, a full copy of the image branch is averaged and run in
+both phases, each image gets its own masked prompt bank, queues are lists. Ledger: the paper's column.
 """
 from __future__ import annotations
 
@@ -17,12 +14,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..clip.model import CLIP, Block
-from ..clip.tokenizer import encode, tokenize
-from ..clip.zero_shot import readable
-from .adapter import Batch
-from .options import Options
-from .prompts import TargetPromptGenerator, prompt_bank
+from ucdr_ref.clip.model import CLIP, Block
+from ucdr_ref.clip.tokenizer import encode, tokenize
+from ucdr_ref.ucdr.adapter import Batch, UCDRAdapter
+from ucdr_ref.ucdr.options import Options
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / x.norm(dim=1, keepdim=True)
 
 
 def attention(block: Block, x: Tensor, mask: Tensor | float) -> Tensor:
@@ -47,15 +46,10 @@ def transformer(blocks: Sequence[Block], x: Tensor, mask: Tensor | float = 0.0) 
 class ImageBranch(nn.Module):
     """What turns an image into a feature: tower, source prompts U and V, target prompt generator."""
 
-    def __init__(self, clip: CLIP, c: int, s: int, config: Options) -> None:
+    def __init__(self, model: UCDRAdapter) -> None:
         super().__init__()
-        d, p = clip.vision_width, config.prompt_length
-        self.temperature, self.visual = config.temperature, clip.visual
-        self.domain_prompts = prompt_bank(s, p, clip.patch, d)
-        self.class_prompts = prompt_bank(c, p, clip.patch, d)
-        self.generator = TargetPromptGenerator(d, config.temperature)
-        self.class_token = nn.Parameter(clip.visual.class_embedding.detach().clone())
-        self.proj = nn.Parameter(clip.visual.proj.detach().clone())
+        self.visual, self.class_token, self.proj = model.clip.visual, model.class_token, model.proj
+        self.domain_prompts, self.class_prompts, self.generator = model.domain_prompts, model.class_prompts, model.generator
 
     def patches(self, images: Tensor) -> Tensor:
         return self.visual.conv1(images).flatten(2).transpose(1, 2) + self.visual.positional_embedding[1:]
@@ -69,8 +63,7 @@ class ImageBranch(nn.Module):
     def source_features(self, batch: Batch) -> Tensor:
         """(E) f [b, e], L2-normalised."""
         prompts = [self.domain_prompts[batch.domain_ids], self.class_prompts[batch.class_ids]]
-        features = self.tower(self.class_token, prompts, self.patches(batch.images)) @ self.proj
-        return features / features.norm(dim=1, keepdim=True)
+        return unit(self.tower(self.class_token, prompts, self.patches(batch.images)) @ self.proj)
 
     def prompt(self, query: Tensor, bank: Tensor, own: Tensor | None) -> Tensor:
         """(A) with the masked bank B' = B * (1 - delta_own) of every image: [b, 1, d]."""
@@ -78,19 +71,16 @@ class ImageBranch(nn.Module):
         if own is not None:
             banks[torch.arange(len(query), device=own.device), own] = 0
         keys = self.generator.W_p(banks.flatten(1, 2))  # [b, k, d]
-        scores = (self.generator.W_i(query)[:, None] * keys).sum(-1) / self.temperature
+        scores = (self.generator.W_i(query)[:, None] * keys).sum(-1) / 0.75
         prompt = (scores.softmax(dim=1)[:, :, None] * keys).sum(1)
         prompt = prompt + self.generator.norm(self.generator.W_o(prompt))
         return (prompt / 33)[:, None]
 
-    def target_features(self, images: Tensor, class_ids: Tensor | None = None,
-                        domain_ids: Tensor | None = None) -> Tensor:
+    def target_features(self, images: Tensor, class_ids: Tensor | None = None, domain_ids: Tensor | None = None) -> Tensor:
         """(G) [b, e], L2-normalised."""
         query = self.tower(self.visual.class_embedding, [], self.patches(images))
-        prompts = [self.prompt(query, self.domain_prompts, domain_ids),
-                   self.prompt(query, self.class_prompts, class_ids)]
-        features = self.tower(self.class_token, prompts, self.patches(images)) @ self.proj
-        return features / features.norm(dim=1, keepdim=True)
+        prompts = [self.prompt(query, self.domain_prompts, domain_ids), self.prompt(query, self.class_prompts, class_ids)]
+        return unit(self.tower(self.class_token, prompts, self.patches(images)) @ self.proj)
 
     def features(self, batch: Batch, phase: str) -> Tensor:
         return self.source_features(batch) if phase == "source" else self.target_features(*batch)
@@ -99,48 +89,40 @@ class ImageBranch(nn.Module):
 class PlainAdapter(nn.Module):
     """Both phases with the text template, the momentum encoder and one list of features per class."""
 
-    def __init__(self, clip: CLIP, class_names: Sequence[str], domain_names: Sequence[str],
-                 config: Options) -> None:
+    def __init__(self, clip: CLIP, class_names: Sequence[str], domain_names: Sequence[str], options: Options) -> None:
         super().__init__()
-        self.clip, self.config, m = clip.requires_grad_(False), config, config.context_vectors
-        self.image = ImageBranch(clip, len(class_names), len(domain_names), config)
+        self.model, self.options, m = UCDRAdapter(clip, class_names, domain_names, options), options, options.context_vectors
+        self.image = ImageBranch(self.model)
         self.momentum = copy.deepcopy(self.image).requires_grad_(False)
-        self.ctx = nn.Parameter(torch.empty(m, clip.text_width).normal_(std=0.02))
-        texts = [f"a photo of {readable(name)} from {' '.join('X' * m)} domain." for name in class_names]
-        self.ids = tokenize(texts, clip.context_length)
-        self.starts = [len(encode(readable(name))) - 2 + 5 for name in class_names]  # len(bpe(name)) + 5
-        self.queues: list[deque[Tensor]] = [deque(maxlen=config.queue_size) for _ in class_names]
+        words = [name.replace("_", " ") for name in class_names]
+        self.ids = tokenize([f"a photo of {w} from {' '.join('X' * m)} domain." for w in words], clip.context_length)
+        self.starts = [len(encode(w)) - 2 + 5 for w in words]  # len(bpe(w)) + 5
+        self.queues: list[deque[Tensor]] = [deque(maxlen=options.queue_size) for _ in class_names]
 
     def trainable(self, phase: str) -> dict[str, nn.Parameter]:
-        """The parameters that `phase` trains, under the names they have in `UCDRAdapter`."""
-        image = self.image
-        if phase == "source":
-            return {"template.ctx": self.ctx, "domain_prompts": image.domain_prompts,
-                    "class_prompts": image.class_prompts}
-        generator = {f"generator.{name}": value for name, value in image.generator.named_parameters()}
-        return {**generator, "class_token": image.class_token, "proj": image.proj}
+        return self.model.trainable(phase)
 
     def text_features(self) -> Tensor:
         """(T) t_c [c, e], L2-normalised."""
-        clip, m, ids = self.clip, len(self.ctx), self.ids.to(self.ctx.device)
-        rows = [torch.cat([tokens[:start], self.ctx, tokens[start + m:]])
+        clip, ctx = self.model.clip, self.trainable("source")["template.ctx"]
+        ids = self.ids.to(ctx.device)
+        rows = [torch.cat([tokens[:start], ctx, tokens[start + len(ctx):]])
                 for tokens, start in zip(clip.token_embedding(ids), self.starts)]
         x = torch.stack(rows) + clip.positional_embedding
         causal = torch.full((x.shape[1], x.shape[1]), -math.inf, device=x.device).triu(1)
         x = clip.ln_final(transformer(clip.transformer.blocks(), x, causal))
-        features = x[torch.arange(len(x), device=x.device), ids.argmax(dim=1)] @ clip.text_projection
-        return features / features.norm(dim=1, keepdim=True)
+        return unit(x[torch.arange(len(x), device=x.device), ids.argmax(dim=1)] @ clip.text_projection)
 
     @torch.no_grad()
     def momentum_features(self, batch: Batch, phase: str) -> Tensor:
         """(M) theta_M <- alpha theta_M + (1 - alpha) theta over the whole image branch, then f_M [b, e]."""
         for average, online in zip(self.momentum.parameters(), self.image.parameters()):
-            average.copy_(self.config.momentum * average + (1 - self.config.momentum) * online)
+            average.copy_(self.options.momentum * average + (1 - self.options.momentum) * online)
         return self.momentum.features(batch, phase)
 
     def triplet(self, f: Tensor, class_ids: list[int]) -> Tensor:
         """(L-triplet), image by image and pair by pair; the draws are those of `ClassQueues.draw`."""
-        r = self.config.triplet_pairs
+        r = self.options.triplet_pairs
         u = torch.rand(2, len(f), r, dtype=torch.float64).tolist()
         total = torch.zeros((), device=f.device)
         for i, label in enumerate(class_ids):
@@ -151,12 +133,12 @@ class PlainAdapter(nn.Module):
             for j in range(r):
                 positive, negative = own[int(u[0][i][j] * len(own))], others[int(u[1][i][j] * len(others))]
                 nearer, farther = ((f[i] - other).square().sum() for other in (positive, negative))
-                total = total + torch.relu(nearer - farther + self.config.margin) / r
+                total = total + torch.relu(nearer - farther + self.options.margin) / r
         return total / len(f)
 
     def step(self, batch: Batch, phase: str) -> dict[str, Tensor]:
         f = self.image.features(batch, phase)
-        scores = f @ self.text_features().T / self.config.tau
+        scores = f @ self.text_features().T / self.options.tau
         align = -scores.log_softmax(dim=1).gather(1, batch.class_ids[:, None]).mean()
         f_momentum = self.momentum_features(batch, phase)
         labels = batch.class_ids.tolist()
@@ -170,20 +152,16 @@ class PlainAdapter(nn.Module):
         return self.image.target_features(images)
 
 
-def retrieval(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor,
-              k: int = 200) -> dict[str, float]:
+def retrieval(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor, k: int = 200) -> dict[str, float]:
     """mAP@k, Prec@k, mAP@all and Prec@100 as published: a sort per query, precisions in a loop over ranks."""
-    ap, precision, ap_all, precision_100 = [], [], [], []
-    gallery = gallery.double()
+    rows, gallery = [], gallery.double()
     for features, label in zip(query.double(), query_labels.tolist()):
         distances = (features - gallery).square().sum(dim=1).float()
         hits = (gallery_labels[distances.argsort(stable=True)] == label).tolist()
-        ap.append(average_precision(hits[:k]))
-        ap_all.append(average_precision(hits))
-        precision.append(sum(hits[:k]) / len(hits[:k]))
-        precision_100.append(sum(hits[:100]) / len(hits[:100]))
-    columns = {f"mAP@{k}": ap, f"Prec@{k}": precision, "mAP@all": ap_all, "Prec@100": precision_100}
-    return {name: sum(values) / len(values) for name, values in columns.items()}
+        precisions = [sum(hits[:cut]) / len(hits[:cut]) for cut in (k, 100)]
+        rows.append((average_precision(hits[:k]), precisions[0], average_precision(hits), precisions[1]))
+    names = (f"mAP@{k}", f"Prec@{k}", "mAP@all", "Prec@100")
+    return {name: sum(values) / len(values) for name, values in zip(names, zip(*rows))}
 
 
 def average_precision(hits: list[bool]) -> float:
