@@ -99,6 +99,8 @@ def test_a_released_draw_of_nothing_is_said(tmp_path):
     root = touch_images(tmp_path, ("photo", "sketch", "icon"), "abcdefgh", 3)
     protocol = build(resolve({"dataset": "folder", "data_root": str(root), "variant": "released"}))
     assert [test.protocol for test in protocol.tests] == ["UCDR"] and any("UdCDR is left out" in line for line in protocol.notes)
+    with pytest.raises(ValueError, match="--selection test-ud: this protocol has no U.dCDR queries"):
+        build(resolve({"dataset": "folder", "data_root": str(root), "variant": "released", "selection": "test-ud"}))
 
 
 def test_what_chooses_the_epoch_is_named(trees):
@@ -110,6 +112,7 @@ def test_what_chooses_the_epoch_is_named(trees):
 
     assert chosen("domainnet") == ("validation", ("unseen", "mAP@200"))
     assert chosen("domainnet", variant="released") == ("UCDR", ("mixed", "mAP@200"))
+    assert chosen("domainnet", variant="released", selection="test-ud") == ("UdCDR", ("seen", "mAP@200"))
     assert chosen("sketchy", variant="released") == ("UcCDR", ("unseen", "mAP@200"))
     assert chosen("sketchy", variant="released", sketchy_split="random") == ("UcCDR", ("unseen", "mAP@all"))
     assert chosen("tuberlin", variant="released") == ("UcCDR", ("unseen", "mAP@all"))
