@@ -1,6 +1,7 @@
 """What every command does: one line for a mistake, output that goes away, Ctrl-C, files that are whole or absent."""
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import signal
@@ -30,12 +31,6 @@ from ucdr_ref.cli import (
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 SCRIPTS = ("train.py", "evaluate.py", "retrieve.py")
-
-
-def start(code: str, *more: str, **options: object) -> subprocess.Popen:
-    """A command whose `run(argv)` is this code."""
-    script = f"import os, sys, time\nfrom ucdr_ref.cli import run_command\ndef run(argv):\n    {code}\nsys.exit(run_command(run, None))"
-    return subprocess.Popen([sys.executable, "-c", script, *more], env=ENV, text=True, stderr=subprocess.PIPE, **options)
 
 
 def outcome(error: BaseException | None, capsys: pytest.CaptureFixture) -> tuple[int, str]:
@@ -129,12 +124,17 @@ def test_thirty_shots(script, tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_a_second_ctrl_c_ends_what_does_not_end():
-    stuck = start("""
+    code = """
+import time
+from ucdr_ref.cli import run_command
+def run(argv):
     while True:
         try:
-            print("ready", flush=True); time.sleep(60)
+            print("ready", flush=True), time.sleep(60)
         except KeyboardInterrupt:
-            print("caught", flush=True)""", stdout=subprocess.PIPE)
+            print("caught", flush=True)
+run_command(run, None)"""
+    stuck = subprocess.Popen([sys.executable, "-c", code], env=ENV, text=True, stdout=subprocess.PIPE)
     assert stuck.stdout.readline() == "ready\n"
     stuck.send_signal(signal.SIGINT)
     assert stuck.stdout.readline() == "caught\n"
@@ -193,31 +193,14 @@ def test_files_of_something_else_are_one_sentence_and_not_executed(tmp_path, mon
         if content != b"{}":
             with pytest.raises(ValueError, match="x.pt is not readable as a JSON object"):
                 read_json(path)
-    assert read_json(write(path, '{"a": [1]}')) == {"a": [1]} and not Path("executed").exists()
-
-
-def write(path: Path, text: str) -> Path:
-    path.write_text(text)
-    return path
-
-
-class Terminal:
-    def __init__(self, live: bool) -> None:
-        self.live, self.text = live, ""
-
-    def isatty(self) -> bool:
-        return self.live
-
-    def write(self, text: str) -> None:
-        self.text += text
-
-    def flush(self) -> None:
-        pass
+    path.write_text('{"a": [1]}')
+    assert read_json(path) == {"a": [1]} and not Path("executed").exists()
 
 
 @pytest.mark.parametrize("live", [True, False])
 def test_the_progress_line_fits_and_says_what_is_left(monkeypatch, live):
-    screen, now = Terminal(live), [100.0]
+    screen, now = io.StringIO(), [100.0]
+    screen.isatty = lambda: live
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
     monkeypatch.setenv("COLUMNS", "60")
@@ -228,9 +211,9 @@ def test_the_progress_line_fits_and_says_what_is_left(monkeypatch, live):
     line.close()
     first = "target 20/1000 | 10 img/s | eta 1m38s | loss 1.234"
     if live:
-        shown = screen.text.split("\r")[1:]
+        shown = screen.getvalue().split("\r")[1:]
         assert len(shown) == 29 and shown[0].startswith(first) and {len(text.rstrip("\n")) for text in shown} == {59}
-        assert screen.text.endswith("\n")
+        assert screen.getvalue().endswith("\n")
     else:
-        assert [text.split(" | ")[0] for text in screen.text.splitlines()] == ["target 20/1000", "target 170/1000"]
-        assert screen.text.startswith(first)
+        assert [text.split(" | ")[0] for text in screen.getvalue().splitlines()] == ["target 20/1000", "target 170/1000"]
+        assert screen.getvalue().startswith(first)
