@@ -1,0 +1,279 @@
+"""Which images are trained on, queried and ranked: every dataset as its archive unpacks, the draws, own folders."""
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.helpers import touch_images
+from ucdr_ref.config import PRESETS, resolve
+from ucdr_ref.data.benchmarks import DATASETS, Protocol, alias_list, build_protocol, class_list
+from ucdr_ref.data.folders import folder_key
+from ucdr_ref.demo.drawing import DOMAINS, SPLIT
+
+N = 13
+SPLITS = {name: row.splits() for name, row in DATASETS.items()}
+CLASSES = {name: sum(splits.values(), []) for name, splits in SPLITS.items()}
+
+
+def protocol_of(dataset: str, root: Path, **flags: object) -> Protocol:
+    return build_protocol(resolve({"dataset": dataset, "data_root": str(root), **flags}))
+
+
+def raw_names(domain: str) -> list[str]:
+    """TU-Berlin's folder names as in the archive."""
+    raw = {name: folder for folder, name in alias_list(f"tuberlin-{domain}").items()}
+    return [raw.get(name, name) for name in CLASSES["tuberlin"]]
+
+
+@pytest.fixture(scope="module")
+def tidy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("tidy")
+    made = {name: touch_images(root / name, row.domains or DOMAINS, CLASSES[name], N)
+            for name, row in DATASETS.items() if name != "sketchy-random"}
+    made["folder"] = touch_images(root / "folder", ("photo", "sketch", "icon"), [f"class {i}" for i in range(60)], N)
+    return made | {"sketchy-random": made["sketchy"]}
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("archives")
+    touch_images(root / "domainnet", DATASETS["domainnet"].domains, CLASSES["domainnet"], N)
+    for domain in DATASETS["domainnet"].domains:
+        (root / "domainnet" / f"{domain}_train.txt").touch()
+    sketchy = [{"hot_air_balloon": "hot-air_balloon", "jack_o_lantern": "jack-o-lantern"}.get(name, name)
+               for name in CLASSES["sketchy"]]
+    unchanged = [f"256x256/{part}/tx_000000000000" for part in ("sketch", "photo")]
+    touch_images(root / "sketchy", [*unchanged, "EXTEND_image_sketchy"], sketchy, N)
+    touch_images(root / "sketchy", ["256x256/sketch/tx_000100000000"], sketchy[:2], 1)
+    touch_images(root / "tuberlin", ["png"], raw_names("sketches"), N)
+    touch_images(root / "tuberlin", ["ImageResized"], raw_names("images"), N)
+    (root / "tuberlin" / "png" / "filelist.txt").write_text("airplane/1.png\n")
+    return {name: root / name.split("-")[0] for name in ("domainnet", "sketchy", "sketchy-random", "tuberlin")}
+
+
+def lists(protocol: Protocol) -> list[object]:
+    parts = [protocol.train]
+    for test in protocol.all_tests:
+        parts += [test.query, *test.galleries.values()]
+    return [[(*row[1:], os.path.basename(row[0])) for row in zip(part.paths, part.classes, part.domains)] for part in parts]
+
+
+PUBLISHED = [name for name, values in PRESETS.items() if values["dataset"] not in ("toy", "folder")]
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_an_archive_has_the_files_of_the_tidy_tree(preset, archives, tidy):
+    dataset = PRESETS[preset]["dataset"]
+    raw, tree = (build_protocol(resolve({"data_root": str(root[dataset])}, preset)) for root in (archives, tidy))
+    assert lists(raw) == lists(tree) and raw.class_names == tree.class_names
+    for domain in DATASETS[dataset].domains:
+        assert any(line.startswith(f"data     {domain:<14}") and "differs from" in line for line in raw.notes)
+    held_out = PRESETS[preset].get("held_out", "sketch")
+    assert held_out not in raw.domain_names or held_out == "none"
+    seen = {"sketch": "quickdraw", "quickdraw": "sketch", "painting": "infograph", "infograph": "painting",
+            "clipart": "painting", "none": DATASETS[dataset].seen[0]}[held_out]
+    assert raw.validation.query_domain == seen
+
+
+def test_sketchys_augmented_copies_are_ignored_and_named(archives, tmp_path):
+    protocol = protocol_of("sketchy", archives["sketchy"], held_out="none")
+    assert any("only tx_000000000000 is used, not tx_000100000000" in line for line in protocol.notes)
+    assert all("tx_000000000000" in path for path in protocol.tests[0].query.paths)
+
+
+def test_every_alias_leads_to_a_class():
+    for domain in ("sketches", "images"):
+        aliases = alias_list(f"tuberlin-{domain}")
+        assert set(aliases.values()) <= set(CLASSES["tuberlin"]) and len(set(aliases.values())) == len(aliases)
+        assert len(set(map(folder_key, raw_names(domain)))) == len(CLASSES["tuberlin"]) == 250
+
+
+def test_mismatches_are_named_in_every_domain(tmp_path):
+    touch_images(tmp_path, ["png"], [*(name for name in raw_names("sketches") if name not in ("ant", "bee")), "aunt", "wasp"], 1)
+    touch_images(tmp_path, ["ImageResized"], [name for name in raw_names("images") if name != "zebra"], 1)
+    with pytest.raises(ValueError) as error:
+        protocol_of("tuberlin", tmp_path)
+    assert "domain sketches: no folder for ant, bee; folders that are no class: aunt, wasp" in str(error.value)
+    assert "domain images: no folder for zebra; folders that are no class: none" in str(error.value)
+    touch_images(tmp_path, ["png"], ["ant", "bee"], 1)
+    touch_images(tmp_path, ["ImageResized"], ["zebra"], 1)
+    protocol = protocol_of("tuberlin", tmp_path, held_out="none")
+    assert any("sketches: folders that are no class of TU-Berlin are not used: aunt, wasp" in line for line in protocol.notes)
+    assert not {"aunt", "wasp"} & set(protocol.train.classes)
+
+
+@pytest.mark.parametrize("dataset,sizes,metric", [
+    ("domainnet", (245, 55, 45), "mAP@200"), ("sketchy", (93, 11, 21), "mAP@200"), ("sketchy-random", (90, 10, 25), "mAP@all"),
+    ("tuberlin", (200, 20, 30), "mAP@all"), ("toy", (40, 8, 12), "mAP@200")])
+def test_splits_have_the_published_numbers_of_classes(dataset, sizes, metric, tidy):
+    assert tuple(map(len, SPLITS[dataset].values())) == sizes and len(set(CLASSES[dataset])) == sum(sizes)
+    held_out = "sketch" if dataset in ("domainnet", "toy") else "none"
+    protocol = protocol_of(dataset, tidy[dataset], held_out=held_out)
+    assert protocol.class_names == SPLITS[dataset]["train"] and protocol.selected == ("unseen", metric)
+    assert set(protocol.validation.query.classes) == set(SPLITS[dataset]["val"])
+    assert set(protocol.tests[0].query.classes) == set(SPLITS[dataset]["test"])
+    both = protocol_of(dataset, tidy[dataset], held_out=held_out, train_classes="train+val", selection="last")  # D10
+    assert len(both.class_names) == sizes[0] + sizes[1] and both.validation is both.selected is None
+    with pytest.raises(ValueError, match="no validation classes .* add --selection last"):
+        protocol_of(dataset, tidy[dataset], held_out=held_out, train_classes="train+val")
+
+
+def test_the_drawn_datas_lists_are_the_drawings():
+    assert {part: tuple(names) for part, names in SPLITS["toy"].items()} == SPLIT
+
+
+def test_domainnet_holds_out_domain_and_classes(tidy):
+    protocol = protocol_of("domainnet", tidy["domainnet"], held_out="quickdraw")
+    assert protocol.domain_names == ["clipart", "infograph", "painting", "real", "sketch"]
+    ucdr, ud = protocol.tests
+    train, _, test = SPLITS["domainnet"].values()
+    assert (ucdr.protocol, ucdr.query_domain) == ("UCDR", "quickdraw") and set(ucdr.query.domains) == {"quickdraw"}
+    assert set(ucdr.galleries["unseen"].classes) == set(test) and set(ucdr.galleries["unseen"].domains) == {"real"}
+    mixed = ucdr.galleries["mixed"]
+    assert len(mixed) == 45 * N + 245 * 2 and set(mixed.classes) == {*test, *train}  # 13 - int(0.92 x 13) = 2 (D10)
+    assert not set(mixed.paths) & set(protocol.train.paths)
+    assert set(protocol.train.classes) == set(train) and len(protocol.train) == 245 * (4 * N + N - 2)
+    assert list(dict.fromkeys(ud.query.classes)) == class_list("domainnet-train")[:45]  # in the order of the list
+    assert len(ud.query) == 45  # 10 % of 13 for quickdraw
+    assert not set(ud.galleries["seen"].paths) & set(protocol.train.paths)  # D7
+
+
+@pytest.mark.parametrize("n", [1, 2, 6, 12, 13, 20, 25, 100])
+def test_the_mixed_gallery_keeps_what_92_per_cent_leave(n, tmp_path):
+    protocol = protocol_of("folder", touch_images(tmp_path, ("photo", "sketch", "icon"), "abcdefgh", n))
+    ucdr = protocol.tests[0]
+    kept = len(ucdr.galleries["mixed"]) - len(ucdr.galleries["unseen"])
+    assert kept == (n - int(0.92 * n)) * 6 and n - int(0.92 * n) >= 1  # D10
+    assert protocol.train.domains.count("photo") == int(0.92 * n) * 6
+
+
+@pytest.mark.parametrize("held_out,share", [("sketch", 0.25), ("quickdraw", 0.10)])
+def test_released_draws_are_numpys_by_the_id_of_the_class(held_out, share, tidy):
+    root = tidy["domainnet"]
+    protocol = protocol_of("domainnet", root, held_out=held_out, variant="released")
+    ucdr, ud = protocol.tests
+    trained = {path for path, domain in zip(protocol.train.paths, protocol.train.domains) if domain == "real"}
+    expected = {"trained": set(), "kept": set(), "query": set(), "gallery": set()}
+    for i, name in enumerate(class_list("domainnet-train")):
+        files, queries = (sorted(map(str, (root / domain / name).iterdir())) for domain in ("real", held_out))
+        np.random.seed(i)
+        of_training = np.random.choice(files, int(0.92 * N), replace=False)
+        expected["trained"] |= set(of_training)
+        expected["kept"] |= set(files) - set(of_training)
+        if i < 45:
+            for part, paths in (("query", queries), ("gallery", files)):
+                np.random.seed(i)
+                expected[part] |= set(np.random.choice(paths, int(share * N), replace=False))
+    unseen = set(ucdr.galleries["unseen"].paths)
+    assert expected == {"trained": trained, "kept": set(ucdr.galleries["mixed"].paths) - unseen, "query": set(ud.query.paths),
+                        "gallery": set(ud.galleries["seen"].paths)}
+    assert protocol.validation.query == ucdr.query and protocol.selected == ("mixed", "mAP@200")  # D5
+
+
+def test_a_released_draw_of_nothing_is_said(tmp_path):
+    root = touch_images(tmp_path, ("photo", "sketch", "icon"), "abcdefgh", 3)
+    protocol = protocol_of("folder", root, variant="released")
+    assert [test.protocol for test in protocol.tests] == ["UCDR"] and any("UdCDR is left out" in line for line in protocol.notes)
+
+
+def test_p_above_1_has_no_released_value(tidy):
+    for variant in ("released", "paper"):
+        config = resolve({"data_root": str(tidy["sketchy"]), "variant": variant}, "sketchy/eccv")
+        assert any("(D16)" in line for line in build_protocol(config).notes) == (variant == "released")
+
+
+def test_splits_depend_on_neither_the_seed_nor_the_order_of_the_folder(tidy, monkeypatch):
+    for dataset in ("domainnet", "folder"):
+        before = protocol_of(dataset, tidy[dataset])
+        assert protocol_of(dataset, tidy[dataset], seed=7) == before
+        with monkeypatch.context() as patch:
+            walk = os.walk
+            patch.setattr(os, "walk", lambda *call, **more: ((folder, folders, files[::-1])
+                                                             for folder, folders, files in walk(*call, **more)))
+            assert protocol_of(dataset, tidy[dataset]) == before
+
+
+# own folders
+
+def own(root: Path, classes: Iterable[str] = "abcdefgh", domains: Iterable[str] = ("photo", "sketch", "icon")) -> Path:
+    return touch_images(root, domains, classes, 2)
+
+
+def split_file(root: Path, **parts: object) -> str:
+    (root / "split.json").write_text(json.dumps(parts))
+    return str(root / "split.json")
+
+
+def test_drawn_split_and_given_split(tidy, tmp_path):
+    drawn = protocol_of("folder", tidy["folder"])
+    assert (drawn.gallery_domain, drawn.tests[0].query_domain, drawn.validation.query_domain) == ("photo", "sketch", "icon")
+    parts = [set(part) for part in (drawn.class_names, drawn.validation.query.classes, drawn.tests[0].query.classes)]
+    assert [len(part) for part in parts] == [42, 6, 12] and len(set.union(*parts)) == 60
+    split = split_file(tmp_path, seen=["CLASS-1", "class 2"], val_unseen=["class_3"], unseen=["class 4"])
+    given = protocol_of("folder", tidy["folder"], class_split=split, held_out="icon", seen="sketch")
+    assert given.class_names == ["class 1", "class 2"] and set(given.tests[0].galleries["unseen"].classes) == {"class 4"}
+    assert any("note     56 class folders are not in the class split and not used: class 0, class 10" in line
+               for line in given.notes)
+    assert given.selected is None and any("one class of validation images" in line for line in given.notes)
+    assert protocol_of("folder", tidy["folder"], domains=("sketch", "photo")).domain_names == ["photo"]
+    seen = protocol_of("folder", tidy["folder"], held_out="none", seen="sketch")
+    assert seen.tests[0].protocol == "UcCDR" and seen.domain_names == ["icon", "photo", "sketch"]
+
+
+def test_an_empty_val_says_to_keep_the_last_epoch(tidy, tmp_path):
+    split = split_file(tmp_path, train=["class 1", "class 2"], val=[], test=["class 4"])
+    with pytest.raises(ValueError, match="no validation classes .* add --selection last"):
+        protocol_of("folder", tidy["folder"], class_split=split)
+    assert protocol_of("folder", tidy["folder"], class_split=split, selection="last").validation is None
+
+
+def test_a_folder_called_sketch_in_capitals_is_sketch(tmp_path):
+    protocol = protocol_of("folder", own(tmp_path, domains=("Photo", "Sketch", "QuickDraw")), gallery="photo")
+    assert (protocol.gallery_domain, protocol.tests[0].query_domain) == ("Photo", "Sketch")
+    assert protocol.notes[-1] == "note     colours inverted (D14): QuickDraw, Sketch"
+    without = protocol_of("folder", tmp_path, gallery="photo", stroke_domains=("none",))
+    assert without.notes[-1] == "note     colours inverted (D14): of no domain"
+
+
+def test_folder_names_that_are_not_utf8_are_drawn_from(tmp_path):
+    names = [*"abcdefg", os.fsdecode(b"caf\xe9")]
+    protocol = protocol_of("folder", own(tmp_path, names))
+    assert set(names) <= {*protocol.class_names, *protocol.validation.query.classes, *protocol.tests[0].query.classes}
+    assert len(protocol.digests()["train"][1]) == 64
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (dict(held_out="paintings"), "--held-out 'paintings': no such domain.*icon, photo, sketch"),
+    (dict(gallery="x"), "--gallery 'x': no such domain"), (dict(domains=("photo", "sketches")), "no domain folder 'sketches'"),
+    (dict(held_out="photo"), "--held-out photo, --gallery photo and .*different domains"),
+    (dict(seen="sketch"), "--seen sketch: expected different domains"),
+    (dict(held_out="none", seen="photo"), "--seen photo: expected different domains.* icon, photo, sketch"),
+    (dict(class_split="no.json"), "no.json")])
+def test_wrong_flags_are_explained(flags, message, tidy):
+    with pytest.raises(ValueError, match=message):
+        protocol_of("folder", tidy["folder"], **flags)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ('{"train": ["class 1"], "val": ["CLASS_1"], "test": ["class 2"]}', "class_1 stand in more than one part"),
+    ('{"train": ["class 1", "class 5"], "val": ["class 2"], "test": ["x"]}', "no folder in .* for x"),
+    ("[" * 100_000, "split.json"), ('{"train": 3}', "expected lists of class names under train"),
+    ('{"train": ["class 1"], "val": ["class 2"], "test": ["class 3"]}', "1 training classes"),
+    ('{"train": ["class 1", "class 2"], "val": ["class 3"], "test": []}', "no image left for query")])
+def test_wrong_splits_are_explained(text, message, tidy, tmp_path):
+    (tmp_path / "split.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        protocol_of("folder", tidy["folder"], class_split=str(tmp_path / "split.json"))
+
+
+def test_flags_of_own_folders_are_for_them_alone(tidy):
+    for flags in (dict(domains=("sketch",)), dict(class_split="x.json")):
+        with pytest.raises(ValueError, match="are for --dataset folder, and this is domainnet"):
+            protocol_of("domainnet", tidy["domainnet"], **flags)
+    with pytest.raises(ValueError, match="3 classes cannot be split in three"):
+        protocol_of("folder", own(tidy["folder"].parent / "few", "abc"))

@@ -1,0 +1,243 @@
+"""The method's feature is the mean colour of an image, so a row can be told by looking at the file."""
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tests.helpers import files_of_at_most
+from ucdr_ref.cli import WriteError, load_state
+from ucdr_ref.clip.zero_shot import CLIP_MEAN, CLIP_STD
+from ucdr_ref.data import features as module
+from ucdr_ref.data.features import Extractor, FeatureCache, Index, load_index, stroke_folder
+from ucdr_ref.data.images import Files
+
+COLOURS = {"red.png": (250, 10, 10), "sub/green.png": (10, 250, 10), "sub/blue.png": (10, 10, 250),
+           "sub/deep/grey.png": (128, 128, 128), "white.png": (255, 255, 255)}
+MEAN, STD = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
+
+
+def paint(path: Path, colour: tuple[int, int, int]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 4), colour).save(path, format="png")
+
+
+class MeanColour:
+    """Counts what it encodes; `before` is called with the number of images before each batch."""
+
+    def __init__(self, before: Callable[[int], object] = lambda encoded: None) -> None:
+        self.clip, self.encoded, self.before = SimpleNamespace(image_size=4), 0, before
+
+    def encode(self, images: Tensor) -> Tensor:
+        self.before(self.encoded)
+        self.encoded += len(images)
+        return 255 * (images.mean(dim=(2, 3)) * STD + MEAN)
+
+
+def extractor(method: MeanColour | None = None, strokes: tuple[str, ...] = ()) -> Extractor:
+    return Extractor(method or MeanColour(), torch.device("cpu"), "fp32", 0, strokes)
+
+
+@pytest.fixture
+def gallery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(module, "EVAL_BATCH", 2)
+    for name, colour in COLOURS.items():
+        paint(tmp_path / "gallery" / name, colour)
+    return tmp_path / "gallery"
+
+
+def build(gallery: Path, key: str = "model", method: MeanColour | None = None, **more: object) -> tuple[Index, int]:
+    """The index, and how many images were encoded."""
+    method = method or MeanColour()
+    index = load_index(gallery, extractor(method), key, gallery.parent / "cache", **more)
+    assert index.encoded == method.encoded
+    return index, method.encoded
+
+
+def expect_right(index: Index, gallery: Path, names: list[str] | None = None) -> None:
+    assert index.paths == sorted(names or [str(p.relative_to(gallery)) for p in gallery.rglob("*.png")])
+    assert index.features.dtype == torch.float32 and len(index.features) == len(index.paths) == len(index.inverted)
+    for i, row in enumerate(index.features):
+        with Image.open(index.path(i)) as image:
+            assert row.tolist() == pytest.approx(image.getpixel((0, 0)), abs=1e-3)
+
+
+def test_encoded_once_then_read(gallery):
+    for expected in (5, 0):
+        index, encoded = build(gallery)
+        assert encoded == expected and index.unreadable == []
+        expect_right(index, gallery)
+    assert len([*(gallery.parent / "cache").iterdir()]) == 1
+
+
+@pytest.mark.parametrize("change", ["pixels", "pixels, size and times kept", "added", "removed", "renamed", "model", "moved"])
+def test_what_changed_is_encoded_again(gallery, change):
+    build(gallery)
+    key, red, before = "model", gallery / "red.png", os.stat(gallery / "red.png")
+    if change.startswith("pixels"):
+        time.sleep(0.02)  # longer than a tick of the file system's clock
+        paint(red, (251, 10, 10))
+        if change != "pixels":
+            assert os.stat(red).st_size == before.st_size
+            os.utime(red, ns=(before.st_atime_ns, before.st_mtime_ns))
+    elif change == "added":
+        paint(gallery / "new.png", (1, 2, 3))
+    elif change == "removed":
+        red.unlink()
+    elif change == "renamed":
+        red.rename(gallery / "rouge.png")
+    elif change == "model":
+        key = "other model"
+    else:
+        gallery = gallery.rename(gallery.with_name("elsewhere"))
+    index, encoded = build(gallery, key)
+    assert encoded == (5 if change in ("model", "moved") else 0 if change == "removed" else 1)
+    expect_right(index, gallery)
+    assert build(gallery, key)[1] == 0
+
+
+@pytest.mark.parametrize("damage", [
+    lambda content: b"", lambda content: b"no index", lambda content: content[:-40], lambda content: content[:len(content) // 2],
+    lambda content: content.replace(b"red.png", b"\0ed.png")])
+def test_a_broken_file_is_made_anew_with_a_notice(gallery, damage, capsys):
+    build(gallery)
+    path, = (gallery.parent / "cache").iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    index, encoded = build(gallery)
+    assert encoded == 5 and capsys.readouterr().err.count("broken index (") == 1
+    expect_right(index, gallery)
+    assert build(gallery)[1] == 0
+
+
+def test_unreadable_images_are_left_out_and_listed(gallery):
+    for name in ("bad.png", "sub/worse.png"):
+        (gallery / name).write_bytes(b"no image")
+    for expected in (5, 0):
+        index, encoded = build(gallery)
+        assert encoded == expected and len(index.unreadable) == 2
+        assert f"{gallery}/bad.png: not a readable image (" in index.unreadable[0]
+        expect_right(index, gallery, [*COLOURS])
+    paint(gallery / "bad.png", (7, 7, 7))
+    assert build(gallery)[1] == 1
+    for name in COLOURS:
+        (gallery / name).unlink()
+    (gallery / "bad.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="none of the 2 images below .*gallery could be read: .*bad.png"):
+        build(gallery)
+
+
+def test_what_was_encoded_survives_an_interruption(gallery):
+    def stop(encoded: int) -> None:
+        if encoded == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load_index(gallery, extractor(MeanColour(stop)), "model", gallery.parent / "cache")
+    index, encoded = build(gallery)
+    assert encoded == 1
+    expect_right(index, gallery)
+
+
+def test_the_file_is_there_long_before_the_end(gallery, monkeypatch):
+    monkeypatch.setattr(module, "SAVE_SECONDS", 0)
+    seen = []
+
+    def look(encoded: int) -> None:
+        path = next((gallery.parent / "cache").glob("*.pt"), None)
+        seen.append(len(load_state(path)["rows"]) if path else 0)
+
+    build(gallery, method=MeanColour(look))
+    assert seen[0] == 0 and seen[-1] > 0
+
+
+def test_folders_left_out_are_not_read_and_stay_in_the_file(gallery):
+    (gallery / "sub" / "bad.png").write_bytes(b"no image")
+    index, encoded = build(gallery, without=["sub"])
+    assert encoded == 2 and index.unreadable == []
+    expect_right(index, gallery, ["red.png", "white.png"])
+    assert build(gallery)[1] == 3 and build(gallery, without=["sub"])[1] == 0
+
+
+def test_folders_below_the_root_tell_strokes(tmp_path):
+    """And none above it: a source below `.../sketch/` was inverted."""
+    root = tmp_path / "sketch" / "source"
+    names = ["Sketch/a/1.png", "cow/quickdraw/2.png", "cow/sketch.png", "sketches.png"]
+    for name in names:
+        paint(root / name, (10, 20, 30))
+    index = load_index(root, extractor(strokes=("sketch", "quickdraw", "sketches")), "m", tmp_path / "cache")
+    assert index.paths == names and index.inverted.tolist() == [True, True, False, False]
+    expected = [[245.0, 235, 225] if flag else [10.0, 20, 30] for flag in index.inverted]
+    torch.testing.assert_close(index.features, torch.tensor(expected), rtol=0, atol=1e-3)
+    plain = load_index(root, extractor(strokes=("sketch",)), "m", tmp_path / "cache", invert="none")
+    assert not plain.inverted.any() and plain.encoded == 4
+    assert stroke_folder("Quick-Draw/a.png", ["quick_draw"]) == "Quick-Draw" and stroke_folder("sketch.png", ["sketch"]) == ""
+
+
+def test_strange_names_survive(gallery):
+    names = [b"new\nline.png", b"back\\slash n.png", b"\xff\xfe.png", "\u96ea \u00e9.png".encode(), b"caf\xe9/quote'\".png"]
+    (gallery / os.fsdecode(b"caf\xe9")).mkdir()
+    for i, name in enumerate(names):
+        with open(os.path.join(os.fsencode(gallery), name), "wb") as file:
+            Image.new("RGB", (4, 4), (i, i, i)).save(file, format="png")
+    for expected in (10, 0):
+        index, encoded = build(gallery)
+        assert encoded == expected and set(map(os.fsdecode, names)) <= set(index.paths)
+        expect_right(index, gallery)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_two_processes_at_once_both_end_right(gallery):
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(2, timeout=60)
+
+    def work() -> None:
+        index, _ = build(gallery, method=MeanColour(lambda encoded: encoded == 2 and barrier.wait()))
+        expect_right(index, gallery)
+
+    workers = [context.Process(target=work) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    assert build(gallery)[1] == 0
+
+
+def test_a_full_disk_and_a_blocked_cache(gallery, tmp_path):
+    with files_of_at_most(100), pytest.raises(WriteError, match="could not write .*cache"):
+        build(gallery)
+    assert not [*(tmp_path / "cache").iterdir()]
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="could not write .*file/cache"):
+        load_index(gallery, extractor(), "model", tmp_path / "file" / "cache")
+
+
+def test_features_that_are_not_finite_are_refused(gallery):
+    method = MeanColour()
+    method.encode = lambda images: torch.full((len(images), 3), torch.nan)
+    with pytest.raises(ValueError, match="red.png and the images after it: features are not finite; check --weights"):
+        load_index(gallery, extractor(method), "model", gallery.parent / "cache")
+
+
+# in memory
+
+def test_each_file_is_encoded_once_whatever_lists_it_is_in(gallery):
+    paths = [str(gallery / name) for name in COLOURS]
+    files = Files(paths, ["x"] * 5, ["sketch"] + ["real"] * 4)
+    method = MeanColour()
+    cache = FeatureCache(extractor(method, ("sketch",)))
+    first, rest = cache.encode(files.keep([0, 2])), cache.encode(files.keep([4, 0, 1]))
+    assert method.encoded == 4
+    expected = torch.tensor([[5.0, 245, 245], [10, 10, 250], [255, 255, 255], [5, 245, 245], [10, 250, 10]])
+    torch.testing.assert_close(torch.cat([first, rest]), expected, rtol=0, atol=1e-3)
+    (gallery / "sub" / "deep" / "grey.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="grey.png: not a readable image .*; replace or remove it"):
+        cache.encode(files)

@@ -1,0 +1,292 @@
+"""Reading images of every kind, transforms, stroke inversion, processes that read, the domain-balanced order."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from torchvision import transforms
+
+from ucdr_ref.clip.zero_shot import normalize, preprocess, resize_crop
+from ucdr_ref.data import images as module
+from ucdr_ref.data.images import (
+    STATISTICS,
+    Files,
+    ImageDataset,
+    augment,
+    balanced_batches,
+    is_strokes,
+    load_batches,
+    open_image,
+    split_indices,
+)
+from ucdr_ref.demo.drawing import draw
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def saved(tmp_path, image: Image.Image, name: str, **options) -> str:
+    path = str(tmp_path / name)
+    image.save(path, **options)
+    return path
+
+
+def grey(*values: float, kind: type = np.uint16) -> Image.Image:
+    return Image.fromarray(np.array([values] * 8, kind))
+
+
+def test_every_kind_of_image_becomes_rgb(tmp_path):
+    red = Image.new("RGB", (8, 8), (200, 0, 0))
+    clear_palette = red.convert("P")
+    cases = {
+        "palette.png": (red.convert("P"), {}, (200, 0, 0)), "grey.png": (Image.new("L", (8, 8), 70), {}, (70, 70, 70)),
+        "bits.png": (Image.new("1", (8, 8), 1), {}, (255, 255, 255)),
+        "clear.png": (Image.new("RGBA", (8, 8), (0, 0, 0, 0)), {}, (255, 255, 255)),
+        "half.png": (Image.new("LA", (8, 8), (0, 128)), {}, (127, 127, 127)),
+        "clear_palette.png": (clear_palette, {"transparency": clear_palette.getpixel((0, 0))}, (255, 255, 255)),
+        "clear_rgb.png": (Image.new("RGB", (8, 8), (9, 9, 9)), {"transparency": (9, 9, 9)}, (255, 255, 255)),
+        "print.jpg": (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), {}, (255, 0, 0)),
+        "moving.gif": (red, {"save_all": True, "append_images": [Image.new("RGB", (8, 8), (0, 0, 200))]}, (200, 0, 0)),
+        "plain.webp": (red, {"lossless": True}, (200, 0, 0)),
+    }
+    for name, (image, options, expected) in cases.items():
+        found = open_image(saved(tmp_path, image, name, **options))
+        assert found.mode == "RGB" and found.size == (8, 8), name
+        assert max(abs(a - b) for a, b in zip(found.getpixel((4, 4)), expected)) <= 6, (name, found.getpixel((4, 4)))
+
+
+@pytest.mark.parametrize(("image", "expected"), [
+    (grey(0, 25700, 65535), (0, 100, 255)), (grey(0, 2048, 4095), (0, 128, 255)), (grey(0, 100, 255), (0, 100, 255)),
+    (grey(0, 512, 1023), (0, 128, 255)), (grey(0, 0, 0), (0, 0, 0)), (grey(0, 1, 1), (0, 1, 1)),
+    (grey(0, 70_000, 2 ** 17 - 1, kind=np.int32), (0, 136, 255)),
+    (grey(0, 0.5, 1, kind=np.float32), (0, 128, 255)), (grey(-5, 25700, 65535, kind=np.float32), (0, 100, 255)),
+    (grey(0, 100, 255, kind=np.float32), (0, 100, 255)), (grey(np.nan, 0.5, np.inf, kind=np.float32), (0, 128, 255)),
+], ids=lambda value: value.mode if isinstance(value, Image.Image) else "-".join(map(str, value)))
+def test_deep_grey_is_scaled_by_the_bits_that_it_uses(image, expected, tmp_path):
+    found = np.asarray(open_image(saved(tmp_path, image, "deep.tiff")))
+    assert (found == found[:1, :, :1]).all() and tuple(found[0, :, 0].tolist()) == expected
+
+
+def test_small_files_of_many_pixels_take_bounded_memory(tmp_path):
+    """Sixteen bytes a pixel and some; in a process of its own."""
+    cases = [((6000, 5000), "I;16", 65535), ((5000, 6000), "LA", (9, 128))]
+    paths = [saved(tmp_path, Image.new(mode, size, colour), f"{i}.png", compress_level=1)
+             for i, (size, mode, colour) in enumerate(cases)]
+    code = ("import resource, sys; from ucdr_ref.data.images import open_image\n"
+            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "before = peak(); print(*(open_image(path).getpixel((0, 0))[0] for path in sys.argv[1:]), peak() - before)")
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, cwd=ROOT)
+    *pixels, growth = map(int, done.stdout.split())
+    assert pixels == [255, 132], done.stderr
+    assert growth * (1 if sys.platform == "darwin" else 1024) < 16 * 30e6 + 100e6
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    image = Image.new("RGB", (8, 4), "white")
+    image.putpixel((0, 0), (0, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    found = open_image(saved(tmp_path, image, "turned.png", exif=exif))
+    assert found.size == (4, 8) and found.getpixel((3, 0)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"not an image", b"\x89PNG\r\n\x1a\n" + bytes(40),
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"])
+def test_what_is_no_image_is_named(tmp_path, content):
+    (tmp_path / "broken.png").write_bytes(content)
+    for name in ("broken.png", "absent.png", ""):
+        with pytest.raises(ValueError, match=f"{name}: not a readable image"):
+            open_image(str(tmp_path / name))
+
+
+def test_truncated_images_and_those_of_too_many_pixels_are_errors(tmp_path, monkeypatch):
+    path = saved(tmp_path, Image.effect_noise((64, 64), 50), "cut.png")
+    content = Path(path).read_bytes()
+    Path(path).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="cut.png"):
+        open_image(path)
+    for size in ((1, 1001), (1001, 1)):  # its short side would become hundreds of pixels, and the long one with it
+        with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} pixels: .* one side at most 1000 times"):
+            open_image(saved(tmp_path, Image.new("RGB", size), "strip.png"))
+    assert open_image(saved(tmp_path, Image.new("RGB", (1, 1000)), "strip.png")).size == (1, 1000)
+    monkeypatch.setattr(module, "MAX_PIXELS", 10)
+    with pytest.raises(ValueError, match="8 x 8 pixels: expected at most 10"):
+        open_image(saved(tmp_path, Image.new("RGB", (8, 8)), "big.png"))
+
+
+def test_preprocess_equals_the_written_out_computation():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
+    resized = image.resize((48, 32), Image.Resampling.BICUBIC).crop((8, 0, 40, 32))
+    mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
+    expected = ((np.asarray(resized) / 255 - mean) / std).transpose(2, 0, 1)
+    assert np.abs(preprocess(32)(image).numpy() - expected).max() < 1e-5
+
+
+def test_bytes_normalised_later_have_the_bits_of_torchvisions_chain():
+    """Evaluation and training, with either normalisation (D4)."""
+    noise = np.random.default_rng(0).integers(0, 256, (3, 50, 60, 3), dtype=np.uint8)
+    ramp = np.arange(256, dtype=np.uint8).repeat(12).reshape(1, 32, 32, 3).repeat(2, 1)  # every value of a byte
+    images = [Image.fromarray(pixels) for pixels in (*noise, *ramp)]
+    means = {"clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
+             "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])}
+    for transform in (resize_crop(32), augment(32)):
+        for name, (mean, std) in means.items():
+            before = transforms.Compose([*transform.transforms[:-1], transforms.ToTensor(),
+                                         transforms.Normalize(mean, std)])
+            expected = [(torch.manual_seed(i), before(image))[1] for i, image in enumerate(images)]
+            pixels = [(torch.manual_seed(i), transform(image))[1] for i, image in enumerate(images)]
+            assert all(part.dtype == torch.uint8 and part.shape == (3, 32, 32) for part in pixels)
+            assert torch.equal(normalize(torch.stack(pixels), *STATISTICS[name]), torch.stack(expected))
+
+
+# strokes
+
+def dataset(tmp_path, transform, seed=0, domains=("sketch", "real", "sketch", "real")) -> ImageDataset:
+    paths = [saved(tmp_path, Image.new("RGB", (40, 40), (10 * i, 0, 0)), f"{i}.png") for i in range(4)]
+    return ImageDataset(Files(paths, list("abab"), list(domains)), transform, ("sketch",), seed)
+
+
+@pytest.mark.parametrize("name", ["sketch", "Sketch", "SKETCH"])
+def test_stroke_domains_are_inverted_whatever_the_case_of_their_folder(name, tmp_path):
+    data = dataset(tmp_path, lambda image: torch.tensor(image.getpixel((0, 0))), domains=(name, "real", name, "sketches"))
+    assert [data[i][1].tolist() for i in range(4)] == [[255, 255, 255], [10, 0, 0], [235, 255, 255], [30, 0, 0]]
+    assert [data[i][2] for i in range(4)] == [True, False, True, False]
+
+
+def test_inversion_by_the_look_or_by_the_folder(tmp_path):
+    strokes, photo = Image.new("RGB", (64, 64), "white"), Image.effect_noise((64, 64), 60).convert("RGB")
+    ImageDraw.Draw(strokes).line((8, 8, 50, 40), fill="black", width=3)
+    paths = [saved(tmp_path, image, f"{i}.png") for i, image in enumerate((strokes, photo, strokes, photo))]
+    files = Files(paths, ["x"] * 4, ["real", "real", "sketch", "sketch"])
+    for invert, expected in (("auto", [True, False, True, True]), ("domain", [False, False, True, True]),
+                             ("none", [False] * 4)):
+        data = ImageDataset(files, resize_crop(64), ("sketch",), invert=invert)
+        (_, images, inverted), = load_batches(data, [range(4)], 0, CPU)
+        assert inverted.tolist() == expected
+        for pixels, path, flag in zip(images, paths, expected):
+            original = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+            assert torch.equal(pixels, 255 - original if flag else original)
+
+
+def test_drawn_strokes_are_told_from_pictures():
+    for domain in ("sketch", "quickdraw", "clipart", "infograph", "painting", "real"):
+        flags = [is_strokes(draw(name, domain, 0)) for name in ("giraffe", "bus", "pear", "owl", "table", "shark")]
+        assert sum(flags) == (6 if domain in ("sketch", "quickdraw") else 0), domain
+
+
+def test_light_strokes_on_a_dark_ground_stay():
+    for ink, paper, expected in (("black", "white", True), ("white", "black", False), ("grey", "white", False),
+                                 ("red", "white", False), ("white", "white", False)):
+        image = Image.new("RGB", (200, 150), paper)
+        ImageDraw.Draw(image).line((20, 20, 150, 120), fill=ink, width=5)
+        assert is_strokes(image) == expected, (ink, paper)
+
+
+# batches
+
+def test_augmentation_follows_from_seed_and_index_alone(tmp_path):
+    data, again, other = (dataset(tmp_path, augment(32), seed) for seed in (1, 1, 2))
+    torch.manual_seed(5)
+    first, second = ({i: image for indices, images, _ in load_batches(part, batches, workers, CPU)
+                      for i, image in zip(indices.tolist(), images)}
+                     for part, batches, workers in ((data, [[3, 0, 2, 1]], 0), (again, [[0], [1, 2, 3]], 2)))
+    assert all(torch.equal(first[i], second[i]) for i in range(4))
+    assert not torch.equal(first[1], other[1][1])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_images_stop_or_are_left_out_and_listed(workers, tmp_path):
+    data = dataset(tmp_path, resize_crop(32))
+    (tmp_path / "1.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="1.png: not a readable image .*; replace or remove it"):
+        list(load_batches(data, [[0, 1, 2]], workers, CPU))
+    sentences: list[str] = []
+    (indices, images, inverted), (none, _, _) = load_batches(data, [[0, 1, 2], [1]], workers, CPU, sentences)
+    assert indices.tolist() == [0, 2] and len(images) == 2 and inverted.tolist() == [True, True] and len(none) == 0
+    assert len(sentences) == 2 and "1.png: not a readable image" in sentences[0]
+
+
+def stuck(image: Image.Image) -> torch.Tensor:
+    if image.getpixel((0, 0))[0] == 30:
+        time.sleep(600)  # as a read of a lost network folder
+    return torch.zeros(3, 8, 8, dtype=torch.uint8)
+
+
+def test_a_stuck_reader_ends_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "WAIT_SECONDS", 1)
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match="timed out.*--workers 0.*--shm-size"):
+        list(load_batches(dataset(tmp_path, stuck), [[0], [1], [2], [3]], 2, CPU))
+    assert time.monotonic() - begin < 60
+
+
+def fatal(image: Image.Image) -> torch.Tensor:
+    os._exit(1)
+
+
+def test_a_killed_reader_ends_in_a_sentence(tmp_path):
+    with pytest.raises(ValueError, match="a process that reads images failed .*--workers 0"):
+        list(load_batches(dataset(tmp_path, fatal), [[0], [1]], 1, CPU))
+
+
+SMALL = """
+import sys, tempfile, torch
+from PIL import Image
+from ucdr_ref.clip.zero_shot import resize_crop
+from ucdr_ref.data.images import Files, ImageDataset, load_batches
+path = sys.argv[1]
+Image.new("RGB", (300, 300)).save(path)
+data = ImageDataset(Files([path] * 400, ["a"] * 400, ["a"] * 400), resize_crop(224), ())
+print(sum(len(images) for _, images, _ in load_batches(data, [range(40)] * 10, 2, torch.device("cpu"))))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a name space of its own")
+def test_small_shared_memory_and_a_long_temporary_folder_do_not_matter(tmp_path):
+    long = tmp_path / ("long" * 25)
+    long.mkdir()
+    call = [sys.executable, "-c", SMALL, str(tmp_path / "a.png")]
+    small = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c",
+             "mount -t tmpfs -o size=4m tmpfs /dev/shm && exec \"$@\"", "sh"]
+    if subprocess.run([*small, "true"], capture_output=True).returncode:
+        small = []  # no name spaces here: the long name alone
+    done = subprocess.run([*small, *call], capture_output=True, text=True, cwd=ROOT, timeout=300,
+                          env={**os.environ, "TMPDIR": str(long)})
+    assert done.stdout == "400\n" and not done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("sizes,batch", [((10, 20, 30), 9), ((7, 7), 2), ((5, 50), 20), ((40, 41, 42, 43), 50)])
+def test_batches_are_balanced_and_as_many_as_the_smallest_domain_allows(sizes, batch):
+    domain_ids = [domain for domain, size in enumerate(sizes) for _ in range(size)]
+    groups = balanced_batches(domain_ids, batch, seed=3, epoch=0)
+    share = min(batch // len(sizes), min(sizes))
+    assert len(groups) == min(sizes) // share
+    for group in groups:
+        assert Counter(domain_ids[i] for i in group) == {domain: share for domain in range(len(sizes))}
+    flat = [i for group in groups for i in group]
+    assert len(flat) == len(set(flat))
+    assert groups == balanced_batches(domain_ids, batch, seed=3, epoch=0)
+    assert groups != balanced_batches(domain_ids, batch, seed=3, epoch=1)
+    assert groups != balanced_batches(domain_ids, batch, seed=4, epoch=0)
+
+
+def test_a_batch_must_hold_every_domain():
+    with pytest.raises(ValueError, match="batch of 2 cannot hold the 3 source domains"):
+        balanced_batches([0, 1, 2, 0, 1, 2], 2, 0, 0)
+
+
+def test_small_helpers():
+    assert [list(part) for part in split_indices(5, 2)] == [[0, 1], [2, 3], [4]]
+    files = Files(["r/x.png", "r/y.png"], ["a", "b"], ["s", "s"])
+    assert (files + files).keep([3]) == Files(["r/y.png"], ["b"], ["s"])
+    assert files.digest("r") != files.keep([1, 0]).digest("r")
+    assert len(Files([os.fsdecode(b"r/\xff.png")], ["a"], ["s"]).digest("r")) == 64  # a name that is not UTF-8
