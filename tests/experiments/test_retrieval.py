@@ -107,7 +107,7 @@ def test_published_numbers_stand_beside_what_they_describe_alone(tmp_path, monke
                gallery=9, no_relevant=0, k=200, k_used=200, query_classes=9, **dict.fromkeys(experiment.COLUMNS, 0.5))
     config = from_dict(PRESETS["domainnet/sketch"])
     monkeypatch.setattr(experiment, "file_digest", lambda path: OPENAI_SHA256["ViT-B-32.pt"])
-    assert "0.6591" in "\n".join(experiment.table([row], config)) and max(map(len, experiment.table([row], config))) <= 80
+    assert "65.91" in "\n".join(experiment.table([row], config)) and max(map(len, experiment.table([row], config))) <= 80
     assert "published" not in "\n".join(experiment.table([row], from_dict({**PRESETS["domainnet/sketch"], "gallery": "clipart"})))
     monkeypatch.setattr(experiment, "file_digest", lambda path: "another")
     assert "published" not in "\n".join(experiment.table([row], config))
@@ -152,18 +152,18 @@ def test_a_closed_form_is_that_of_its_training_images_and_centring_removes_the_m
 def test_lambda_is_chosen_on_validation_classes_and_recorded(world, tmp_path, monkeypatch):
     scored, score = [], experiment.score
 
-    def noting(encode, test, *more):
-        scored.append(test)
-        return score(encode, test, *more)
+    def noting(query, gallery, queries, files):
+        scored.append(queries)
+        return score(query, gallery, queries, files)
 
     monkeypatch.setattr(experiment, "score", noting)
     run = tmp_path / "chosen"
     assert train.main(flags(world, run, "--method", "closed-form")) == 0
     validated = set(json.loads((world / "split.json").read_text())["val"])
     choosing = scored[:len(closed_form.STRENGTHS)]
-    for test in choosing:
-        assert set(test.query.classes) == validated and "sketch" not in test.query.domains
-    assert scored[len(choosing)].protocol == "UCDR"
+    for queries in choosing:
+        assert set(queries.classes) == validated and "sketch" not in queries.domains
+    assert set(scored[len(choosing)].domains) == {"sketch"}
     strength = load_state(run / "best.pt")["strength"]
     assert strength in closed_form.STRENGTHS and results(run)["strength"] == strength
     assert f"lambda = {strength:g}" in results(run)["table"]
@@ -196,10 +196,10 @@ def test_class_features_take_the_place_of_text(world, tmp_path, capsys):
     assert train.main(flags(world, tmp_path / "given", *given)) == 0
     for wrong in (np.zeros((4, 31)), np.zeros((4, 32)), np.full((4, 32), np.nan)):
         np.save(tmp_path / "anchors.npy", wrong)
-        refused(capsys, train.main(flags(world, tmp_path / "wrong", *given)), "anchors.npy", "expected [4, 32]")
+        refused(capsys, train.main(flags(world, tmp_path / "wrong", *given)), "anchors.npy", "not [4, 32]")
     for content in (b"", b"\x93NUMPY", b"PK\x03\x04"):
         (tmp_path / "anchors.npy").write_bytes(content)
-        refused(capsys, train.main(flags(world, tmp_path / "wrong", *given)), "a .npy file of numbers")
+        refused(capsys, train.main(flags(world, tmp_path / "wrong", *given)), "a .npy file of class features")
     refused(capsys, train.main(flags(world, tmp_path / "wrong", "--class-features", "text")), "--class-features text")
 
 

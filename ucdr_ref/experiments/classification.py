@@ -145,8 +145,8 @@ def read_graph(config: Config) -> tuple[Graph, list[int]]:
     return graph, unseen
 
 
-def describe(data: Data) -> list[str]:
-    """Counts of nodes, classes and images, and what is left out, a line each."""
+def describe(config: Config, data: Data, method: SRECLIP) -> list[str]:
+    """Counts of nodes, classes, images and steps, and what is left out, a line each."""
     graph = data.graph
     lines = [f"graph    {graph.classes} classes ({len(data.unseen)} unseen), {len(graph.ids)} nodes, "
              f"{len(graph.edges)} edges"]
@@ -158,7 +158,9 @@ def describe(data: Data) -> list[str]:
     known = {*data.unseen, *(label for folder in data.sources for label in folder.labels)}
     if bare := [name for k, name in enumerate(graph.names[:graph.classes]) if k not in known]:
         lines.append(f"note     seen classes without a source image: {abbreviate(bare)}")
-    return lines
+    count = sum(parameter.numel() for parameter in method.trainable("sre").values())
+    return [*lines, f"phase sre: {config.sre_iterations} steps of {config.sre_batch} source and target images; "
+                    f"{count:,} trainable parameters"]
 
 
 def build_method(config: Config, clip: CLIP, graph: Graph, unseen: list[int], vectors: Tensor) -> SRECLIP:
@@ -180,13 +182,13 @@ def restore_method(config: Config, clip: CLIP, state: dict[str, Any], path: Path
     return method.to(next(clip.parameters()).device).eval()
 
 
-def load_features(folders: Sequence[ClassFolder], clip: CLIP, config: Config, cache: Path,
-                  device: torch.device) -> Features:
+def load_features(folders: Sequence[ClassFolder], clip: CLIP, config: Config, cache: Path) -> Features:
     """Features of the folders' images by the frozen tower, all in memory: n x e floats.
 
     They are of the same files (names, sizes, times), weights and preprocessing as the index in `cache`, which
     all runs share. Raises ValueError for an unreadable image.
     """
+    device = next(clip.parameters()).device
     extractor = Extractor(ZeroShot(clip, normalized=False), device, config.precision, config.workers,
                           config.stroke_domains)
     key = digest_of(["image features", file_digest(config.weights)])
@@ -194,7 +196,7 @@ def load_features(folders: Sequence[ClassFolder], clip: CLIP, config: Config, ca
     for folder in folders:
         index = load_index(folder.root, extractor, key, cache, without=folder.skipped)
         if index.unreadable:
-            raise ValueError(f"{index.unreadable[0]}: not a readable image; replace or remove it")
+            raise ValueError(f"{index.unreadable[0]}; replace or remove it")
         label = dict(zip(folder.files.paths, folder.labels))
         used = [i for i in range(len(index.paths)) if index.path(i) in label]
         rows.append(index.features[used])
@@ -203,10 +205,10 @@ def load_features(folders: Sequence[ClassFolder], clip: CLIP, config: Config, ca
     return Features(torch.cat(rows), paths, torch.tensor(labels))
 
 
-def training(config: Config, data: Data, method: SRECLIP, folder: Path, cache: Path,
-             device: torch.device) -> tuple[dict[str, PhaseData], Callable[[], float] | None, dict[str, Any]]:
+def training(config: Config, data: Data, method: SRECLIP, folder: Path,
+             cache: Path) -> tuple[dict[str, PhaseData], Callable[[], float] | None, dict[str, Any]]:
     """Batches, the score of the evaluations on test images (S6), and what goes into the checkpoints."""
-    source, target = (load_features(folders, method.clip, config, cache, device)
+    source, target = (load_features(folders, method.clip, config, cache)
                       for folders in (data.sources, [data.target]))
     name, anchors = baseline(method.clip, data.graph, source)
     learned = {"class_names": method.class_names, "domain_names": [Path(root).name for root in config.source],
@@ -222,7 +224,7 @@ def training(config: Config, data: Data, method: SRECLIP, folder: Path, cache: P
         learned["evaluations"].append(found)
         return found["instance"]["h"] or 0.0
 
-    phases = {"sre": phase_data(source, target, config, device)}
+    phases = {"sre": phase_data(source, target, config, method.unseen_ids.device)}
     return phases, validate if config.sre_report == "best-test" else None, learned
 
 
@@ -353,13 +355,13 @@ def best_scores(evaluations: Sequence[dict[str, dict[str, float | None]]]) -> di
     return best
 
 
-def evaluate(config: Config, data: Data, method: SRECLIP, state: dict[str, Any], folder: Path, cache: Path,
-             device: torch.device) -> list[dict[str, Any]]:
+def evaluate(config: Config, data: Data, method: SRECLIP, state: dict[str, Any], folder: Path,
+             cache: Path) -> list[dict[str, Any]]:
     """Rows of baseline and method: accuracies in 0..1 under `instance` and `class`, `details` for the files."""
     graph, unseen, names = data.graph, data.unseen, data.graph.names[:data.graph.classes]
     twice = set(duplicates(names))  # WebVision has two cranes
     names = [f"{name} ({synset})" if name in twice else name for name, synset in zip(names, graph.ids)]
-    target = load_features([data.target], method.clip, config, cache, device)
+    target = load_features([data.target], method.clip, config, cache)
     about = {"images": len(target.paths), "classes": len(target.labels.unique())}
     rows: list[dict[str, Any]] = []
     for name, scores in ((state["baseline"], baseline_scores(state["anchors"], target)),

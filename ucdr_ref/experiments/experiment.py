@@ -22,18 +22,7 @@ import torchvision
 from .. import __version__
 from ..cli import as_value_error, load_state, make_folder, read_json, save_atomic, write_text_atomic
 from ..clip.weights import file_digest, load_clip
-from ..config import (
-    FIELDS,
-    MACHINE,
-    PATHS,
-    Config,
-    changes,
-    differences,
-    flag_of,
-    from_dict,
-    locate_weights,
-    to_json,
-)
+from ..config import FIELDS, MACHINE, PATHS, Config, changes, differences, flag_of, from_dict, locate_weights, to_json
 from ..distributed import barrier, derive_seed, is_main, main_first, pick_device, set_precision
 from ..training import Run, check_config, own_state
 from ..training import train as train_phases
@@ -70,17 +59,11 @@ def train(config: Config, folder: Path, cache: Path = CACHE, dry_run: bool = Fal
     torch.manual_seed(derive_seed(config.seed, "initial values"))
     if is_classification(config):
         method = classification.new_method(config, clip, data).to(device)
-        lines, phases = classification.describe(data), {}
+        lines = classification.describe(config, data, method)
     else:
         method = retrieval.new_method(config, clip, data, device)
-        phases = {phase: retrieval.phase_data(phase, data, config, clip.image_size, device)
-                  for phase in method.PHASES}
-        lines = retrieval.describe(data)
+        lines = retrieval.describe(config, data, method)
     print(f"config   {json.dumps(changes(config))} (all else at its default)", *lines, sep="\n")
-    for phase in method.PHASES:
-        plan = phases[phase].plan() if phases else f"{config.sre_iterations} steps of {config.sre_batch} features"
-        count = sum(parameter.numel() for parameter in method.trainable(phase).values())
-        print(f"phase {phase}: {plan}; {count:,} trainable parameters")
     if dry_run:
         return
     weights = file_digest(config.weights)
@@ -91,14 +74,14 @@ def train(config: Config, folder: Path, cache: Path = CACHE, dry_run: bool = Fal
         if is_finished(folder):
             print("finished already; evaluating")
         elif is_classification(config):
-            phases, validate, learned = classification.training(config, data, method, folder, cache, device)
+            phases, validate, learned = classification.training(config, data, method, folder, cache)
             # No tower runs in this loop, so its arithmetic stays float32; nothing stops it early.
             run = Run(folder, config.seed, "fp32", device, {**extra, **learned}, config.sre_iterations)
             train_phases(method, phases, validate, run)
         else:
-            validate, learned = retrieval.training(config, data, method, device)
+            method, phases, validate, learned = retrieval.training(config, data, method)
             run = Run(folder, config.seed, config.precision, device, {**extra, **learned}, config.patience)
-            if method.PHASES:
+            if phases:
                 train_phases(method, phases, validate, run)
             else:
                 save_atomic({"method": own_state(method), **run.extra}, folder / "best.pt")
@@ -141,17 +124,14 @@ def evaluate(folder: Path, overrides: Mapping[str, Any], out: Path | None = None
     """Writes the results of a run into `out` (the run folder), then prints its table.
 
     Other images or weights than the run's are refused, or, with `force`, named in table and results.json,
-    which then go into a folder of their own.
+    which then go into a folder of their own. finished: the training has just ended.
     """
     barrier()  # until the main process has written best.pt and the log
     device = pick_device(overrides.get("device", "auto"))
     config, method, state = restore(folder, overrides, device, force)
     set_precision(config.precision)
-    data: Any
-    if is_classification(config):
-        data = classification.test_data(config, state)
-    else:
-        _, data = retrieval.load_data(config)
+    data: Any = (classification.test_data(config, state) if is_classification(config)
+                 else retrieval.load_data(config)[1])
     weights, digests = file_digest(config.weights), data.digests()
     remarks = ["made with other weights than the run's own"] * (weights != state["weights_sha256"])
     if changed := changed_lists(folder, digests):
@@ -167,17 +147,18 @@ def evaluate(folder: Path, overrides: Mapping[str, Any], out: Path | None = None
     if not finished:
         remarks.append("of the best epoch so far: the training has not finished")
     if is_classification(config):
-        rows = classification.evaluate(config, data, method, state, folder, cache, device)
+        rows = classification.evaluate(config, data, method, state, folder, cache)
         lines, write = classification.table(rows, config), report.write_classification
     else:
-        rows = retrieval.evaluate(config, data, method, device)
+        rows = retrieval.evaluate(config, data, method)
         lines, write = retrieval.table(rows, config), report.write_retrieval
-    if strength := state.get("strength"):
-        lines.append(f"closed form: lambda = {strength:g}")
+    if "strength" in state:
+        lines.append(f"closed form: lambda = {state['strength']:g}")
     text = "\n".join([*lines, *remarks])
-    about = {"run": str(folder), "config": asdict(config), "weights_sha256": weights, "files": digests,
-             "versions": versions(device), "remarks": remarks, "finished": finished, "strength": strength, "table": text}
-    write(rows, out, about)  # reads the run's log.jsonl
+    write(rows, out, {
+        "run": str(folder), "config": asdict(config), "weights_sha256": weights, "files": digests,
+        "versions": versions(device), "remarks": remarks, "finished": finished,
+        "strength": state.get("strength"), "table": text})
     print(f"{text}\n{out}: report.html, results.json, per_class.csv and a picture")
 
 
@@ -207,7 +188,8 @@ def open_run(folder: Path, config: Config, weights: str, digests: Digests,
     """
     path, record = folder / "config.json", folder / "run.json"
     if path.exists():
-        different = differences(config, read_config(path), PATHS)
+        with as_value_error(path, "is no config of this version", "name another --run, or delete that folder"):
+            different = differences(config, from_dict(read_json(path)), PATHS)
         if record.exists():
             different += ["other weights"] * (read_json(record).get("weights_sha256") != weights)
             different += filter(None, [changed_lists(folder, digests)])
@@ -239,11 +221,6 @@ def lock_run(folder: Path) -> AbstractContextManager[object]:
     except OSError:  # a read-only folder, which writing reports, or a file system without locks
         return nullcontext()
     return file
-
-
-def read_config(path: Path) -> Config:
-    with as_value_error(path, "is no config of this version", "name another --run, or delete that folder"):
-        return from_dict(read_json(path))
 
 
 def is_finished(folder: Path) -> bool:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, product
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cli import one_line
+from ..cli import as_value_error
 from ..clip.model import CLIP
 from ..clip.weights import OPENAI_SHA256, file_digest
 from ..clip.zero_shot import ZeroShot, normalize
@@ -46,16 +46,13 @@ CENTER_CLASSES = 5  # of queries, for a centred row: the mean of one class is th
 COLUMNS = ("mAP@200", "Prec@200", "mAP@all", "Prec@100")
 # As published (ViT-B/32), by dataset, protocol and gallery.
 PUBLISHED = {
-    ("domainnet", "UCDR", "unseen"):
-        "mean of 5 query domains: CLIP mAP@200 0.4435 Prec@200 0.3840, ProS 0.6052 0.5626, "
-        "UCDR-Adapter 0.6071 0.5655; query sketch: UCDR-Adapter mAP@200 0.6591",
-    ("domainnet", "UCDR", "mixed"):
-        "mean of 5 query domains: ProS mAP@200 0.5546 Prec@200 0.5195, UCDR-Adapter 0.5660 0.5311",
-    ("domainnet", "UdCDR", "seen"):
-        "mean of 5 query domains: ProS mAP@200 0.6332, UCDR-Adapter 0.6370",
-    ("sketchy", "UcCDR", "unseen"): "ProS mAP@200 0.6991, UCDR-Adapter 0.7285",
-    ("tuberlin", "UcCDR", "unseen"): "ProS mAP@all 0.6675, UCDR-Adapter 0.6581",
-}
+    ("domainnet", "UCDR", "unseen"): "mean of 5 query domains: CLIP mAP@200 44.35 Prec@200 38.40, ProS 60.52 "
+                                     "56.26, UCDR-Adapter 60.71 56.55; sketch: UCDR-Adapter mAP@200 65.91",
+    ("domainnet", "UCDR", "mixed"): "mean of 5 query domains: ProS mAP@200 55.46 Prec@200 51.95, UCDR-Adapter "
+                                    "56.60 53.11",
+    ("domainnet", "UdCDR", "seen"): "mean of 5 query domains: ProS mAP@200 63.32, UCDR-Adapter 63.70",
+    ("sketchy", "UcCDR", "unseen"): "ProS mAP@200 69.91, UCDR-Adapter 72.85",
+    ("tuberlin", "UcCDR", "unseen"): "ProS mAP@all 66.75, UCDR-Adapter 65.81"}
 Encode = Callable[[Files], Tensor]  # n files -> features [n, e] on the device
 
 
@@ -96,7 +93,8 @@ def fitting_schedule(train: Files) -> dict[str, Any]:
                 target_epochs=max(target_epochs, FIELDS["target_epochs"].default), target_lr=3e-3)
 
 
-def features_of(method: Any, config: Config, device: torch.device) -> FeatureCache:
+def features_of(method: Any, config: Config) -> FeatureCache:
+    device = next(method.clip.parameters()).device
     return FeatureCache(Extractor(method, device, config.precision, config.workers, config.stroke_domains))
 
 
@@ -104,40 +102,39 @@ def zero_shot(config: Config, clip: CLIP) -> ZeroShot:
     return ZeroShot(clip, normalized=config.evaluation_features == "normalized")  # D18
 
 
-def build_method(config: Config, clip: CLIP, class_names: Sequence[str], domain_names: Sequence[str],
-                 anchors: Tensor | None) -> Any:
-    """The config's method, drawn from torch's global generator where it is trained by steps."""
-    if config.method == "closed-form":
-        e = clip.embed_dim
-        empty = ClosedForm(torch.zeros(e), torch.zeros(e, len(domain_names) - 1), torch.zeros(e, e))
-        return ClosedFormAdapter(clip, empty)
-    if config.method == "zero-shot":
-        return zero_shot(config, clip)
-    return UCDRAdapter(clip, class_names, domain_names, config, anchors, gather_rows, batch_offset)
-
-
 def new_method(config: Config, clip: CLIP, protocol: Protocol, device: torch.device) -> Any:
-    """The method before training."""
-    anchors = None
-    if config.method == "ucdr-adapter":
-        anchors = class_anchors(config, protocol, features_of(ZeroShot(clip), config, device))
-    return build_method(config, clip, protocol.class_names, protocol.domain_names, anchors).to(device)
+    """The method before training, drawn from torch's global generator where it is trained by steps."""
+    if config.method != "ucdr-adapter":
+        return zero_shot(config, clip)  # `training` fits the closed form
+    anchors = class_anchors(config, protocol, features_of(ZeroShot(clip), config))
+    return UCDRAdapter(clip, protocol.class_names, protocol.domain_names, config, anchors, gather_rows,
+                       batch_offset).to(device)
 
 
 def restore_method(config: Config, clip: CLIP, state: dict[str, Any], path: Path) -> Any:
     """The method of a checkpoint, ready to encode."""
-    class_names, domain_names = state["class_names"], state["domain_names"]
-    anchors = torch.zeros(len(class_names), clip.embed_dim)  # the trained ones are in the checkpoint
-    method = build_method(config, clip, class_names, domain_names, anchors)
-    own = {name: value for name, value in state["method"].items() if name != "template.ctx"}
+    if config.method == "zero-shot":
+        return zero_shot(config, clip)
+    method: Any
+    own, classes, domains = dict(state["method"]), state["class_names"], state["domain_names"]
+    if config.method == "closed-form":
+        e = clip.embed_dim
+        form = ClosedForm(torch.zeros(e), torch.zeros(e, len(domains) - 1), torch.zeros(e, e))
+        method = ClosedFormAdapter(clip, form)
+    else:
+        anchors = torch.zeros(len(classes), clip.embed_dim)  # the trained ones are in the checkpoint
+        method = UCDRAdapter(clip, classes, domains, config, anchors, gather_rows, batch_offset)
+        own.pop("template.ctx", None)
     load_own_state(method, own, path)
     return method.to(next(clip.parameters()).device).eval()
 
 
 def label_ids(protocol: Protocol, files: Files) -> tuple[Tensor, Tensor]:
     """Class and domain ids [n] of training images."""
-    return (torch.tensor([protocol.class_names.index(name) for name in files.classes]),
-            torch.tensor([protocol.domain_names.index(name) for name in files.domains]))
+    classes, domains = ({name: i for i, name in enumerate(names)}
+                        for names in (protocol.class_names, protocol.domain_names))
+    return (torch.tensor([classes[name] for name in files.classes]),
+            torch.tensor([domains[name] for name in files.domains]))
 
 
 def class_anchors(config: Config, protocol: Protocol, features: FeatureCache) -> Tensor | None:
@@ -157,20 +154,17 @@ def class_anchors(config: Config, protocol: Protocol, features: FeatureCache) ->
                              f"{abbreviate(missing)}")
         class_ids, _ = label_ids(protocol, files)
         return torch.zeros(shape).index_add_(0, class_ids, features.encode(files).cpu()).to(device)
-    try:
+    expected = "expected template, plain, prototypes or a .npy file of class features in class order"
+    with as_value_error(f"--class-features {kind}", "is not usable", expected):
         rows = torch.from_numpy(np.load(kind, allow_pickle=False)).float()
-    except Exception as error:  # numpy's parser raises whatever comes up
-        raise ValueError(f"--class-features {kind}: expected template, plain, prototypes or a .npy file of "
-                         f"numbers ({one_line(error)})") from None
-    if rows.shape != shape or not rows.isfinite().all() or not rows.any(dim=1).all():
-        raise ValueError(f"--class-features {kind}: holds {list(rows.shape)} numbers, expected {list(shape)}, "
-                         "finite, rows in class order, none of them zero")
+        if rows.shape != shape or not rows.isfinite().all() or not rows.any(dim=1).all():
+            raise ValueError(f"{list(rows.shape)} numbers, not {list(shape)}, finite, no row zero")
     return rows.to(device)
 
 
-def phase_data(phase: str, protocol: Protocol, config: Config, image_size: int,
-               device: torch.device) -> PhaseData:
+def phase_data(phase: str, protocol: Protocol, config: Config, clip: CLIP) -> PhaseData:
     """Domain-balanced, augmented batches of the training images for one phase of UCDR-Adapter."""
+    image_size, device = clip.image_size, next(clip.parameters()).device
     class_ids, domain_ids = label_ids(protocol, protocol.train)
     epochs, size, epochs_before = config.source_epochs, config.source_batch, 0
     if phase == "target":
@@ -208,21 +202,17 @@ def microbatches(batch: Batch, phase: str, config: Config) -> list[tuple[Batch, 
     return [(Batch(*part), len(part[0]) / b) for part in zip(*(rows.split(size) for rows in batch))]
 
 
-def training(config: Config, protocol: Protocol, method: Any,
-             device: torch.device) -> tuple[Callable[[], float] | None, dict[str, Any]]:
-    """What chooses the epoch, if anything does, and what goes into the checkpoint; fits the closed form."""
+def training(config: Config, protocol: Protocol,
+             method: Any) -> tuple[Any, dict[str, PhaseData], Callable[[], float] | None, dict[str, Any]]:
+    """The method, its phases, what chooses the epoch, and what goes into the checkpoint beside the weights."""
     learned = {"class_names": protocol.class_names, "domain_names": protocol.domain_names}
     if config.method == "closed-form":
-        features = features_of(ZeroShot(method.clip), config, device)
-        method.form, strength = fit_closed_form(config, protocol, features)
-        return None, {**learned, "strength": strength}
+        form, strength = fit_closed_form(config, protocol, features_of(method, config))
+        return ClosedFormAdapter(method.clip, form), {}, None, {**learned, "strength": strength}
+    phases = {phase: phase_data(phase, protocol, config, method.clip) for phase in method.PHASES}
     if protocol.validation is None or protocol.selected is None:
-        return None, learned
-
-    def validate() -> float:
-        return validation_score(features_of(method, config, device).encode, protocol)
-
-    return validate, learned
+        return method, phases, None, learned
+    return method, phases, lambda: validation_score(features_of(method, config).encode, protocol), learned
 
 
 def fit_closed_form(config: Config, protocol: Protocol, features: FeatureCache) -> tuple[ClosedForm, float]:
@@ -245,7 +235,7 @@ def behind_form(features: FeatureCache, form: ClosedForm) -> Encode:
     return encode
 
 
-def describe(protocol: Protocol) -> list[str]:
+def describe(config: Config, protocol: Protocol, method: Any) -> list[str]:
     """What training and tests consist of, a line each."""
     classes, domains = protocol.class_names, protocol.domain_names
     lines = [*protocol.notes, f"train    {len(protocol.train)} images, {len(classes)} classes, "
@@ -254,83 +244,77 @@ def describe(protocol: Protocol) -> list[str]:
         galleries = ", ".join(f"{name} {len(files)}" for name, files in test.galleries.items())
         lines.append(f"{test.protocol:<10} {len(test.query)} queries ({test.query_domain}, "
                      f"{len(set(test.query.classes))} classes); gallery {galleries} ({protocol.gallery_domain})")
+    for phase in method.PHASES:
+        count = sum(parameter.numel() for parameter in method.trainable(phase).values())
+        plan = phase_data(phase, protocol, config, method.clip).plan()
+        lines.append(f"phase {phase}: {plan}; {count:,} trainable parameters")
     return lines
 
 
 # Evaluation
 
 
-def evaluate(config: Config, protocol: Protocol, method: Any, device: torch.device) -> list[dict[str, Any]]:
+def evaluate(config: Config, protocol: Protocol, method: Any) -> list[dict[str, Any]]:
     """`rank`'s rows of zero-shot CLIP and of the run's method."""
-    clip = features_of(zero_shot(config, method.clip), config, device)
+    clip = features_of(zero_shot(config, method.clip), config)
     methods: dict[str, Encode] = {"zero-shot": clip.encode}
     if config.method == "closed-form":
         methods["closed-form"] = behind_form(clip, method.form)
     elif config.method == "ucdr-adapter":
-        methods["ucdr-adapter"] = features_of(method, config, device).encode
+        methods["ucdr-adapter"] = features_of(method, config).encode
     return rank(methods, protocol.tests)
 
 
-def score(encode: Encode, test: Test, center_sets: bool = False) -> dict[str, dict[str, Any]]:
-    """For each gallery of a test: the numbers of `metrics.retrieval`, and what report and picture need.
-
-    center_sets: queries and gallery each lose their own mean first (transductive).
-    """
-    results, query = {}, encode(test.query)
-    query = center(query) if center_sets else query
-    for name, files in test.galleries.items():
-        gallery = encode(files)
-        gallery = center(gallery) if center_sets else gallery
-        names = sorted({*test.query.classes, *files.classes})
-        number = {label: i for i, label in enumerate(names)}
-        query_ids, gallery_ids = (torch.tensor([number[label] for label in part.classes], device=query.device)
-                                  for part in (test.query, files))
-        results[name] = {"metrics": retrieval(query, query_ids, gallery, gallery_ids), "names": names,
-                         "queries": test.query, "gallery": files,
-                         "query_features": query.cpu(), "gallery_features": gallery.cpu()}
-    return results
+def score(query: Tensor, gallery: Tensor, queries: Files, files: Files) -> tuple[dict[str, Any], list[str]]:
+    """`metrics.retrieval` of features [q, e] and [g, e] by the files' classes, and the names of its labels."""
+    names = sorted({*queries.classes, *files.classes})
+    number = {name: i for i, name in enumerate(names)}
+    labels = [torch.tensor([number[name] for name in part.classes], device=query.device)
+              for part in (queries, files)]
+    return retrieval(query, labels[0], gallery, labels[1]), names
 
 
 def validation_score(encode: Encode, protocol: Protocol) -> float:
     """The metric, in the gallery, by which phase 2 keeps its best epoch: `Protocol.selected` (D5)."""
     assert protocol.validation is not None and protocol.selected is not None
     gallery, metric = protocol.selected
-    return score(encode, protocol.validation)[gallery]["metrics"][metric]
-
-
-def can_center(encode: Encode, test: Test) -> bool:
-    """Whether the queries' mean says something of their domain: they are of several classes, and not all equal."""
-    query = encode(test.query)
-    return len(set(test.query.classes)) >= CENTER_CLASSES and bool((query - query[0]).abs().max() > 1e-6)
+    queries, files = protocol.validation.query, protocol.validation.galleries[gallery]
+    return score(encode(queries), encode(files), queries, files)[0][metric]
 
 
 def rank(methods: Mapping[str, Encode], tests: Sequence[Test]) -> list[dict[str, Any]]:
-    """Two rows per test, gallery and method, the second centred where `can_center`: numbers, and `details`."""
-    rows = []
+    """A row per test, gallery and method: numbers, and `details` for report and picture.
+
+    A second row is centred: queries and gallery have each lost their own mean (transductive). There is none
+    for queries of few classes, whose mean is that of the classes, or that are all equal.
+    """
+    rows: list[dict[str, Any]] = []
     for test in tests:
-        scored = {(name, centered): score(encode, test, centered) for name, encode in methods.items()
-                  for centered in (False, True) if not centered or can_center(encode, test)}
-        for gallery in test.galleries:
-            for (name, centered), found in scored.items():
-                details = found[gallery]
-                numbers = {key: value for key, value in details["metrics"].items()
-                           if isinstance(value, (int, float))}
+        queries, classes = test.query, len(set(test.query.classes))
+        for (gallery_name, files), (name, encode) in product(test.galleries.items(), methods.items()):
+            query, gallery = encode(queries), encode(files)
+            pairs = [(name, query, gallery)]
+            if classes >= CENTER_CLASSES and (query - query[0]).abs().max() > 1e-6:
+                pairs.append((f"{name}, centred", center(query), center(gallery)))
+            for title, query, gallery in pairs:
+                metrics, names = score(query, gallery, queries, files)
+                numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
                 rows.append({
-                    "protocol": test.protocol, "query_domain": test.query_domain, "gallery_name": gallery,
-                    "method": f"{name}, centred" if centered else name, "transductive": centered, **numbers,
-                    "query_classes": len(set(test.query.classes)), "details": details})
+                    "protocol": test.protocol, "query_domain": test.query_domain, "gallery_name": gallery_name,
+                    "method": title, "transductive": title != name, **numbers, "query_classes": classes,
+                    "details": {"metrics": metrics, "names": names, "queries": queries, "gallery": files,
+                                "query_features": query.cpu(), "gallery_features": gallery.cpu()}})
     return rows
 
 
-def published(config: Config, protocol: str, gallery: str) -> str:
-    """The published numbers of a row, empty unless it is what they describe.
-
-    That is the whole dataset with its split and galleries, and OpenAI's ViT-B/32, known by its digest.
-    """
-    text = PUBLISHED.get((config.dataset, protocol, gallery), "")
-    usual = config.gallery in ("", "real", "extended_photo", "images")  # each dataset has one of them
-    same = usual and (protocol != "UdCDR" or config.ud_gallery == "trained")  # D7
-    return text if text and same and file_digest(config.weights) == OPENAI_SHA256["ViT-B-32.pt"] else ""
+def published(config: Config, protocol: str, gallery: str) -> list[str]:
+    """The published numbers beside a row; none unless it is of the usual protocol and OpenAI's ViT-B/32."""
+    text = PUBLISHED.get((config.dataset, protocol, gallery))
+    unusual = config.gallery not in ("", "real", "extended_photo", "images") or (
+        protocol == "UdCDR" and config.ud_gallery != "trained")  # D7
+    if text is None or unusual or file_digest(config.weights) != OPENAI_SHA256["ViT-B-32.pt"]:
+        return []
+    return textwrap.wrap(f"published (ViT-B/32): {text}", 80, initial_indent="  ", subsequent_indent="  ")
 
 
 def table(rows: Sequence[dict[str, Any]], config: Config) -> list[str]:
@@ -343,9 +327,7 @@ def table(rows: Sequence[dict[str, Any]], config: Config) -> list[str]:
             lines.append(f"  {row['method']:<26}" + "".join(f"{100 * row[name]:10.2f}" for name in COLUMNS))
         if alone:
             lines.append(f"  {alone} queries have no relevant image here, and count as 0")
-        if text := published(config, protocol, gallery):
-            lines += textwrap.wrap(f"published (ViT-B/32): {text}", 80, initial_indent="  ",
-                                   subsequent_indent="  ")
+        lines += published(config, protocol, gallery)
     if any(row["k_used"] < row["k"] for row in rows):
         lines.append("@200 of a smaller gallery: all of it")
     if any(row["transductive"] for row in rows):
