@@ -37,9 +37,8 @@ from ucdr_ref.images.cache import build_index
 from ucdr_ref.machine.files import load_state
 from ucdr_ref.sre.adapter import SRECLIP
 from ucdr_ref.sre.adapter import Batch as SREBatch
-from ucdr_ref.sre.class_vectors import read_table
-from ucdr_ref.sre.graph import Graph, load_graph, normalised_adjacency
-from ucdr_ref.sre.wordnet import read_classes, save_graph
+from ucdr_ref.sre.graph import Graph, load_graph, normalized_adjacency, read_vectors, save_graph
+from ucdr_ref.sre.wordnet import read_classes
 from ucdr_ref.training.journal import open_log
 from ucdr_ref.training.loop import Feed, Run, train
 from ucdr_ref.ucdr.adapter import Batch, UCDRAdapter
@@ -123,7 +122,7 @@ class Scene:
         self.device = torch.device("cpu")
         self.sha = file_digest(folder / "clip.pt")
         small = dict(weights=str(folder / "clip.pt"), dataset="folder", class_features="prototypes", save_every=1,
-                     target_epochs=1, sre_hidden=16, sre_batch=4, sre_bank=6, sre_iterations=3, sre_warmup=1)
+                     target_epochs=1, sre_hidden=16, sre_iterations=3, sre_warmup=1)
         self.configs = {"ucdr": Config(**small), "sre": Config(method="sre-clip", **small)}  # type: ignore[arg-type]
         ids = [f"n{k:08d}" for k in range(6)]
         self.graph = Graph(ids, [*NAMES, "even", "odd"], [[name] for name in [*NAMES, "even", "odd"]],
@@ -158,7 +157,7 @@ class Scene:
         torch.manual_seed(0)
         if name == "ucdr":
             return UCDRAdapter(self.clip, NAMES, ["photo", "sketch"], self.configs[name], torch.randn(4, self.clip.embed_dim))
-        adjacency = normalised_adjacency(self.graph.edges, len(self.graph.ids))
+        adjacency = normalized_adjacency(self.graph.edges, len(self.graph.ids))
         return SRECLIP(self.clip, NAMES, torch.randn(6, 8), adjacency, [1], self.configs[name])
 
     def train(self, name: str, run: Path) -> None:
@@ -452,7 +451,7 @@ def special_files(harness: Harness, scene: Scene) -> None:
         "load_clip": load_clip, "load_state": load_state, "read_config": runs.read_config, "read_json": runs.read_json,
         "read_lines": runs.read_lines, "file_digest": file_digest, "load_graph": load_graph, "read_classes": read_classes,
         "open_image": lambda path: open_image(str(path)), "class_anchors": lambda path: anchors(scene, path),
-        "read_table": lambda path: read_table(path, {"a"}), "open_log": lambda path: opened(path),
+        "read_table": lambda path: read_vectors(path, scene.graph), "open_log": lambda path: opened(path),
         "folder_split": lambda path: protocols.folder_split(Config(class_split=str(path)), {})}
     sound = {"load_clip": "clip.pt", "load_state": "ucdr/best.pt", "read_config": "ucdr/config.json",
              "read_json": "ucdr/config.json", "read_lines": "ucdr/log.jsonl", "file_digest": "clip.pt", "load_graph": "graph.json",

@@ -143,7 +143,7 @@ def resolve(flags: Mapping[str, Any], preset: str | None = None, fast: bool = Fa
         values.pop("seen", None)  # of the table's rows
     for key in ("dataset", "method"):
         own, given = values[key], flags.get(key, values[key])
-        same_task = key == "method" and (given == "closed-form" or "sre-clip" not in (own, given))
+        same_task = key == "method" and "sre-clip" not in (own, given)
         if given != own and not same_task:
             raise ValueError(f"--preset {name} is for --{key} {own}, not {given}; give one of the two")
     variant = dict(VARIANTS[flags.get("variant", "paper")])
@@ -161,7 +161,7 @@ def default_preset(flags: Mapping[str, Any], fast: bool) -> str:
     """The preset of a command that names none: its method's and dataset's own."""
     method, dataset = flags.get("method"), flags.get("dataset", "toy")
     folders = bool(flags.get("source") or flags.get("target"))
-    if method == "sre-clip" or method == "closed-form" and folders:
+    if method == "sre-clip":
         if folders or dataset != "toy":
             return "sre"
         return "sre/toy-fast" if fast else "sre/toy"

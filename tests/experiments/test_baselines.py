@@ -10,8 +10,6 @@ import torch.nn.functional as F
 
 import evaluate
 import train
-from tests.experiments.test_sre_cli import flags as sre_flags
-from tests.experiments.test_sre_cli import scene  # noqa: F401, a fixture
 from tests.helpers import flags, refused
 from ucdr_ref.config import Config
 from ucdr_ref.experiments import ranking
@@ -125,32 +123,3 @@ def test_a_closed_form_of_another_width_is_refused(form_run, tmp_path, capsys):
     broken.mkdir()
     torch.save(state, broken / "best.pt")
     refused(capsys, evaluate.main(["--run", str(broken)]), "form.whitening", "7")
-
-
-def test_ridge_is_the_closed_form_of_classification(scene, tmp_path):  # noqa: F811
-    run = tmp_path / "ridge"
-    assert train.main(sre_flags(scene, run, "--method", "closed-form")) == 0
-    found = rows(run)
-    assert {name for name, _ in found} == {"zero-shot", "zero-shot, calibrated", "closed-form", "closed-form, calibrated"}
-    state = load_state(run / "best.pt")
-    assert state["method"].keys() == {"form.weights", "form.anchors"} and state["strength"] > 0
-    assert evaluate.main(["--run", str(run), "--out", str(tmp_path / "out"), "--workers", "0"]) == 0
-    assert rows(tmp_path / "out") == found
-    assert train.main(sre_flags(scene, tmp_path / "sre", "--sre-iterations", "10")) == 0
-    call = ["--run", str(tmp_path / "sre"), "--out", str(tmp_path / "beside"), "--workers", "0", "--with-closed-form"]
-    assert evaluate.main(call) == 0
-    assert rows(tmp_path / "beside")["closed-form", ""]["instance"] == found["closed-form", ""]["instance"]
-    released = tmp_path / "released"  # S6 is of a training
-    assert train.main(sre_flags(scene, released, "--method", "closed-form", "--variant", "released")) == 0
-    assert rows(released).keys() == found.keys()
-
-
-def test_centring_changes_what_sre_clip_sees_and_is_kept_in_evaluation(scene, tmp_path):  # noqa: F811
-    results = {}
-    for name, more in (("plain", []), ("centred", ["--sre-center", "1"])):
-        assert train.main(sre_flags(scene, tmp_path / name, "--sre-iterations", "20", *more)) == 0
-        results[name] = rows(tmp_path / name)
-        assert evaluate.main(["--run", str(tmp_path / name), "--out", str(tmp_path / "again"), "--workers", "0"]) == 0
-        assert rows(tmp_path / "again") == results[name]
-    weights = [load_state(tmp_path / name / "best.pt")["method"]["adapter.query.weight"] for name in results]
-    assert not torch.equal(*weights)

@@ -143,10 +143,6 @@ def test_what_cannot_be_searched_is_refused_in_one_sentence(run, world, tmp_path
     for name, more in (("form", ("--method", "closed-form")), ("raw", ("--evaluation-features", "raw"))):
         assert train.main(flags(world, tmp_path / name, *more)) == 0
         no("--run", tmp_path / name, "--gallery", photos, "--text", "a", says=("--text cannot search", name))
-    state = torch.load(tmp_path / "raw" / "best.pt")
-    state["config"]["sre_center"] = 1
-    torch.save(state, tmp_path / "raw" / "best.pt")
-    no("--run", tmp_path / "raw", "--gallery", photos, "--query", query, says=("--sre-center 1", "cannot search"))
 
 
 def test_a_search_with_other_weights_leaves_the_index_alone(run, world, tmp_path, ask):

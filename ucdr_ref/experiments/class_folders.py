@@ -5,18 +5,17 @@ Legend: `b` batch, `e` CLIP embedding, `n` images.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..clip.model import CLIP
-from ..clip.tensorfile import file_digest, read_text
+from ..clip.tensorfile import file_digest
 from ..clip.zero_shot import ZeroShot
 from ..config import Config
 from ..images.batches import Files
@@ -26,7 +25,6 @@ from ..images.listing import list_images
 from ..machine.files import digest_of
 from ..machine.processes import fold
 from ..sre.adapter import EPOCH, Batch, check_unseen
-from ..sre.closed_form import CHUNK
 from ..sre.graph import Graph, canonical, duplicates, load_graph
 from ..sre.wordnet import SYNSET_ID, ClassLine, read_classes
 from ..training.loop import Feed
@@ -55,8 +53,6 @@ class Features:
     paths: list[str]
     labels: Tensor  # [n], class indices
     skipped: int = 0  # unreadable images, left out
-    mean: Tensor | None = None  # [e], of the normalised features: `take` removes it
-    length: float = 1.0  # of the features that `take` gives then
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -68,18 +64,7 @@ class Features:
             here = (indices >= start) & (indices < start + len(part))
             rows[here] = torch.from_numpy(part[(indices[here] - start).numpy()])
             start += len(part)
-        if self.mean is None:
-            return rows
-        return F.normalize(F.normalize(rows, dim=1) - self.mean, dim=1) * self.length
-
-    def centred(self) -> Features:
-        """The same less their mean, at their average length: the method's rates mean what they meant."""
-        total, length = torch.zeros(self.parts[0].shape[1], dtype=torch.float64), 0.0
-        for indices in torch.arange(len(self)).split(CHUNK):
-            rows = self.take(indices).double()
-            total += F.normalize(rows, dim=1).sum(dim=0)
-            length += float(rows.norm(dim=1).sum())
-        return replace(self, mean=(total / len(self)).float(), length=length / len(self))
+        return rows
 
 
 def graph_and_unseen(config: Config) -> tuple[Graph, list[int]]:
@@ -131,42 +116,12 @@ def listed_classes(lines: Sequence[ClassLine], graph: Graph, origin: str) -> lis
     return [places[name] for name in listed]
 
 
-def read_folder_ids(path: str) -> dict[str, str]:
-    """--folder-ids: {folder: WordNet id} of a file with lines `folder nXXXXXXXX`, or of WebVision's `info`.
-
-    In that folder `synsets.txt` has an id at the start of each line, and a line `1 2` of
-    `queries_synsets_map.txt` says that images of query 1, in folder q0001, belong to the second.
-    Raises FileNotFoundError, or ValueError that names the line.
-    """
-    if not path:
-        return {}
-    file, ids, found = Path(path), dict[int, str](), dict[str, str]()
-    if info := file.is_dir():
-        synsets = read_text(file / "synsets.txt").splitlines()
-        ids = dict(enumerate((line.split()[0] for line in synsets if line.strip()), start=1))
-        file = file / "queries_synsets_map.txt"
-    for number, line in enumerate(read_text(file).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            folder, synset = line.rsplit(maxsplit=1)
-            if info:
-                folder, synset = f"q{int(folder):04d}", ids[int(synset)]
-            if not SYNSET_ID.fullmatch(synset):
-                raise ValueError
-        except (ValueError, KeyError):
-            form = f"two numbers, the second of 1 to {len(ids)}" if info else "`folder nXXXXXXXX`"
-            raise ValueError(f"--folder-ids {file}, line {number}: {line[:80]!r}; expected {form}") from None
-        found[folder] = synset
-    return found
-
-
-def scan_folder(flag: str, root: str, graph: Graph, ids: Mapping[str, str] | None = None,
-                only: Collection[int] | None = None, before: Sequence[str] = ()) -> Folder:
+def scan_folder(flag: str, root: str, graph: Graph, only: Collection[int] | None = None,
+                before: Sequence[str] = ()) -> Folder:
     """Lists `<root>/<class>/*` (AwA2: `<root>/JPEGImages/<class>/*`) without opening an image.
 
-    A folder bears a class's name or WordNet id or both (I2AwA: `antelope-n02419796`), or stands in `ids`,
-    {folder: WordNet id}. only: class indices; other folders are left out. before: names that
+    A folder bears a class's name or WordNet id or both (I2AwA: `antelope-n02419796`). only: class indices;
+    other folders are left out. before: names that
     `trees.with_gone` may add. Raises FileNotFoundError for a missing folder, ValueError for one without
     images of wanted classes, images outside a class folder, and, without `only`, folders that are no class of
     the graph.
@@ -180,8 +135,7 @@ def scan_folder(flag: str, root: str, graph: Graph, ids: Mapping[str, str] | Non
     if stray := [name for name in names if os.sep not in name]:
         raise ValueError(f"{flag} {root}: {stray[0]} lies in no class folder; expected "
                          "<folder>/<class>/<image>")
-    places, given = class_places(graph, folder_key), ids or {}
-    places |= {folder_key(folder): places[synset] for folder, synset in given.items() if synset in places}
+    places = class_places(graph, folder_key)
     wanted = range(graph.classes) if only is None else only
     folders = [name.split(os.sep)[0] for name in names]
 
@@ -206,21 +160,13 @@ def scan_folder(flag: str, root: str, graph: Graph, ids: Mapping[str, str] | Non
 
 def scan_sources(config: Config, graph: Graph, unseen: Sequence[int],
                  before: Listing | None = None) -> list[Folder]:
-    """All `--source` folders, without class folders outside the seen classes.
-
-    ValueError when there is no source, and with --strict-source when there are such class folders.
-    """
+    """All `--source` folders, without class folders outside the seen classes; ValueError for no source."""
     if not config.source or not config.target:
         raise ValueError("SRE-CLIP needs labelled and unlabelled images: give --source DIR [DIR ...] and "
                          "--target DIR")
-    seen, ids = set(range(graph.classes)) - set(unseen), read_folder_ids(config.folder_ids)
-    folders = [scan_folder("--source", root, graph, ids, seen, (before or {}).get(f"source {i}", ()))
-               for i, root in enumerate(config.source)]
-    for folder in folders:
-        if folder.skipped and config.strict_source:
-            raise ValueError(f"--source {folder.root} holds folders that are no seen class: "
-                             f"{some(folder.skipped)}; take them out, or leave out --strict-source")
-    return folders
+    seen = set(range(graph.classes)) - set(unseen)
+    return [scan_folder("--source", root, graph, seen, (before or {}).get(f"source {i}", ()))
+            for i, root in enumerate(config.source)]
 
 
 def summary(sources: Sequence[Folder], targets: Sequence[Folder], graph: Graph, unseen: Sequence[int]) -> str:
@@ -239,7 +185,7 @@ def summary(sources: Sequence[Folder], targets: Sequence[Folder], graph: Graph, 
 
 def features(folders: Sequence[Folder], clip: CLIP, config: Config, run: Path,
              device: torch.device) -> Features:
-    """Features of the folders' images by the frozen tower, kept in --sre-features or the run folder.
+    """Features of the folders' images by the frozen tower, kept in the run folder.
 
     They are of the same files (names, sizes, times), weights and preprocessing. Raises ValueError for an
     unreadable image, unless --bad-images skip.
@@ -248,7 +194,7 @@ def features(folders: Sequence[Folder], clip: CLIP, config: Config, run: Path,
     if config.image_reading != "upright":  # D19; without it the key is that of earlier versions
         model.append(config.image_reading)
     encoder = Extractor(ZeroShot(clip, normalized=False), config, device)
-    cache = Path(config.sre_features or run / "features")
+    cache = run / "features"
     parts, paths, labels, skipped = [], [], [], 0
     for folder in folders:
         index = build_index(folder.root, encoder.of_paths(), digest_of(model), cache, config.bad_images,
@@ -260,8 +206,7 @@ def features(folders: Sequence[Folder], clip: CLIP, config: Config, run: Path,
         paths += used
         labels += [label[path] for path in used]
         skipped += len(folder.files) - len(used)
-    found = Features(parts, paths, torch.tensor(labels), skipped)
-    return found.centred() if config.sre_center else found
+    return Features(parts, paths, torch.tensor(labels), skipped)
 
 
 @lru_cache(maxsize=8)

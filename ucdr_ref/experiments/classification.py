@@ -23,11 +23,8 @@ from ..images.features import prototypes
 from ..machine.files import digest_of, write_text_atomic
 from ..machine.processes import one_process
 from ..sre.adapter import SRECLIP, check_unseen
-from ..sre.class_vectors import node_vectors
-from ..sre.closed_form import CHUNK, Ridge, fit
-from ..sre.graph import Graph, duplicates, normalised_adjacency, parse_graph
+from ..sre.graph import Graph, duplicates, node_vectors, normalized_adjacency, parse_graph
 from ..training.journal import Run, load_own_state
-from ..ucdr.closed_form import ClosedFormAdapter
 from . import class_folders
 from .class_folders import Features, Folder, features
 from .contract import Experiment, Method, Training
@@ -84,18 +81,13 @@ def prepare(config: Config, before: Listing) -> tuple[Config, Data]:
 
 
 def target_folder(config: Config, graph: Graph, before: Listing) -> Folder:
-    ids = class_folders.read_folder_ids(config.folder_ids)
-    return class_folders.scan_folder("--target", config.target, graph, ids, before=before.get("target", ()))
+    return class_folders.scan_folder("--target", config.target, graph, before=before.get("target", ()))
 
 
 def made(config: Config, clip: CLIP, graph: Graph, unseen: Sequence[int],
-         vectors: Tensor) -> SRECLIP | ClosedFormAdapter:
-    """The method with its initial values; class vectors [N, w] (for the closed form the first c do)."""
-    if config.method == "closed-form":
-        anchors = torch.zeros_like(vectors[:graph.classes])
-        nothing_fitted = Ridge(torch.zeros(clip.embed_dim, vectors.shape[1]), anchors)
-        return ClosedFormAdapter(clip, nothing_fitted)  # type: ignore[arg-type]
-    adjacency = normalised_adjacency(graph.edges, len(graph.ids))
+         vectors: Tensor) -> SRECLIP:
+    """The method with its initial values; class vectors [N, w]."""
+    adjacency = normalized_adjacency(graph.edges, len(graph.ids))
     return SRECLIP(clip, graph.names[:graph.classes], vectors, adjacency, unseen, config)
 
 
@@ -111,10 +103,6 @@ def build(config: Config, data: Data, clip: CLIP, device: torch.device) -> Exper
         about |= {"class_names": graph.names[:graph.classes],
                   "domain_names": [Path(root).name for root in config.source],
                   "graph": asdict(graph), "unseen_ids": data.unseen, "baseline": name, "anchors": anchors}
-        if isinstance(method, ClosedFormAdapter):
-            method.form, about["strength"] = fit(source.take, source.labels,  # type: ignore[assignment]
-                                                 vectors[:graph.classes])
-            return {}, None, Run(folder, config, device, about, config.sre_iterations)
         validate = None
         if config.sre_report == "best-test":  # S6
             validate = partial(test_score, method, target, device, folder)
@@ -137,12 +125,9 @@ def check(config: Config, state: dict[str, Any], path: Path) -> None:
         raise ValueError(f"{len(state['class_names'])} class names, {graph.classes} classes in the graph")
     check_unseen(torch.tensor(unseen, dtype=torch.long), state["class_names"])
     weights = state["method"]
-    if config.method == "closed-form":
-        e, sizes = len(weights["form.weights"]), {"form.anchors": [graph.classes]}
-    else:
-        e = weights["adapter.query.weight"].shape[1]
-        rows = config.sre_bank + (config.sre_batch - 1 if config.bank_ring == "released" else 0)  # S7
-        sizes = {"bank.store": [rows, config.sre_hidden], "class_vectors": [len(graph.ids)]}
+    e = weights["adapter.query.weight"].shape[1]
+    rows = config.sre_bank + (config.sre_batch - 1 if config.bank_ring == "released" else 0)  # S7
+    sizes = {"bank.store": [rows, config.sre_hidden], "class_vectors": [len(graph.ids)]}
     sound = anchors.dtype == torch.float32 and anchors.shape == (graph.classes, e)
     if not sound or not torch.isfinite(anchors).all():
         raise ValueError(f"the baseline's anchors are {anchors.dtype} {list(anchors.shape)}, or not finite")
@@ -151,7 +136,7 @@ def check(config: Config, state: dict[str, Any], path: Path) -> None:
 
 def rebuild(config: Config, clip: CLIP, state: dict[str, Any], path: Path, device: torch.device) -> Method:
     """The method of a checkpoint, ready to encode."""
-    vectors = state["method"]["form.anchors" if config.method == "closed-form" else "class_vectors"]
+    vectors = state["method"]["class_vectors"]
     method = made(config, clip, parse_graph(state["graph"]), state["unseen_ids"], vectors).to(device)
     load_own_state(method, state["method"], path)
     return method.eval()
@@ -165,7 +150,7 @@ def baseline(clip: CLIP, graph: Graph, source: Features) -> tuple[str, Tensor]:
     if clip.has_text:
         return TEXT, class_text_features(clip, graph.names[:graph.classes]).cpu()
     parts = ((F.normalize(source.take(rows), dim=1), source.labels[rows])
-             for rows in torch.arange(len(source)).split(CHUNK))
+             for rows in torch.arange(len(source)).split(4096))
     return PROTOTYPES, F.normalize(prototypes(parts, graph.classes), dim=1)
 
 
@@ -210,39 +195,22 @@ def tested(config: Config, state: dict[str, Any], before: Listing) -> Data:
 
 def evaluate(config: Config, data: Data, method: Any, state: dict[str, Any], folder: Path,
              device: torch.device, with_closed_form: bool = False) -> list[dict[str, Any]]:
-    """Rows of baseline, closed form and method, each as it is and calibrated, with `details` for the files.
-
-    Accuracies in 0..1 under `instance` and `class`. Calibration takes kappa as the share of unseen
-    predictions.
-    """
+    """Rows of baseline and method, with `details` for the files; accuracies in 0..1, `instance`, `class`."""
     graph, unseen, names = data.graph, data.unseen, data.graph.names[:data.graph.classes]
     twice = set(duplicates(names))  # WebVision has two cranes
     names = [f"{name} ({synset})" if name in twice else name for name, synset in zip(names, graph.ids)]
 
-    def features_of(folders: list[Folder]) -> Features:
-        return features(folders, method.clip, config, folder, device)
-
-    target = features_of([data.target])
+    target = features([data.target], method.clip, config, folder, device)
     scores = {state["baseline"]: scores_of(partial(baseline_logits, state["anchors"]), target)}
-    if config.method == "closed-form":
-        scores["closed-form"] = scores_of(method.form.cpu().logits, target)
-    elif with_closed_form:
-        source = features_of(class_folders.scan_sources(config, graph, unseen))
-        ridge, _ = fit(source.take, source.labels, state["method"]["class_vectors"][:graph.classes])
-        scores["closed-form"] = scores_of(ridge.logits, target)
-    if config.method == "sre-clip":
-        scores["sre-clip"] = method_scores(method, target, device)
+    scores["sre-clip"] = method_scores(method, target, device)
     about = {"images": len(target), "classes": len(target.labels.unique()), "unreadable": target.skipped}
     rows: list[dict[str, Any]] = []
     for name, parts in scores.items():
-        tried = {name: predict(parts, len(target), len(names), unseen)}
-        if tried[name].zsl:  # prototypes know no unseen class: nothing to calibrate
-            tried[f"{name}, calibrated"] = tried[name].calibrated(config.sre_kappa)
-        for title, predicted in tried.items():
-            details = {"predicted": predicted, "labels": target.labels, "names": names, "unseen": unseen}
-            rows.append({"method": title, **about, **accuracies(predicted, target.labels, unseen, len(names)),
-                         "details": details})
-    if config.method == "sre-clip" and config.sre_report == "best-test":  # S6
+        predicted = predict(parts, len(target), len(names), unseen)
+        details = {"predicted": predicted, "labels": target.labels, "names": names, "unseen": unseen}
+        rows.append({"method": name, **about, **accuracies(predicted, target.labels, unseen, len(names)),
+                     "details": details})
+    if config.sre_report == "best-test":  # S6
         count, best = best_scores(folder)
         rows.append({"method": "best-test", "evaluations": count, **about, **best})
     return rows
@@ -264,8 +232,6 @@ def table(rows: list[dict[str, Any]], config: Config) -> str:
         if "evaluations" in row:
             lines.append(f"{indent}(each metric's maximum over {row['evaluations']} evaluations on the test "
                          "images, S6)")
-    if config.sre_center:
-        lines.append(f"{indent}(transductive: the target features have lost their mean)")
     # Published numbers stand beside the whole target alone, and OpenAI's weights.
     whole = config.graph in PUBLISHED and rows[0]["classes"] == 50
     if whole and file_digest(config.weights) in OPENAI_SHA256.values():

@@ -48,13 +48,13 @@ from .run_folder import (
 
 
 def task_of(config: Config) -> Any:
-    """The module of a config's task; ValueError for classification by a method that is none of it."""
+    """The module of a config's task; ValueError for flags of the other task."""
     given = [f"--{name}" for name in ("graph", "source", "target") if getattr(config, name)]
-    if config.method == "sre-clip" or given and config.method == "closed-form":
+    if config.method == "sre-clip":
         return classification
     if given:
-        raise ValueError(f"{', '.join(given)}: only for --method sre-clip or closed-form, and this is "
-                         f"{config.method}; give one of the two, or leave out {' and '.join(given)}")
+        raise ValueError(f"{', '.join(given)}: only for --method sre-clip, and this is {config.method}; "
+                         f"leave out {' and '.join(given)}")
     return retrieval
 
 

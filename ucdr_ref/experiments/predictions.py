@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..metrics import predicted_accuracy
 from ..sre.adapter import SRECLIP
-from ..sre.closed_form import calibrated
 from .class_folders import Features
 
 CHUNK = 4096  # images whose scores are held at once
@@ -47,7 +46,7 @@ def test_batches(labels: Tensor, unseen: list[int], released: bool, size: int) -
 
 def method_scores(method: SRECLIP, target: Features, device: torch.device) -> Scores:
     """Rows [b] of `test_batches` and their test-time logits [b, c]."""
-    training, config, unseen = method.training, method.config, method.unseen_ids.tolist()
+    training, config, unseen = method.training, method.options, method.unseen_ids.tolist()
     method.eval()
     with torch.no_grad():
         classes = method.class_embeddings().T / config.sre_temperature
@@ -67,11 +66,6 @@ class Predicted(NamedTuple):
     def zsl(self) -> bool:
         """Whether an unseen class can be predicted at all."""
         return not bool(self.scores[:, 1].isinf().all())
-
-    def calibrated(self, kappa: float) -> Predicted:
-        """With a share kappa of unseen predictions, see `closed_form.calibrated`."""
-        best = calibrated(self.scores, [1], kappa).argmax(dim=1, keepdim=True)
-        return self._replace(everywhere=self.classes.gather(1, best).squeeze(1))
 
 
 def predict(scores: Scores, n: int, c: int, unseen: list[int]) -> Predicted:

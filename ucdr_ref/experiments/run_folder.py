@@ -28,8 +28,7 @@ from .trees import Listing
 LISTING = "files.json.gz"
 MAX_LISTING = 1 << 28  # bytes of it, unpacked; DomainNet's 600,000 names take a tenth
 # Fields that may change when a run is resumed: what lies behind a path is compared by its digest.
-MAY_DIFFER = ("data_root", "class_split", "weights", "source", "target", "graph", "unseen", "sre_features",
-              "bad_images")
+MAY_DIFFER = ("data_root", "class_split", "weights", "source", "target", "graph", "unseen", "bad_images")
 ADVICE = "name another --run, or delete that folder"
 
 

@@ -54,12 +54,9 @@ class Model(NamedTuple):
 
 def run_model(folder: Path, overrides: dict[str, Any], verify: bool = True,
               other_weights: bool = False) -> Model:
-    """The best model of a finished run. Raises as `experiment.restore`; ValueError with --sre-center 1."""
+    """The best model of a finished run. Raises as `experiment.restore`."""
     device = pick_device(overrides.get("device", "auto"))
     config, method, _ = restore(folder, overrides, device, verify, other_weights)
-    if config.sre_center:
-        raise ValueError(f"{folder} was trained with --sre-center 1, where features depend on an image's "
-                         "folder: it cannot search; name another --run, or --weights alone for CLIP")
     digests = file_digest(folder / "best.pt"), file_digest(config.weights)
     return Model(f"run {folder}", config, method, device, digests)
 
