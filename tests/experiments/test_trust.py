@@ -170,32 +170,6 @@ def test_a_checkpoint_of_nan_is_refused_before_it_ranks_anything(run, capsys):
     refused(capsys, evaluate.main(call(run)), "domain_prompts holds values that are not finite")
 
 
-@pytest.fixture
-def legacy_sre(tmp_path, monkeypatch) -> Path:
-    from ucdr_ref.demo.drawing import CLASSES, write_dataset
-    root = Path(__file__).resolve().parents[2]
-    (tmp_path / "weights").mkdir()
-    shutil.copy(root / "weights" / "demo-clip.pt", tmp_path / "weights")
-    write_dataset(tmp_path / "toy" / "target", CLASSES, ["sketch"], 1)
-    monkeypatch.chdir(tmp_path)
-    return Path(shutil.copytree(root / "tests" / "legacy" / "sre", tmp_path / "sre"))
-
-
-@pytest.mark.parametrize("change, reason", [
-    (lambda state: state["method"].update({"gcn.w1": state["method"]["gcn.w1"] * float("nan")}), "gcn.w1 holds values"),
-    (lambda state: state.update(anchors=torch.zeros(60, 7)), "anchors are torch.float32 [60, 7]"),
-    (lambda state: state.update(anchors=state["anchors"].double()), "anchors are torch.float64"),
-    (lambda state: state.update(anchors=[[0.0]]), "is no checkpoint"),
-    (lambda state: state.update(anchors=state["anchors"] * float("inf")), "or not finite"),
-    (lambda state: state.update(baseline=["zero-shot"]), "the baseline"),
-    (lambda state: state.update(unseen_ids=[1 << 70]), "the unseen classes")])
-def test_a_classifier_s_checkpoint_of_other_sizes_is_refused(legacy_sre, capsys, change, reason):
-    state = load_state(legacy_sre / "best.pt")
-    change(state)
-    torch.save(state, legacy_sre / "best.pt")
-    refused(capsys, evaluate.main(call(legacy_sre)), "best.pt", reason)
-
-
 @pytest.mark.parametrize("content", ["{", "[1]", '{"instance": 7}', "\udcff", "[" * 100_000, "",
                                      '{"instance": {"h": "\x1b"}}', '{"instance": {"h": 1' + "0" * 400 + "}}", None])
 def test_test_scores_that_are_none_are_told_in_a_sentence(tmp_path, content):

@@ -35,11 +35,11 @@ from .ridge import compare
 
 SOURCES = (*STROKES, "clipart")
 VARIANTS: dict[str, list[str]] = {
-    "SRE-CLIP": [], "no inversion": ["--stroke-domains", "none"],
+    "SRE-CLIP": [], "SRE-CLIP, no inversion": ["--stroke-domains", "none"],
     "no structure": ["--sre-structure", "0"], "no retention": ["--sre-retention", "0"],
     "no target losses": NO_TARGET,
     "half the iterations": ["--sre-iterations", "1500"], "true share": ["--sre-kappa", "0.24"]}
-WITH_RIDGE = ("SRE-CLIP", "no inversion")
+WITH_RIDGE = ("SRE-CLIP", "SRE-CLIP, no inversion")
 KEYS = ("zsl", "unseen", "seen", "h")
 SEEDS = (0, 1, 2)
 
@@ -66,7 +66,9 @@ def write_attributes(data: Path, path: Path) -> str:
 def read(folder: Path, ridge: bool) -> dict[str, Any]:
     """A finished run's accuracies in points of 100, by method (with `ridge` also its), and what it took."""
     rows = json.loads((folder / "results.json").read_text())["rows"]
-    found = {row["method"]: row["instance"] for row in rows} | compare(folder)
+    found = {row["method"]: row["instance"] for row in rows}
+    if rows:
+        found |= compare(folder)
     if ridge:
         found |= compare(folder, center=True)
     numbers = {method: {key: None if values[key] is None else round(100 * values[key], 2) for key in KEYS}
@@ -77,12 +79,13 @@ def read(folder: Path, ridge: bool) -> dict[str, Any]:
 def table(runs: list[dict[str, Any]]) -> str:
     """Markdown: a row for each method of each variant, mean ± deviation over seeds; baselines once."""
     lines, shown = ["| | seeds | ZSL | unseen | seen | H |", "|---|---|---|---|---|---|"], set()
-    for variant in VARIANTS:
+    for variant in dict.fromkeys(run["variant"] for run in runs):
         mine = [run for run in runs if run["variant"] == variant]
-        for method in mine[0]["numbers"] if mine else ():
+        for method in mine[0]["numbers"]:
             title = f"{variant}: {method}"
             if method == "prototypes":
-                title = "nearest prototype" + (", no inversion" if "no inversion" in variant else "")
+                title = "nearest prototype" + (", no inversion" if "no inversion" in variant else
+                                               ", centred" if "centred" in variant else "")
             if title in shown:
                 continue
             shown.add(title)
