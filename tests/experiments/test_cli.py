@@ -48,7 +48,7 @@ def test_evaluate_repeats_the_table_of_training(run, tmp_path, capsys):
 
 
 def test_zero_shot_rows_equal_a_separate_computation(run, world):
-    from ucdr_ref.clip.load import load_clip
+    from ucdr_ref.clip.weights import load_clip
     from ucdr_ref.clip.zero_shot import preprocess
     from ucdr_ref.images.batches import open_image
     clip = load_clip(world / "clip.pt")

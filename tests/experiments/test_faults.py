@@ -21,7 +21,7 @@ import evaluate
 import retrieve
 import train
 from tests.helpers import LONGER, files_of_at_most, flags, logged, refused, same_runs
-from ucdr_ref.clip.tensorfile import file_digest
+from ucdr_ref.clip.weights import file_digest
 from ucdr_ref.config import from_dict
 from ucdr_ref.experiments import classification as sre_evaluation
 from ucdr_ref.experiments import experiment

@@ -13,8 +13,8 @@ from torch.testing import assert_close
 
 import train
 from tests.helpers import flags, tiny_state_dict, touch_images
-from ucdr_ref.clip.load import load_clip
 from ucdr_ref.clip.model import CLIP
+from ucdr_ref.clip.weights import load_clip
 from ucdr_ref.clip.zero_shot import ZeroShot, preprocess
 from ucdr_ref.config import PRESETS, resolve
 from ucdr_ref.demo.drawing import SPLIT

@@ -18,7 +18,7 @@ import evaluate
 import retrieve
 import train
 from tests.helpers import equal, logged, refused, tiny_state_dict
-from ucdr_ref.clip.load import load_clip
+from ucdr_ref.clip.weights import load_clip
 from ucdr_ref.clip.zero_shot import preprocess
 from ucdr_ref.experiments import class_folders as sre_data
 from ucdr_ref.experiments import classification as sre_evaluation

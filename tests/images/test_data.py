@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from torchvision import transforms
 
 from ucdr_ref.bench import strokes
-from ucdr_ref.clip.zero_shot import cropped, normalised, preprocess
+from ucdr_ref.clip.zero_shot import normalize, preprocess, resize_crop
 from ucdr_ref.demo.drawing import write_dataset
 from ucdr_ref.images.batches import (
     STATISTICS,
@@ -185,23 +185,23 @@ def test_bytes_normalised_later_have_the_bits_of_torchvisions_chain():
     images = [Image.fromarray(pixels) for pixels in (*noise, *ramp)]
     means = {"clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
              "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])}
-    for transform in (cropped(32), augment(32)):
+    for transform in (resize_crop(32), augment(32)):
         for name, (mean, std) in means.items():
             before = transforms.Compose([*transform.transforms[:-1], transforms.ToTensor(),
                                          transforms.Normalize(mean, std)])
             seeded = [(torch.manual_seed(i), before(image))[1] for i, image in enumerate(images)]
             pixels = [(torch.manual_seed(i), transform(image))[1] for i, image in enumerate(images)]
             assert all(part.dtype == torch.uint8 and part.shape == (3, 32, 32) for part in pixels)
-            found = normalised(torch.stack(pixels), *STATISTICS[name])
+            found = normalize(torch.stack(pixels), *STATISTICS[name])
             assert found.is_contiguous() and torch.equal(found, torch.stack(seeded))
-            assert torch.equal(normalised(pixels[0], *STATISTICS[name]), seeded[0])
-    assert torch.equal(preprocess(32)(images[0]), normalised(cropped(32)(images[0])))
+            assert torch.equal(normalize(pixels[0], *STATISTICS[name]), seeded[0])
+    assert torch.equal(preprocess(32)(images[0]), normalize(resize_crop(32)(images[0])))
     assert preprocess(32)(images[0]).is_contiguous()
 
 
 def test_normalising_leaves_its_argument_alone():
     images = torch.full((1, 3, 2, 2), 7.0)
-    normalised(images)
+    normalize(images)
     assert torch.equal(images, torch.full((1, 3, 2, 2), 7.0))
 
 
@@ -222,14 +222,14 @@ def test_inversion_by_look_or_by_word_is_reported(tmp_path):
     files = Files([saved(tmp_path, sketch, "a.png"), saved(tmp_path, photo, "b.png")], ["x"] * 2, ["real", "sketch"])
     for invert, expected in (("auto", [True, False]), ("yes", [True, True]), ("no", [False, False]),
                              ("domain", [False, True])):
-        data = ImageDataset(files, cropped(64), ("sketch",), invert=invert)
+        data = ImageDataset(files, resize_crop(64), ("sketch",), invert=invert)
         (_, images, inverted), = load(data, [[0, 1]], 0, False, CPU)
         assert inverted.tolist() == expected
         for pixels, plain, flag in zip(images, (sketch, photo), expected):
             plain = torch.from_numpy(np.array(plain)).permute(2, 0, 1)
             assert torch.equal(pixels, 255 - plain if flag else plain)
     with pytest.raises(ValueError, match="invert 'maybe'"):
-        ImageDataset(files, cropped(64), (), invert="maybe")
+        ImageDataset(files, resize_crop(64), (), invert="maybe")
 
 
 def test_drawn_strokes_are_told_from_pictures(tmp_path, capsys):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests.helpers import tiny_state_dict
 from ucdr_ref import metrics
 from ucdr_ref.clip.model import CLIP
-from ucdr_ref.clip.zero_shot import ZeroShot, normalised
+from ucdr_ref.clip.zero_shot import ZeroShot, normalize
 from ucdr_ref.config import Config
 from ucdr_ref.machine.processes import autocast
 from ucdr_ref.sre import adapter as sre
@@ -129,7 +129,7 @@ def test_ucdr_adapter_mixes_no_devices(clip, change, p, precision):
     features = torch.randn(5, clip.embed_dim) if config.class_features == "prototypes" else None
     method = ucdr.UCDRAdapter(clip, list("abcde"), ["photo", "sketch"], config, features)
     with pretended(method), autocast(precision, CUDA):
-        images = normalised(on_gpu(6, 3, 32, 32, dtype=torch.uint8))
+        images = normalize(on_gpu(6, 3, 32, 32, dtype=torch.uint8))
         stays(images, 6, 3, 32, 32)
         for phase in method.PHASES:
             method.start(phase)

@@ -4,13 +4,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from pathlib import Path
 
 import pytest
 import torch
 from torch.cuda._utils import _get_device_index  # of `torch.cuda.set_device`: wants a number
 
-from ucdr_ref.clip.tensorfile import file_digest, regular_file
 from ucdr_ref.experiments.run_folder import versions
 from ucdr_ref.machine import processes
 from ucdr_ref.machine.files import in_place, write_text_atomic
@@ -56,16 +54,6 @@ def test_a_link_at_the_target_is_replaced_not_followed(tmp_path):
     (tmp_path / "a.json").symlink_to(victim)
     write_text_atomic(tmp_path / "a.json", "new")
     assert victim.read_text() == "precious" and (tmp_path / "a.json").read_text() == "new"
-
-
-@pytest.mark.skipif(not Path("/proc/version").exists(), reason="needs /proc")
-def test_files_of_the_kernel_that_may_never_end_are_not_read(tmp_path):
-    (tmp_path / "clip.pt").symlink_to("/proc/version")
-    for path in ("/proc/version", "/proc/kmsg", tmp_path / "clip.pt"):
-        with pytest.raises(ValueError, match="not a regular file"):
-            regular_file(path)
-        with pytest.raises(ValueError, match="not a regular file"):
-            file_digest(path)
 
 
 def test_a_file_system_that_cannot_sync_a_folder_is_good_enough(tmp_path, monkeypatch):

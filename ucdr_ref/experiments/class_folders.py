@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..clip.model import CLIP
-from ..clip.tensorfile import file_digest
+from ..clip.weights import file_digest
 from ..clip.zero_shot import ZeroShot
 from ..config import Config
 from ..images.batches import Files

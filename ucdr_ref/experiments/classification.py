@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..clip.load import OPENAI_SHA256
 from ..clip.model import CLIP
-from ..clip.tensorfile import file_digest, show
+from ..clip.weights import OPENAI_SHA256, file_digest
 from ..clip.zero_shot import class_text_features
 from ..config import Config
 from ..images.features import prototypes
@@ -181,7 +180,7 @@ def best_scores(folder: Path) -> tuple[int, dict[str, dict[str, float | None]]]:
                 raise TypeError
             best[average][name] = max(values, default=None)
     except (KeyError, TypeError):
-        raise ValueError(f"{show(folder / SCORES)} does not hold accuracies as a training notes them; train "
+        raise ValueError(f"{folder / SCORES} does not hold accuracies as a training notes them; train "
                          "again") from None
     return len(lines), best
 

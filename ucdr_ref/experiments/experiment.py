@@ -21,9 +21,8 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..clip.load import load_clip
 from ..clip.model import CLIP
-from ..clip.tensorfile import file_digest, show
+from ..clip.weights import file_digest, load_clip
 from ..config import Config, changes, from_dict, located
 from ..machine.files import load_state, make_folder, save_atomic, write_text_atomic
 from ..machine.options import MACHINE
@@ -60,7 +59,7 @@ def task_of(config: Config) -> Any:
 
 def load_tower(config: Config, verify: bool, device: torch.device) -> CLIP:
     """CLIP of the config's weights on the device, its vision blocks compiled where --compile asks for it."""
-    clip = load_clip(config.weights, config.heads or None, verify=verify).to(device)
+    clip = load_clip(config.weights, config.heads or None).to(device)
     if config.compile:
         clip.visual.transformer.compile()
     return clip
@@ -117,7 +116,7 @@ def restore(folder: str | Path, overrides: dict[str, Any], device: torch.device,
         advice = f"train first: python train.py --run {folder}"
         if (folder / "config.json").exists():
             advice = "go on with the command in its run.json"
-        raise FileNotFoundError(f"{show(folder)} holds no best.pt of a run; {advice}")
+        raise FileNotFoundError(f"{folder} holds no best.pt of a run; {advice}")
     from_dict(overrides)  # what does not fit here is no fault of the checkpoint
     state = load_state(path)
     with checkpoint(path):
@@ -163,7 +162,7 @@ def evaluate(folder: Path, overrides: dict[str, Any], out: Path | None = None, o
     unfinished = out != folder and (folder / "last.pt").exists() and not (folder / "results.json").exists()
     out = out or folder.joinpath(*(f"other-{what}" for what in other), *["unfinished"] * unfinished)
     if out != folder and (out / "config.json").exists():
-        raise ValueError(f"--out {show(out)} is the folder of another run; name one for these results")
+        raise ValueError(f"--out {out} is the folder of another run; name one for these results")
     make_folder(out)
     rows = task.evaluate(config, data, method, state, folder, device, with_closed_form)
     about = {"run": str(folder), "config": asdict(config), "versions": versions(device), "other": other,

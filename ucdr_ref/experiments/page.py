@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..clip.tensorfile import show
 from .charts import chart, escape, note, table
 from .report import Row, class_accuracies, confusion_picture, contact_sheet, ranked_queries
 from .run_folder import read_lines
@@ -81,7 +80,7 @@ def log_lines(run: Path) -> list[dict[str, Any]]:
         numbers = [value for key, value in values.items() if key != "phase"]
         sound = all(type(value) in (int, float) and abs(value) < 1e300 for value in numbers)
         if type(values.get("phase")) is not str or not sound:
-            raise ValueError(f"{show(path)}, line {number}: not a phase and numbers as training logs them; "
+            raise ValueError(f"{path}, line {number}: not a phase and numbers as training logs them; "
                              "name another --run")
     return lines
 

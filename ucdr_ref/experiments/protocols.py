@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from ..clip.tensorfile import read_text, regular_file
+from ..clip.weights import check_file, read_text
 from ..config import Config
 from ..images.batches import Files
 from .datasets import DATASETS, Dataset, alias_list, compared, folder_key, some
@@ -252,7 +252,7 @@ def folder_split(config: Config, tree: Tree) -> Splits:
                 "train": sorted(order[test + val:])}
     where = f"--class-split {config.class_split}"
     keys = {"train": ("train", "seen"), "val": ("val", "val_unseen"), "test": ("test", "unseen")}
-    regular_file(config.class_split, "; --class-split wants a JSON file")
+    check_file(config.class_split, "; --class-split wants a JSON file")
     try:
         data = json.loads(read_text(config.class_split))
         splits = {part: next(data[key] for key in names if key in data) for part, names in keys.items()}

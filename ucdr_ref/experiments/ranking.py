@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..clip.load import OPENAI_SHA256
-from ..clip.tensorfile import file_digest
+from ..clip.weights import OPENAI_SHA256, file_digest
 from ..config import Config
 from ..images.batches import Files, chunks
 from ..images.features import Extractor

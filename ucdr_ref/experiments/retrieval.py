@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..clip.model import CLIP
-from ..clip.tensorfile import regular_file, tidy
-from ..clip.zero_shot import ZeroShot, normalised
+from ..clip.weights import check_file, one_line
+from ..clip.zero_shot import ZeroShot, normalize
 from ..config import Config
 from ..images.batches import (
     STATISTICS,
@@ -160,10 +160,10 @@ def class_anchors(config: Config, protocol: Protocol, zero_shot: Extractor) -> T
         return prototypes([(features.cpu(), class_ids)], len(names)).to(zero_shot.device)
     try:  # mapped, so that a header which claims more than the file holds is found out before memory is taken
         with np.errstate(over="ignore"):  # in the product of the sizes that it claims
-            rows = torch.from_numpy(np.load(regular_file(kind), "c", allow_pickle=False))
+            rows = torch.from_numpy(np.load(check_file(kind), "c", allow_pickle=False))
     except Exception as error:  # numpy's parser raises whatever comes up, tokenize.TokenError among them
         raise ValueError(f"--class-features {kind}: expected template, plain, prototypes or a .npy file of "
-                         f"numbers ({tidy(error)})") from None
+                         f"numbers ({one_line(error)})") from None
     expected = [len(names), zero_shot.method.clip.embed_dim]
     sound = rows.is_floating_point() and list(rows.shape) == expected
     if not sound or not torch.isfinite(rows).all() or not rows.any(dim=1).all():
@@ -192,7 +192,7 @@ def feed(phase: str, protocol: Protocol, config: Config, image_size: int, device
             images = images.view(-1, 3, image_size, image_size)  # a share may be empty
             images, classes, domains = (part.to(device, non_blocking=True)
                                         for part in (images, class_ids[indices], domain_ids[indices]))
-            images = normalised(images, *STATISTICS[config.train_normalization])  # D4
+            images = normalize(images, *STATISTICS[config.train_normalization])  # D4
             yield Batch(images, classes, domains), [protocol.train.paths[i] for i in indices]
 
     return Feed(epochs, order, batches, lambda batch: cut(batch, phase, config))

@@ -18,7 +18,7 @@ import torchvision
 from torch import Tensor
 
 from .. import __version__
-from ..clip.tensorfile import regular_file, show, tidy
+from ..clip.weights import check_file, one_line
 from ..config import Config, differences, from_dict, to_json
 from ..machine.files import in_place, make_folder, write_atomic, write_text_atomic
 from ..machine.processes import is_main
@@ -112,7 +112,7 @@ def check_entries(folder: Path) -> None:
     for entry in os.scandir(folder) if folder.is_dir() else ():
         if not (entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False)):
             kind = "a link" if entry.is_symlink() else "a special file"
-            raise ValueError(f"{show(Path(entry.path))} is {kind}, and a run writes into files of its own "
+            raise ValueError(f"{entry.path} is {kind}, and a run writes into files of its own "
                              "alone; replace it by a copy, or name another --run")
 
 
@@ -126,9 +126,9 @@ def explained(path: Path, what: str, advice: str = ADVICE) -> Iterator[None]:
     except Misfit:
         raise
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-        raise ValueError(f"{show(path)} {what} ({tidy(error)}); {advice}") from None
+        raise ValueError(f"{path} {what} ({one_line(error)}); {advice}") from None
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{show(path)} {what} ({type(error).__name__}: {tidy(error)}); {advice}") from error
+        raise ValueError(f"{path} {what} ({type(error).__name__}: {one_line(error)}); {advice}") from error
 
 
 def checkpoint(path: Path) -> AbstractContextManager[None]:
@@ -146,7 +146,7 @@ def read_config(path: Path) -> Config:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file."""
     with explained(path, "is not readable as JSON"):
-        values = json.loads(regular_file(path).read_text(encoding="utf-8"))
+        values = json.loads(check_file(path).read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError(f"it holds a {type(values).__name__}")
     return values
@@ -155,7 +155,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file, one a line, but for a last line that was not finished."""
     with explained(path, "does not hold one JSON object a line", "name another --run"):
-        text = regular_file(path).read_text(encoding="utf-8")
+        text = check_file(path).read_text(encoding="utf-8")
         lines = [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]
         if not all(isinstance(line, dict) for line in lines):
             raise ValueError("a line is something else")
@@ -168,7 +168,7 @@ def remembered(folder: Path) -> Listing:
     if not path.exists():
         return {}
     with explained(path, "is not the list of images that a run writes", "remove it"):
-        with gzip.open(regular_file(path)) as file:
+        with gzip.open(check_file(path)) as file:
             content = file.read(MAX_LISTING + 1)
         found = json.loads(content) if len(content) <= MAX_LISTING else None
         if not (isinstance(found, dict) and all(map(are_names, found.values()))):
@@ -186,9 +186,9 @@ def first_changed(folder: Path, listing: Listing) -> str:
     gone, new = ([name for part, names in ours.items() for name in {*names}.difference(theirs.get(part, ()))]
                  for ours, theirs in ((before, listing), (listing, before)))
     if gone:
-        return (f" ({len(gone)} are gone, the first is {show(Path(min(gone)))}: bring them back, or count "
+        return (f" ({len(gone)} are gone, the first is {min(gone)}: bring them back, or count "
                 "what was only removed as unreadable with --bad-images skip)")
-    return f" ({len(new)} are new, the first is {show(Path(min(new)))})" if before and new else ""
+    return f" ({len(new)} are new, the first is {min(new)})" if before and new else ""
 
 
 def recorded_files(folder: Path) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def recorded_files(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     files = read_json(path).get("files")
     if not isinstance(files, dict):
-        raise ValueError(f"{show(path)} lacks the digests of the run's file lists; name another --run")
+        raise ValueError(f"{path} lacks the digests of the run's file lists; name another --run")
     return files
 
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import metrics
-from ..clip.tensorfile import file_digest, show
 from ..clip.tokenizer import tokenize
+from ..clip.weights import file_digest
 from ..clip.zero_shot import ZeroShot
 from ..config import Config, from_dict, located
 from ..images.cache import EncodePaths, Index, build_index
@@ -92,7 +92,7 @@ def encode_images(model: Model, paths: Sequence[str], invert: str) -> tuple[Tens
     """Features [q, e] of query images and which were inverted; ValueError for one that cannot be read."""
     found = list(model.encoder(invert)(list(paths)))
     if unread := sorted(set(range(len(paths))).difference(*(indices.tolist() for indices, _ in found))):
-        raise ValueError(f"{show(Path(paths[unread[0]]))}: not a readable query image; name another one")
+        raise ValueError(f"{paths[unread[0]]}: not a readable query image; name another one")
     rows = torch.cat([features for _, features in found]).cpu()
     return rows[:, :-1], (rows[:, -1] > 0).tolist()
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
-from ..clip.tensorfile import read_text
+from ..clip.weights import read_text
 from ..images.listing import opened, walk
 from .datasets import AUGMENTED, folder_key, some
 

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from ..clip.tensorfile import regular_file, show, tidy
+from ..clip.weights import check_file, one_line
 from ..clip.zero_shot import CLIP_MEAN, CLIP_STD, Transform
 from ..machine.processes import fold
 
@@ -70,7 +69,7 @@ def open_image(path: str, as_is: bool = False) -> Image.Image:
     names the file when it is not a readable image.
     """
     try:
-        regular_file(path)
+        check_file(path)
         Image.init()
         known = [name for name in FORMATS if name in Image.OPEN]  # as this Pillow was built
         with warnings.catch_warnings():
@@ -86,7 +85,7 @@ def open_image(path: str, as_is: bool = False) -> Image.Image:
                 ImageOps.exif_transpose(image, in_place=True)
                 return to_rgb(image)
     except Exception as error:  # decoders raise anything on damaged files
-        raise ValueError(f"{show(Path(path))}: not a readable image ({tidy(error)})") from None
+        raise ValueError(f"{path}: not a readable image ({one_line(error)})") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -196,8 +195,8 @@ def load(dataset: ImageDataset, batches: Sequence[Sequence[int]], workers: int, 
                 print(f"skipped {sentence}", file=sys.stderr)
             yield indices, images, inverted
     except RuntimeError as error:  # a worker was killed, in a container most often for want of shared memory
-        raise ValueError(f"a process that reads images failed ({tidy(error)}); give more memory or shared "
-                         "memory, or take --workers 0") from error
+        raise ValueError(f"a process that reads images failed ({one_line(error)}); give more memory or "
+                         "shared memory, or take --workers 0") from error
     finally:
         if workers and loaded is not None:  # now: a traceback may keep the iterator alive for long
             loaded._shutdown_workers()  # type: ignore[attr-defined]

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..clip.tensorfile import regular_file, show, tidy
+from ..clip.weights import check_file, one_line
 from ..machine.files import STALE_SECONDS, WriteError, digest_of, write_atomic, writing
 from .listing import File, list_images
 
@@ -60,7 +60,7 @@ class Index:
         """
         target = Path(path)
         if target.suffix != ".npy":
-            raise ValueError(f"{show(target)}: vectors are exported as .npy; give a name with that ending")
+            raise ValueError(f"{target}: vectors are exported as .npy; give a name with that ending")
         names = target.with_suffix(".paths.txt")
         escapes = str.maketrans({"\\": r"\\", "\n": r"\n", "\r": r"\r"})
         write_atomic(target, lambda file: np.save(file, self.features, allow_pickle=False))
@@ -119,7 +119,7 @@ def sound_entries(cache: Path, digest: str, say: Callable[[str], None]) -> list[
         except Exception as error:  # whatever is wrong with an entry, it can be built anew
             if not folder.exists():  # another process has just put a newer one in its place
                 return sound_entries(cache, digest, say)
-            say(f"{show(folder)}: broken index ({tidy(error)}), removed; the images are encoded again")
+            say(f"{folder}: broken index ({one_line(error)}), removed; the images are encoded again")
             discard(folder)
     return entries
 
@@ -132,10 +132,10 @@ def own_folders(cache: Path, pattern: str, name: re.Pattern[str]) -> list[Path]:
 
 def read_entry(folder: Path, digest: str) -> Entry:
     """Raises an exception of any kind unless the entry is whole."""
-    content = json.loads(regular_file(folder / "files.json").read_text(encoding="ascii"))
+    content = json.loads(check_file(folder / "files.json").read_text(encoding="ascii"))
     crc = content.pop("crc32")
     files, skipped = ([(name, *state) for name, *state in content[part]] for part in ("files", "skipped"))
-    path = regular_file(folder / "features.npy")
+    path = check_file(folder / "features.npy")
     features = np.load(path, mmap_mode="r", allow_pickle=False)
     # In this order: the file is read to its end only where its size is right.
     if not (content["index"] == digest and files and features.dtype == "<f4"
@@ -203,7 +203,7 @@ def encoded_rows(batches: Batches, new: list[File],
         assert rows.ndim == 2 and len(rows) == len(part), f"features {rows.shape} for {len(part)} images"
         finite = np.isfinite(rows).all(1)
         if not finite.all():
-            name = show(Path(part[int(finite.argmin())][0]))
+            name = part[int(finite.argmin())][0]
             raise ValueError(f"{name}: its features are not finite; check the weights and the precision")
         yield part, rows
         done, now = done + len(part), time.monotonic()
@@ -265,9 +265,9 @@ def sweep(cache: Path) -> None:
 
 
 def filling(cache: Path) -> AbstractContextManager[None]:
-    return writing(f"the index in {show(cache)}", "free space or choose another folder for it")
+    return writing(f"the index in {cache}", "free space or choose another folder for it")
 
 
 def unreadable(skipped: list[File], count: int) -> ValueError:
     return ValueError(f"{len(skipped)} of {count} images could not be read, the first is "
-                      f"{show(Path(skipped[0][0]))}; remove them, or leave them out with --bad-images skip")
+                      f"{skipped[0][0]}; remove them, or leave them out with --bad-images skip")

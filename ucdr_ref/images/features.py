@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..clip.model import CLIP
-from ..clip.zero_shot import cropped, normalised
+from ..clip.zero_shot import normalize, resize_crop
 from ..machine.options import Shared
 from ..machine.processes import autocast
 from .batches import Files, ImageDataset, chunks, load
@@ -39,13 +39,13 @@ class Extractor:
 
         invert: as `ImageDataset` takes it. Unreadable images raise ValueError unless `skip_bad`.
         """
-        options, transform = self.options, cropped(self.method.clip.image_size)
+        options, transform = self.options, resize_crop(self.method.clip.image_size)
         dataset = ImageDataset(files, transform, options.stroke_domains, invert=invert,
                                as_is=options.image_reading == "as-is")
         for indices, images, inverted in load(dataset, batches, options.workers, skip_bad, self.device):
             if len(indices):
                 with torch.inference_mode(), autocast(options.precision, self.device):
-                    inputs = normalised(images.to(self.device, non_blocking=True))
+                    inputs = normalize(images.to(self.device, non_blocking=True))
                     features = self.method.encode(inputs).float()
                 # The consumer runs outside of both, with a usual tensor, not an inference one.
                 yield indices, features.clone(), inverted

@@ -4,10 +4,8 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-from ..clip.tensorfile import show
 from .batches import ENDINGS
 
 File = tuple[str, int, int, int]  # path below the folder, size, time of modification, time of change in ns
@@ -24,9 +22,9 @@ class Folder(NamedTuple):
 
 def opened(path: str, above: tuple[str, ...] = ()) -> Folder:
     """ValueError for a folder that cannot be listed, or a link back to one of the folders `above`."""
-    shown, real = show(Path(path)), os.path.realpath(path)
+    shown, real = path, os.path.realpath(path)
     if real in above:
-        raise ValueError(f"{shown}: this link leads back to a folder, {show(Path(real))}, in which it lies; "
+        raise ValueError(f"{shown}: this link leads back to a folder, {real}, in which it lies; "
                          "remove it")
     folder = Folder([], [], [], (*above, real))
     try:
@@ -62,7 +60,7 @@ def list_images(root: str) -> list[File]:
     that cannot be listed, and for a link to a folder that it lies in.
     """
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"{show(Path(root))}: no such folder; give a folder of images")
+        raise FileNotFoundError(f"{root}: no such folder; give a folder of images")
     found = []
     for path in (path for folder in walk(root) for path in folder.images):
         try:
@@ -73,5 +71,5 @@ def list_images(root: str) -> list[File]:
             name = os.path.relpath(path, root)
             found.append((name, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
     if not found:
-        raise ValueError(f"{show(Path(root))}: no images below this folder, such as x.jpg")
+        raise ValueError(f"{root}: no images below this folder, such as x.jpg")
     return sorted(found)

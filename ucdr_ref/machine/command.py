@@ -12,7 +12,7 @@ from types import FrameType
 
 import torch
 
-from ..clip.tensorfile import tidy
+from ..clip.weights import one_line
 from .processes import Stopped, processes
 
 
@@ -53,10 +53,10 @@ def command(run: Callable[[list[str] | None], None], argv: list[str] | None) -> 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except torch.OutOfMemoryError as error:
-        print(f"error: {tidy(error)[:200]}; take smaller batches (--micro-batch, --eval-batch, "
+        print(f"error: {one_line(error)[:200]}; take smaller batches (--micro-batch, --eval-batch, "
               "--source-batch) or --precision bf16", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
-        print(f"error: {tidy(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0

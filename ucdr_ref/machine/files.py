@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ..clip.tensorfile import FormatError, read_any, regular_file, show, tidy, unreadable
+from ..clip.weights import check_file, one_line
 from .processes import is_main
 
 STALE_SECONDS = 3600  # a temporary file untouched for this long was left by a killed process
@@ -44,19 +44,16 @@ def digest_of(content: Any) -> str:
 def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The dict of a file that `save_atomic` wrote: tensors on the CPU, numbers, text, lists, tuples, dicts.
 
-    Nothing in the file is executed; besides the tensors' content it may hold some 300,000 values, which nest
-    no deeper than 64. Raises FileNotFoundError, or ValueError when it is broken or another file.
+    Nothing in it is executed. Raises FileNotFoundError, or ValueError when it is broken or another file.
     """
-    file = regular_file(path)
+    file = check_file(path)
     try:
-        state = read_any(file)
+        state = torch.load(file, "cpu", weights_only=True, mmap=True)
         if not isinstance(state, dict):
-            raise FormatError(f"holds a {type(state).__name__}, not a dict")
-    except FormatError as error:
-        raise ValueError(f"{show(file)} {tidy(error)}; expected a checkpoint that this package wrote: use "
-                         "another one, or remove it to start again") from error
-    except OSError as error:
-        raise unreadable(file, error) from error
+            raise ValueError(f"holds a {type(state).__name__}, not a dict")
+    except Exception as error:  # whatever a broken file makes a parser do is a fact about the file
+        raise ValueError(f"{file} is damaged or another file ({one_line(error)}); expected a checkpoint that "
+                         "this package wrote: use another one, or remove it to start again") from error
     return state
 
 
@@ -65,7 +62,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{show(path)}: no folder can be made there ({error.strerror}); "
+        raise ValueError(f"{path}: no folder can be made there ({error.strerror}); "
                          "name another one") from None
 
 
@@ -90,7 +87,7 @@ def write_atomic(path: str | os.PathLike[str], fill: Callable[[BinaryIO], object
         return
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with writing(show(target), "what stood there before is untouched: free space or choose another folder"):
+    with writing(str(target), "what stood there before is untouched: free space or choose another folder"):
         for old in target.parent.glob(f".{escape(target.name)}.*.tmp"):
             with suppress(FileNotFoundError):  # another process was faster
                 if time.time() - old.lstat().st_mtime > STALE_SECONDS:
@@ -122,6 +119,6 @@ def in_place(path: str, flags: int) -> int:
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         os.close(descriptor)
-        raise ValueError(f"{show(Path(path))} is not a regular file with this one name; put a copy of it in "
+        raise ValueError(f"{path} is not a regular file with this one name; put a copy of it in "
                          "its place")
     return descriptor

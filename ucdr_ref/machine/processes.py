@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..clip.tensorfile import tidy
+from ..clip.weights import one_line
 
 Items = TypeVar("Items", bound=Sequence[Any])
 
@@ -65,8 +65,8 @@ def together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        print(f"error: process {rank()} could not exchange with another one ({tidy(error)}); what was saved "
-              "is intact: run the same command to go on", file=sys.stderr)
+        print(f"error: process {rank()} could not exchange with another one ({one_line(error)}); what was "
+              "saved is intact: run the same command to go on", file=sys.stderr)
         sys.exit(2)
 
 
@@ -156,7 +156,7 @@ def pick_device(name: str) -> torch.device:
             torch.cuda.set_device(device)  # for what names no device, such as the peak memory or NCCL
         torch.ones(1, dtype=torch.float64, device=device).item()  # evaluation needs it; Apple's GPU has none
     except (RuntimeError, AssertionError, ImportError, ValueError, KeyError, TypeError) as error:
-        reason = shorten(tidy(error), 200)
+        reason = shorten(one_line(error), 200)
         raise ValueError(f"--device {name} is not usable ({reason}); try --device cpu") from None
     return device
 

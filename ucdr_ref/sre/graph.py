@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..clip.model import CLIP
-from ..clip.tensorfile import read_text, regular_file
+from ..clip.weights import check_file, read_text
 from ..clip.zero_shot import class_text_features
 
 
@@ -141,7 +141,7 @@ def read_vectors(path: str | Path, graph: Graph) -> Tensor:
         wanted |= {whole, *words}
     table: dict[str, Tensor] = {}
     width = 0
-    file = regular_file(path, "; class vectors are clip, clip-classes or a file of `word v1 v2 ...` lines")
+    file = check_file(path, "; class vectors are clip, clip-classes or a file of `word v1 v2 ...` lines")
     with open(file, encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             word, _, values = line.partition(" ")

@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from ..clip.tensorfile import read_text
+from ..clip.weights import read_text
 from .graph import Graph, canonical, duplicates, save_graph
 
 SYNSET_ID = re.compile(r"n\d{8}")

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from ..clip.tensorfile import regular_file, show
+from ..clip.weights import check_file
 from ..machine import processes
 from ..machine.files import in_place, load_state, save_atomic, writing
 from ..machine.options import Shared
@@ -94,7 +94,7 @@ class Journal:
     def record(self, values: dict[str, Any]) -> None:
         """Appends one line of JSON to the log."""
         line = (json.dumps(values) + "\n").encode()
-        with writing(show(self.run.folder / "log.jsonl"), INTACT):
+        with writing(str(self.run.folder / "log.jsonl"), INTACT):
             if self.log.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.progress.log_bytes += len(line)
@@ -154,10 +154,10 @@ def read_last(path: Path, phases: int) -> tuple[dict[str, Tensor], Progress, dic
     if not (isinstance(found, dict) and kinds(found) == kinds(asdict(Progress()))
             and all(0 <= value < 2**53 for name, value in found.items() if name != "best")
             and found["phase"] < phases and math.isfinite(found["best"])):
-        raise ValueError(f"{show(path)}: its progress is {str(found)[:200]!r}, not where a run of {phases} "
+        raise ValueError(f"{path}: its progress is {str(found)[:200]!r}, not where a run of {phases} "
                          f"phases can stand; {ADVICE}")
     if not (isinstance(state.get("method"), dict) and isinstance(state.get("optimizer"), dict)):
-        raise ValueError(f"{show(path)} lacks the weights or the optimizer's state; {ADVICE}")
+        raise ValueError(f"{path} lacks the weights or the optimizer's state; {ADVICE}")
     return state["method"], Progress(**found), state["optimizer"]
 
 
@@ -184,7 +184,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
     except (AttributeError, KeyError, TypeError):  # no tensors by name and number
         sound = False
     if not sound:
-        raise ValueError(f"{show(path)}: the optimizer's state does not fit the {len(probes)} parameters "
+        raise ValueError(f"{path}: the optimizer's state does not fit the {len(probes)} parameters "
                          f"that are trained; {ADVICE}")
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
@@ -199,11 +199,11 @@ def open_log(path: Path, size: int) -> Iterator[BinaryIO]:
     if not is_main():
         yield io.BytesIO()
         return
-    found = regular_file(path).stat().st_size if path.exists() else 0
+    found = check_file(path).stat().st_size if path.exists() else 0
     if found < size:
-        raise ValueError(f"{show(path)} holds {found} bytes, but last.pt beside it knows of {size}: bring "
+        raise ValueError(f"{path} holds {found} bytes, but last.pt beside it knows of {size}: bring "
                          "the log back, or delete that folder to start anew")
-    with writing(show(path), INTACT):
+    with writing(str(path), INTACT):
         log = open(path, "ab", buffering=0, opener=in_place)
         log.truncate(size)
     with log:
