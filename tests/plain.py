@@ -10,6 +10,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ def attention(block: Block, x: Tensor, mask: Tensor | float) -> Tensor:
     return y @ attn.out_proj.weight.T + attn.out_proj.bias
 
 
-def transformer(blocks: Sequence[Block], x: Tensor, mask: Tensor | float = 0.0) -> Tensor:
+def transformer(blocks: Any, x: Tensor, mask: Tensor | float = 0.0) -> Tensor:
     for block in blocks:
         x = x + attention(block, block.ln_1(x), mask)
         first, second = block.mlp.c_fc, block.mlp.c_proj
@@ -58,7 +59,7 @@ class ImageBranch(nn.Module):
         """The class token's feature [b, d] after ln_post."""
         first = (class_token + self.visual.positional_embedding[0]).expand(len(patches), 1, -1)
         x = self.visual.ln_pre(torch.cat([first, *prompts, patches], dim=1))
-        return self.visual.ln_post(transformer(self.visual.transformer.blocks(), x))[:, 0]
+        return self.visual.ln_post(transformer(self.visual.transformer.resblocks, x))[:, 0]
 
     def source_features(self, batch: Batch) -> Tensor:
         """(E) f [b, e], L2-normalised."""
@@ -110,7 +111,7 @@ class PlainAdapter(nn.Module):
                 for tokens, start in zip(clip.token_embedding(ids), self.starts)]
         x = torch.stack(rows) + clip.positional_embedding
         causal = torch.full((x.shape[1], x.shape[1]), -math.inf, device=x.device).triu(1)
-        x = clip.ln_final(transformer(clip.transformer.blocks(), x, causal))
+        x = clip.ln_final(transformer(clip.transformer.resblocks, x, causal))
         return unit(x[torch.arange(len(x), device=x.device), ids.argmax(dim=1)] @ clip.text_projection)
 
     @torch.no_grad()

@@ -20,8 +20,7 @@ from tests.helpers import tiny_state_dict
 from ucdr_ref.bench import animals, drawn, frozen, real, speed, strokes
 from ucdr_ref.config import Config, add_arguments, resolve
 from ucdr_ref.machine.command import terminated
-from ucdr_ref.sre.class_vectors import read_vectors
-from ucdr_ref.sre.graph import load_graph
+from ucdr_ref.sre.graph import load_graph, read_vectors
 
 CLASSES = {"seen": ["cat", "dog", "cow"], "val_unseen": ["pig", "hen"], "unseen": ["bat", "bee", "fox", "owl"]}
 
@@ -163,8 +162,8 @@ def test_animals_table_names_each_method_once():
 
     lines = animals.table([run("SRE-CLIP", 0, {"prototypes": 10.0, "sre-clip": 40.0}),
                            run("SRE-CLIP", 1, {"prototypes": 10.0, "sre-clip": 44.0}),
-                           run("ridge", 0, {"prototypes": 10.0, "closed-form": 60.0})]).splitlines()[2:]
-    assert [line.split(" | ")[0] for line in lines] == ["| nearest prototype", "| SRE-CLIP: sre-clip", "| ridge: closed-form"]
+                           run("true share", 0, {"prototypes": 10.0, "ridge": 60.0})]).splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| nearest prototype", "| SRE-CLIP: sre-clip", "| true share: ridge"]
     assert "| 2 | 42.0 ± 2.0 |" in lines[1]
 
 
@@ -226,7 +225,7 @@ def test_seconds_of_every_attempt_and_version(tmp_path, monkeypatch):
             assert new is None if old is None else old <= new < old + 1
     (tmp_path / "results.json").write_text('{"rows": []}')
     (tmp_path / "seconds.json").unlink()
-    assert animals.read(tmp_path) == {"seconds": [None, None], "numbers": {}}
+    assert animals.read(tmp_path, ridge=False) == {"seconds": [None, None], "numbers": {}}
 
 
 @pytest.fixture
@@ -321,17 +320,15 @@ def test_thinned_refuses_other_drawings(tmp_path, monkeypatch):
         drawn.thinned()
 
 
-def test_animals_run_the_ridge_once_and_say_by_what(tmp_path, monkeypatch, capsys):
+def test_animals_train_every_variant_and_say_by_what(tmp_path, monkeypatch, capsys):
     trained = []
     monkeypatch.setattr(animals, "write_attributes", lambda data, path: str(path))
     monkeypatch.setattr(animals, "train", lambda flags, workers, machine: trained.append(Path(flags[1]).name))
     flags = ["--data", "DATA", "--weights", "w.pt", "--out", str(tmp_path), "--machine", "x"]
     assert animals.main(flags) == 0
-    assert [name for name in trained if "ridge" in name] == [
-        "animals-ridge-0", "animals-ridge-centred-0", "animals-ridge-no-inversion-0"]
-    assert len(trained) == len(set(trained)) == 8 * 3 + 3
+    assert len(trained) == len(set(trained)) == 7 * 3
     assert animals.main([*flags, "--seeds", "1", "--variants", "true share"]) == 0
-    assert trained[27:] == ["animals-true-share-1"]
+    assert trained[21:] == ["animals-true-share-1"]
     assert json.loads((tmp_path / "animals-x.json").read_text())["command"] == (
         "python -m ucdr_ref.bench.animals --data DIR --weights FILE --out OUT --variants 'true share' --seeds 1")
     with pytest.raises(SystemExit, match="2"):

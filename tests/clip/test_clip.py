@@ -1,3 +1,4 @@
+"""The towers beside open_clip's and the golden numbers, their parts, and models from shapes."""
 from __future__ import annotations
 
 import importlib.util
@@ -151,19 +152,10 @@ def test_image_is_embed_blocks_pool(tiny):
     assert tiny.visual.pool(token[:, 0], own[1]).shape == (2, 7)
 
 
-def test_causal_and_past_equal_full_pass(tiny):
-    """Keys and values of a prefix, computed once, serve every continuation."""
-    block = tiny.transformer.resblocks[0]
-    x = torch.randn(2, 11, 64)
-    full = block(x, causal=True)
+def test_causal_equals_one_pass_per_token(tiny):
+    block, x = tiny.transformer.resblocks[0], torch.randn(2, 11, 64)
     looped = torch.cat([block(x[:, :length])[:, -1:] for length in range(1, 12)], dim=1)  # each token sees its past only
-    assert torch.allclose(full, looped, atol=1e-5)
-    prefix, rest = x[:, :6], x[:, 6:]
-    past = block.attn.keys_values(block.ln_1(prefix))
-    mask = torch.cat([torch.ones(5, 6), torch.ones(5, 5).tril()], dim=1).bool()
-    assert torch.allclose(block(rest, past=past, mask=mask), full[:, 6:], atol=1e-5)
-    assert torch.allclose(block(rest[:, :1], past=past), full[:, 6:7], atol=1e-5)
-    assert torch.allclose(block(rest, at=-1, past=past), full[:, 10:], atol=1e-5)
+    assert torch.allclose(block(x, causal=True), looped, atol=1e-5)
 
 
 def test_text_reads_end_of_text_only(tiny):
@@ -194,11 +186,11 @@ def test_layer_norm_in_float32():
 def test_architecture_from_shapes():
     sd = tiny_state_dict(image_size=48, patch=16, vision_width=128, vision_layers=3, embed_dim=24, text_width=192, text_layers=1,
                          vocab_size=50, context_length=12)
-    assert infer_architecture(sd) == dict(
+    assert infer_architecture(sd, None) == dict(
         image_size=48, patch=16, vision_width=128, vision_layers=3, vision_heads=2, embed_dim=24, context_length=12,
         vocab_size=50, text_width=192, text_layers=1, text_heads=3)
     assert [infer_architecture(sd, (4, 6))[f"{tower}_heads"] for tower in ("vision", "text")] == [4, 6]
-    model = CLIP.from_state_dict({**sd, "input_resolution": torch.tensor(48)})
+    model = CLIP.from_state_dict(sd)
     assert (model.image_size, model.embed_dim, model.context_length) == (48, 24, 12)
     assert (model.vision_width, model.text_width) == (128, 192)
     assert not any(value.requires_grad for value in model.parameters()) and not model.training
@@ -218,7 +210,6 @@ def test_image_tower_alone(tiny):
     model = CLIP.from_state_dict(visual)
     images, ids = inputs(32)
     assert torch.equal(model.encode_image(images), tiny.encode_image(images)) and not model.has_text
-    assert float(model.logit_scale.exp()) == pytest.approx(100)
     with pytest.raises(ValueError, match="image tower alone, so text cannot be encoded"):
         model.encode_text(ids)
 
@@ -229,16 +220,14 @@ def without(*keys: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("sd", "heads", "message"), [
     (without("visual.proj"), None, "visual.proj is missing"),
-    (without("ln_final.bias"), None, r"missing keys \[ln_final.bias\]; unexpected keys \[\]"),
-    ({**without(), "fc.weight": torch.zeros(1)}, None, r"unexpected keys \[fc.weight\]"),
-    ({**without(), "ln_final.bias": torch.zeros(3)}, None, r"ln_final.bias has shape \[3\], expected \[64\]"),
+    (without("ln_final.bias"), None, 'Missing key.* "ln_final.bias"'),
+    ({**without(), "fc.weight": torch.zeros(1)}, None, 'Unexpected key.* "fc.weight"'),
+    ({**without(), "ln_final.bias": torch.zeros(3)}, None, r"ln_final.bias: .*\[3\].*\[64\]"),
     ({**without(), "visual.positional_embedding": torch.zeros(12, 64)}, None, "12 vision positions"),
     ({**without(), "visual.layer1.0.conv1.weight": torch.zeros(1)}, None, "ResNet CLIP"),
-    ({**without(), "visual.conv1.weight": torch.zeros(64, 0, 8, 8)}, None, "conv1.weight is of shape"),
-    (tiny_state_dict(vocab_size=50, vision_width=96), None, "width 96 of the vision tower .* give the number of heads"),
-    (without(), 5, "width 64 of the vision tower does not divide into 5 heads"),
-    (without(), (1, 3), "width 64 of the text tower does not divide into 3 heads"),
-    (without(), 0, "0 heads"), ({}, None, "visual.conv1.weight is missing")])
+    (tiny_state_dict(vocab_size=50, vision_width=96), None, "width 96 does not divide into heads of 64; give `heads`"),
+    (without(), (1, 3), "width 64 does not divide into 3 heads"), (without(), 0, "0 heads"),
+    ({}, None, "visual.conv1.weight is missing")])
 def test_errors(sd, heads, message):
     with pytest.raises(ValueError, match=message) as caught:
         CLIP.from_state_dict(sd, heads)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ucdr_ref.clip.load import load_clip
+from ucdr_ref.clip.weights import load_clip
 from ucdr_ref.config import resolve
 from ucdr_ref.demo import pretrain
 from ucdr_ref.demo.drawing import CLASSES, DOMAINS, SPLIT, draw, write_dataset

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,18 +11,21 @@ from torch.testing import assert_close
 from tests.helpers import tiny_state_dict
 from ucdr_ref.clip.model import CLIP
 from ucdr_ref.clip.zero_shot import class_text_features
-from ucdr_ref.sre.class_vectors import check_vectors, node_vectors, read_vectors
-from ucdr_ref.sre.graph import Graph
+from ucdr_ref.sre.graph import Graph, node_vectors
+
+GRAPH = Graph(["n00000001", "n00000002", "n00000003", "n00000004"], ["killer whale", "horse", "odd thing", "whale"],
+              [["killer whale", "orca"], ["horse", "Equus caballus"], ["thing-y"], ["whale"]], [(0, 3)], 3, "")
+GLOVE = ["killer 1 0 0", "whale 0 1 0", "orca 0 0 1", "horse 2 0 0", "Horse 9 9 9", "equus 0 2 0", "thing 0 0 3", "other 1 x 2"]
 
 
-def small_graph() -> Graph:
-    return Graph(["n00000001", "n00000002", "n00000003", "n00000004"], ["killer whale", "horse", "odd thing", "whale"],
-                 [["killer whale", "orca"], ["horse", "Equus caballus"], ["thingy"], ["whale"]], [(0, 3)], 3, "")
+def written(path: Path, *lines: str) -> str:
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
 
 
 def test_text_features_of_every_node_are_the_default() -> None:
     clip = CLIP.from_state_dict(tiny_state_dict())
-    vectors = node_vectors(small_graph(), clip)
+    vectors = node_vectors(GRAPH, clip)
     assert_close(vectors, class_text_features(clip, ["killer whale", "horse", "odd thing", "whale"]))
     assert_close(vectors.norm(dim=1), torch.ones(4))
 
@@ -38,48 +42,38 @@ def test_ancestors_may_be_means_of_the_classes_below() -> None:
     classes_alone = Graph(graph.ids[:4], names, [[name] for name in names], [(3, 2)], 4, "")
     assert_close(node_vectors(classes_alone, clip, "clip-classes"), own)
     loose = Graph([*graph.ids, "n00000099"], [*nodes, "loose end"], [*graph.lemmas, []], edges, 4, "")
-    with pytest.raises(ValueError, match="without a class vector: loose end"):
+    with pytest.raises(ValueError, match="without a class vector: loose end;"):
         node_vectors(loose, clip, "clip-classes")
 
 
 def test_word_vectors_are_averaged_over_lemmas(tmp_path: Path) -> None:
-    path = tmp_path / "glove.txt"
-    lines = ["killer 1 0 0", "whale 0 1 0", "orca 0 0 1", "horse 2 0 0", "Horse 9 9 9", "equus 0 2 0", "odd 0 0 3",
-             "other 1 x 2"]
-    path.write_text("\n".join(lines))
-    vectors = read_vectors(path, small_graph())
+    vectors = node_vectors(GRAPH, None, written(tmp_path / "glove.txt", *GLOVE))  # no CLIP needed
     expected = torch.tensor([[0.25, 0.25, 0.5], [1, 1, 0], [0, 0, 1], [0, 1, 0]])
     assert_close(vectors, F.normalize(expected, dim=1))
-    path.write_text("10 3\n" + "\n".join([*lines, "killer_whale 0 4 0", "n00000002 1 1 1", "a b thingy 1 2 3", "thingy 3 2 1"]))
-    vectors = read_vectors(path, small_graph())
-    expected = torch.tensor([[0, 2, 0.5], [1, 1, 1], [3, 2, 1], [0, 1, 0]])
-    assert_close(vectors, F.normalize(expected, dim=1))
-    assert_close(node_vectors(small_graph(), None, str(path)), vectors)  # no CLIP needed
+    more = ["", *GLOVE, "killer_whale 0 4 0", "n00000002 1 1 1", "thing-y 3 2 1"]
+    vectors = node_vectors(GRAPH, None, written(tmp_path / "glove.txt", "10 3", *more))
+    assert_close(vectors, F.normalize(torch.tensor([[0, 2, 0.5], [1, 1, 1], [3, 2, 1], [0, 1, 0]]), dim=1))
 
 
 def test_bad_vector_files(tmp_path: Path) -> None:
     path = tmp_path / "vectors.txt"
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        read_vectors(path, small_graph())
-    path.write_text("whale 0 1 0\n")
-    with pytest.raises(ValueError, match="2 of 4 graph nodes: horse, odd thing"):
-        read_vectors(path, small_graph())
-    for bad in ("whale 0 1", "whale 0 one 0", "whale 0 nan 0"):
-        path.write_text(f"horse 1 2 3\n{bad}\n")
-        with pytest.raises(ValueError, match="line 2: 'whale 0 .*3 finite numbers"):
-            read_vectors(path, small_graph())
+    with pytest.raises(FileNotFoundError, match="does not exist; class vectors are"):
+        node_vectors(GRAPH, None, str(path))
+    for lines, message in ((["whale 0 1 0"], "without a class vector: horse, odd thing;"),
+                           ([*GLOVE, "n00000002 1 nan 2"], "without a class vector: horse;"),
+                           ([*GLOVE, "n00000002 0 0 0"], "without a class vector: horse;"),
+                           ([*GLOVE[:3], "horse 0 1"], "line 4: 'horse 0 1.* is not a word and 3 numbers"),
+                           (["whale 0 one 0"], "line 1: 'whale 0 one 0")):
+        with pytest.raises(ValueError, match=message):
+            node_vectors(GRAPH, None, written(path, *lines))
 
 
-def test_missing_and_identical_vectors_are_named() -> None:
-    names = ["chihuahua", "persian cat", "siamese cat", "cat"]
-    vectors = torch.eye(4)
-    check_vectors(vectors, names, 3)
-    twin = vectors[[0, 1, 1, 1]]
+def test_classes_with_identical_vectors_are_named(tmp_path: Path) -> None:
+    names = ["chihuahua", "persian cat", "siamese cat", "cat", "dog"]
+    graph = Graph([f"n{k:08d}" for k in range(5)], names, [[]] * 5, [(0, 4), (1, 3), (2, 3)], 3, "")
+    numbers = ["1 0", "0 1", "0 2", "0 3", "1 1"]  # an ancestor may share
+    file = written(tmp_path / "v.txt", *(f"{node} {number}" for node, number in zip(graph.ids, numbers)))
     with pytest.raises(ValueError, match="'persian cat' and 'siamese cat' have identical"):
-        check_vectors(twin, names, 3)
-    check_vectors(vectors[[0, 1, 2, 1]], names, 3)  # an ancestor may share
-    check_vectors(twin, names, 3, [(k, 3 + k) for k in range(3)])  # so may classes that the graph tells apart
-    for value in (0.0, float("nan")):
-        vectors[0] = value
-        with pytest.raises(ValueError, match=r"without a class vector: chihuahua \("):
-            check_vectors(vectors, names, 3)
+        node_vectors(graph, None, file)
+    told_apart = replace(graph, edges=[(0, 4), (1, 3), (2, 3), (2, 4)])  # by the graph
+    assert len(node_vectors(told_apart, None, file)) == 5

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests.helpers import Width
-from ucdr_ref.config import Config
 from ucdr_ref.sre import adapter as sre_clip
 from ucdr_ref.sre.adapter import SRECLIP, Batch
-from ucdr_ref.sre.graph import normalised_adjacency
+from ucdr_ref.sre.graph import normalized_adjacency
+from ucdr_ref.sre.options import Options
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 NAMES = {"adapter.fcq.weight": "adapter.query.weight", "adapter.fcq.bias": "adapter.query.bias",
@@ -21,6 +21,10 @@ NAMES = {"adapter.fcq.weight": "adapter.query.weight", "adapter.fcq.bias": "adap
          "adapter.fcv.weight": "adapter.value.weight", "adapter.fcv.bias": "adapter.value.bias",
          "gcn.conv1.w": "gcn.w1", "gcn.conv1.b": "gcn.b1", "gcn.conv-last.w": "gcn.w2", "gcn.conv-last.b": "gcn.b2"}
 RELEASED = dict(test_attention="batch", retention_scale="scaled", bank_ring="released")
+
+
+class SmallBank(Options):
+    sre_bank = 24
 
 
 class Golden(dict):
@@ -35,10 +39,9 @@ def golden() -> Golden:
 
 
 def golden_method(golden: Golden, **options: object) -> SRECLIP:
-    config = Config(sre_hidden=32, sre_bank=24, **{"sre_dropout": 0.0, **RELEASED, **options})
-    adjacency = normalised_adjacency([tuple(edge) for edge in golden["edges"].tolist()], 14)
+    adjacency = normalized_adjacency([tuple(edge) for edge in golden["edges"].tolist()], 14)
     method = SRECLIP(Width(16), [f"class {k}" for k in range(10)], golden["word_vectors"], adjacency, golden["unseen_ids"],
-                     config)
+                     SmallBank(**{"sre_hidden": 32, "sre_dropout": 0.0, **RELEASED, **options}))
     method.load_state_dict({ours: golden[f"param.{theirs}"] for theirs, ours in NAMES.items()}, strict=False)
     return method
 
@@ -63,7 +66,7 @@ def test_forward_equals_released(golden: Golden) -> None:
     x = golden["x_source"]
     tolerance = dict(rtol=1e-5, atol=1e-5)
     assert_close(method.adapter(x), golden["adapter.out"], **tolerance)
-    assert_close(method.adapter(x, alone=True), golden["adapter.out.one_by_one"], **tolerance)
+    assert_close(method.adapter(x, self_only=True), golden["adapter.out.one_by_one"], **tolerance)
     assert_close(method.encode_features(x) / 0.05, golden["adapter.norm"], **tolerance)
     assert_close(method.gcn(method.class_vectors, method.adjacency), golden["gcn.out"], **tolerance)
     assert_close(method.class_embeddings(), golden["class.emb"], **tolerance)
@@ -126,13 +129,13 @@ def test_graph_head_under_given_dropout_masks_equals_released(golden: Golden, mo
     stored = Golden("sre_released_tiny_dropout.npz")
     inputs: list[Tensor] = []
 
-    def dropped(gcn: sre_clip.GCN, x: Tensor) -> Tensor:
+    def drop(gcn: sre_clip.GCN, x: Tensor) -> Tensor:
         assert gcn.dropout == 0.5 and gcn.training
         inputs.append(x)
         return x * stored[f"mask.{len(inputs) - 1}"]
 
     method = golden_method(golden, sre_dropout=0.5)
-    monkeypatch.setattr(sre_clip.GCN, "dropped", dropped)
+    monkeypatch.setattr(sre_clip.GCN, "drop", drop)
     out = method.gcn(method.class_vectors, method.adjacency)
     assert_close(out, stored["gcn.out.train"], rtol=1e-5, atol=1e-5)
     for k in range(2):

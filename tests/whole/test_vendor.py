@@ -59,10 +59,12 @@ for kind in (UCDRAdapter, ClosedFormAdapter):
     assert method.encode(image).shape == (1, 32)
 """
 SRE = CLIP + STEPS + """
-from theirs.sre import Batch, Options, SRECLIP, normalised_adjacency
+from theirs.sre.adapter import Batch, SRECLIP
+from theirs.sre.graph import normalized_adjacency
+from theirs.sre.options import Options
 vectors = torch.nn.functional.normalize(torch.randn(4, 6), dim=1)
-adjacency = normalised_adjacency([(0, 3), (1, 3), (2, 3)], 4)
-options = Options(sre_hidden=16, sre_bank=8, sre_batch=4, sre_warmup=1)
+adjacency = normalized_adjacency([(0, 3), (1, 3), (2, 3)], 4)
+options = Options(sre_hidden=16, sre_warmup=1)
 method = SRECLIP(clip, ["cat", "dog", "owl"], vectors, adjacency, [2], options)
 steps(method, Batch(torch.randn(4, 32), torch.tensor([0, 1, 0, 1]), torch.randn(4, 32), 0), "sre")
 assert method.logits(torch.randn(5, 32)).shape == (5, 3) and method.encode(image).shape == (1, 16)

@@ -27,27 +27,26 @@ from ..experiments.datasets import folder_key
 from ..experiments.run_folder import versions
 from ..machine.command import command, place
 from ..machine.files import make_folder, write_text_atomic
-from ..sre.class_vectors import means_of_classes
-from ..sre.graph import load_graph
+from ..sre.graph import load_graph, with_ancestors
+from .drawn import NO_TARGET
 from .real import STROKES, spent, spread, train
 from .record import as_called, write_results
+from .ridge import compare
 
 SOURCES = (*STROKES, "clipart")
-RIDGE, PLAIN, CENTRED = ["--method", "closed-form"], ["--stroke-domains", "none"], ["--sre-center", "1"]
 VARIANTS: dict[str, list[str]] = {
-    "SRE-CLIP": [], "SRE-CLIP, no inversion": PLAIN, "SRE-CLIP, centred": CENTRED,
+    "SRE-CLIP": [], "SRE-CLIP, no inversion": ["--stroke-domains", "none"],
     "no structure": ["--sre-structure", "0"], "no retention": ["--sre-retention", "0"],
-    "no target losses": ["--sre-target", "0"],
-    "half the iterations": ["--sre-iterations", "1500"], "true share": ["--sre-kappa", "0.24"],
-    "ridge": RIDGE, "ridge, centred": [*RIDGE, *CENTRED], "ridge, no inversion": [*RIDGE, *PLAIN]}
+    "no target losses": NO_TARGET,
+    "half the iterations": ["--sre-iterations", "1500"], "true share": ["--sre-kappa", "0.24"]}
+WITH_RIDGE = ("SRE-CLIP", "SRE-CLIP, no inversion")
 KEYS = ("zsl", "unseen", "seen", "h")
 SEEDS = (0, 1, 2)
 
 
 def plan() -> list[tuple[str, int]]:
     """Every run: (variant, seed)."""
-    return [(variant, seed) for seed in SEEDS for variant, flags in VARIANTS.items()
-            if seed == 0 or flags[:2] != RIDGE]
+    return [(variant, seed) for seed in SEEDS for variant in VARIANTS]
 
 
 def write_attributes(data: Path, path: Path) -> str:
@@ -57,29 +56,32 @@ def write_attributes(data: Path, path: Path) -> str:
     table = np.loadtxt(data / "predicate-matrix-continuous.txt", ndmin=2)
     matrix = torch.from_numpy(table).clamp(min=0)  # -1: not known
     rows = matrix[[names.index(folder_key(name)) for name in graph.names[:graph.classes]]]
-    vectors = means_of_classes(F.normalize(rows, dim=1), graph)
+    vectors = with_ancestors(F.normalize(rows, dim=1), graph)
     lines = (" ".join([node, *(f"{value:.5f}" for value in row)])
              for node, row in zip(graph.ids, vectors.tolist(), strict=True))
     write_text_atomic(path, "\n".join(lines) + "\n")
     return str(path)
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """A finished run's accuracies in points of 100, by method, and what it took."""
+def read(folder: Path, ridge: bool) -> dict[str, Any]:
+    """A finished run's accuracies in points of 100, by method (with `ridge` also its), and what it took."""
     rows = json.loads((folder / "results.json").read_text())["rows"]
-    def points(value: float | None) -> float | None:
-        return None if value is None else round(100 * value, 2)
-
-    numbers = {row["method"]: {key: points(row["instance"][key]) for key in KEYS} for row in rows}
+    found = {row["method"]: row["instance"] for row in rows}
+    if rows:
+        found |= compare(folder)
+    if ridge:
+        found |= compare(folder, center=True)
+    numbers = {method: {key: None if values[key] is None else round(100 * values[key], 2) for key in KEYS}
+               for method, values in found.items() if ridge or not method.startswith("ridge")}
     return {**spent(folder), "numbers": numbers}
 
 
 def table(runs: list[dict[str, Any]]) -> str:
     """Markdown: a row for each method of each variant, mean ± deviation over seeds; baselines once."""
     lines, shown = ["| | seeds | ZSL | unseen | seen | H |", "|---|---|---|---|---|---|"], set()
-    for variant in VARIANTS:
+    for variant in dict.fromkeys(run["variant"] for run in runs):
         mine = [run for run in runs if run["variant"] == variant]
-        for method in mine[0]["numbers"] if mine else ():
+        for method in mine[0]["numbers"]:
             title = f"{variant}: {method}"
             if method == "prototypes":
                 title = "nearest prototype" + (", no inversion" if "no inversion" in variant else
@@ -87,9 +89,10 @@ def table(runs: list[dict[str, Any]]) -> str:
             if title in shown:
                 continue
             shown.add(title)
-            values = [[run["numbers"][method][key] for run in mine] for key in KEYS]
+            with_it = [run for run in mine if method in run["numbers"]]
+            values = [[run["numbers"][method][key] for run in with_it] for key in KEYS]
             cells = " | ".join("-" if None in column else spread(column) for column in values)
-            lines.append(f"| {title} | {len(mine)} | {cells} |")
+            lines.append(f"| {title} | {len(with_it)} | {cells} |")
     return "\n".join(lines)
 
 
@@ -110,8 +113,7 @@ def run(argv: list[str] | None) -> None:
     vectors = write_attributes(data, out / "attributes.txt")
     base = ["--preset", "i2awa", "--source", *(str(data / name) for name in SOURCES),
             "--target", str(data / "photo"), "--class-vectors", vectors, "--weights", str(weights),
-            "--precision", "bf16", "--eval-batch", "16", "--stroke-domains", *STROKES,
-            "--sre-features", str(out / "features")]
+            "--precision", "bf16", "--eval-batch", "16", "--stroke-domains", *STROKES]
     runs = []
     for variant, seed in plan():
         folder = out / re.sub(r"[^a-z0-9]+", "-", f"animals {variant} {seed}".lower())
@@ -119,7 +121,8 @@ def run(argv: list[str] | None) -> None:
             flags = ["--run", str(folder), *base, "--seed", str(seed), *VARIANTS[variant]]
             train(flags, args.workers, args.machine)
         if (folder / "results.json").exists():
-            runs.append({"variant": variant, "seed": seed, **read(folder)})
+            ridge = seed == 0 and variant in WITH_RIDGE
+            runs.append({"variant": variant, "seed": seed, **read(folder, ridge)})
     line = as_called(parser, args, "--data DIR --weights FILE --out OUT", "variants", "seeds")
     write_results(out / f"animals-{machine}.json", {
         "machine": machine, "versions": versions(), "date": time.strftime("%Y-%m-%d"), "command": line,

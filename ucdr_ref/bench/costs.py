@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from ..clip.zero_shot import CLIP_MEAN, CLIP_STD, ZeroShot, cropped, normalised
+from ..clip.zero_shot import CLIP_MEAN, CLIP_STD, ZeroShot, normalize, resize_crop
 from ..demo.pretrain import random_clip
 from ..images.batches import Files, ImageDataset, chunks, load
 from ..machine.processes import autocast
@@ -37,8 +37,8 @@ def reader(side: str, paths: list[str], image_size: int) -> Iterable[Any]:
     n, batches = len(paths), [list(indices) for indices in chunks(len(paths), 16)]
     if side == "plain":
         return DataLoader(PlainPhotos(paths, image_size), batch_sampler=batches)
-    dataset = ImageDataset(Files(paths, [""] * n, [""] * n), cropped(image_size), ())
-    return (normalised(images) for _, images, _ in load(dataset, batches, 0, False, torch.device("cpu")))
+    dataset = ImageDataset(Files(paths, [""] * n, [""] * n), resize_crop(image_size), ())
+    return (normalize(images) for _, images, _ in load(dataset, batches, 0, False, torch.device("cpu")))
 
 
 def measure_reading(side: str, image_size: int) -> dict[str, float]:

@@ -27,6 +27,7 @@ from ..machine.command import command, place
 from ..machine.files import write_text_atomic
 from .real import spread
 from .record import as_called, read_results, result_file, write_results
+from .ridge import compare
 
 ROOT = Path(__file__).resolve().parents[2]
 DOMAINS = ("sketch", "quickdraw", "painting", "infograph", "clipart")
@@ -56,6 +57,7 @@ UNEQUAL = ["--dataset", "folder", "--data-root", "data/toy-unequal", "--class-sp
            *(text for name in SHAPED for text in (f"--{name.replace('_', '-')}", str(PRESETS["toy"][name])))]
 QUERIES = {f"query {domain}": [] if domain == "sketch" else ["--held-out", domain] for domain in DOMAINS}
 FORM = ["--method", "closed-form"]
+NO_TARGET = ["--sre-entropy", "0", "--sre-diversity", "0", "--sre-bias", "0"]
 PARTS: dict[str, dict[str, list[str]]] = {
     "main": QUERIES,
     "baselines": {**{name: [*flags, *FORM] for name, flags in QUERIES.items()},
@@ -68,9 +70,8 @@ PARTS: dict[str, dict[str, list[str]]] = {
     "precision": {"fp32": [], "bf16": ["--precision", "bf16"]},
     "sre": {"full": SRE, "no structure": [*SRE, "--sre-structure", "0"],
             "no retention": [*SRE, "--sre-retention", "0"],
-            "no target losses": [*SRE, "--sre-target", "0"]},
-    "sre-baselines": {f"{name}, kappa {kappa}": [*flags, "--sre-kappa", kappa] for kappa in ("0.3", "0.2")
-                      for name, flags in (("SRE-CLIP", SRE), ("ridge", ["--preset", "sre/toy", *FORM]))},
+            "no target losses": [*SRE, *NO_TARGET]},
+    "sre-baselines": {f"kappa {kappa}": [*SRE, "--sre-kappa", kappa] for kappa in ("0.3", "0.2")},
     "sre-ledger": {"paper": SRE, **{tag: [*SRE, *flags] for tag, flags in LEDGER_S.items()
                                     if tag not in PROTOCOL}},
     "sre-protocol": {"paper": SRE, **{tag: [*SRE, *LEDGER_S[tag]] for tag in PROTOCOL if tag in LEDGER_S}},
@@ -111,8 +112,12 @@ def train(name: str, seed: int, flags: list[str], runs: Path) -> dict:
             raise ValueError(f"{shlex.join(line)} ended with {result.returncode} ({reason}); run it alone")
         write_text_atomic(done, json.dumps(time.monotonic() - start))
     rows = json.loads((out / "results.json").read_text())["rows"]
+    numbers = read(rows)
+    if "sre-clip" in flags:
+        numbers |= {f"{metric} {title}": 100 * value for title, found in compare(out).items()
+                    for metric, value in found.items()}
     return {"name": name, "seed": seed, "flags": flags, "seconds": round(json.loads(done.read_text()), 1),
-            "numbers": read(rows)}
+            "numbers": numbers}
 
 
 def read(rows: list[dict]) -> Numbers:
@@ -164,12 +169,6 @@ def metric(title: str, key: str) -> Column:
     return title, lambda numbers, _: reported(numbers, key)
 
 
-def own(title: str, key: str, suffix: str = "") -> Column:
-    """Of the run's own method."""
-    return title, lambda numbers, _: next(numbers[name] for method in ("sre-clip", "closed-form")
-                                          if (name := f"{key} {method}{suffix}") in numbers)
-
-
 UNSEEN, MIXED, UD = "UCDR unseen ", "UCDR mixed ", "UdCDR seen "
 OURS, CLIP = "ucdr-adapter", "zero-shot"
 BESIDE_CLIP = [value("unseen: CLIP", UNSEEN + CLIP), value("unseen: adapted", UNSEEN + OURS),
@@ -185,9 +184,9 @@ EFFECTS = [value("unseen", UNSEEN + OURS), change(UNSEEN + OURS), value("mixed",
 SRE_METRICS = [metric("ZSL", "zsl"), metric("unseen", "unseen"), metric("seen", "seen"), metric("H", "h")]
 SRE_BESIDE_CLIP = [*SRE_METRICS, value("H of CLIP", "h zero-shot"),
                    value("difference", "h sre-clip", "h zero-shot")]
-CALIBRATED = ", calibrated"
-SRE_BASELINES = [value("H of CLIP", "h zero-shot"), value("calibrated", f"h zero-shot{CALIBRATED}"),
-                 own("ZSL", "zsl"), own("H", "h"), own("calibrated", "h", CALIBRATED)]
+SRE_BASELINES = [value(f"{name}: {title}", key.format(method))
+                 for name, method in (("CLIP", "zero-shot"), ("SRE-CLIP", "sre-clip"), ("ridge", "ridge"))
+                 for title, key in (("ZSL", "zsl {}"), ("H", "h {}"), ("H calibrated", "h {}, calibrated"))]
 SRE_EFFECTS = [*SRE_METRICS, ("effect on H", lambda numbers, first: difference(reported(numbers, "h"),
                                                                                reported(first, "h")))]
 COLUMNS: dict[str, list[Column]] = {

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..clip.load import load_clip
-from ..clip.tensorfile import file_digest
+from ..clip.weights import file_digest, load_clip
 from ..clip.zero_shot import ZeroShot
 from ..config import Config
 from ..experiments import protocols

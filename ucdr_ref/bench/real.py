@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from ..clip.load import load_clip
+from ..clip.weights import load_clip
 from ..config import Config, add_arguments, resolve
 from ..experiments.run_folder import versions
 from ..machine.command import command, place
@@ -187,7 +187,7 @@ def open_clip_score(data: Path, weights: Path, domain: str) -> float:
 
     ours = load_clip(weights)
     width = ours.vision_width
-    layers = len(ours.visual.transformer.blocks())
+    layers = len(ours.visual.transformer.resblocks)
     peer = VisionTransformer(ours.image_size, ours.patch, width, layers, width // 64, 4.0,
                              output_dim=ours.embed_dim, act_layer=QuickGELU).eval()
     peer.load_state_dict(ours.visual.state_dict())

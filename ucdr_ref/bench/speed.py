@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from tests import plain as bench_plain
 
 from .. import metrics
-from ..clip.tensorfile import tidy
+from ..clip.weights import one_line
 from ..config import Config
 from ..demo.pretrain import random_clip
 from ..experiments.datasets import class_list
@@ -215,7 +215,7 @@ def isolated(part: str, side: str, sizes: dict[str, Any]) -> dict[str, Any]:
         except (RuntimeError, MemoryError) as error:  # PyTorch's allocators have no type of their own
             if isinstance(error, RuntimeError) and not re.search("alloc|overflow", str(error)):
                 raise
-            reason = f"lacked memory ({tidy(error)})"
+            reason = f"lacked memory ({one_line(error)})"
     raise ValueError(f"{part} ({side}) {reason}; lower --batch or the sizes, or run another --part")
 
 

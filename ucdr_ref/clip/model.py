@@ -6,19 +6,13 @@ L/14@336px or a small one. Between `embed`, `blocks` and `pool` of the vision to
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .linear import Linear, linear
-
-IGNORED_KEYS = ("input_resolution", "context_length", "vocab_size")  # scalars that some files carry
-MAX_LAYERS = 1000  # key names alone could otherwise ask for any number of modules
-KeysValues = tuple[Tensor, Tensor]
 
 
 def select(x: Tensor, at: int | None) -> Tensor:
@@ -48,26 +42,14 @@ class Attention(nn.Module):
         """[b, L, w] -> [b, heads, L, w / heads]"""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def keys_values(self, x: Tensor) -> KeysValues:
-        """x [b, L, w] -> keys and values, each [b, heads, L, w / heads]."""
-        width = x.shape[-1]
-        keys, values = linear(x, self.in_proj_weight[width:], self.in_proj_bias[width:]).chunk(2, dim=-1)
-        return self.split(keys), self.split(values)
-
-    def forward(self, x: Tensor, at: int | None = None, causal: bool = False, past: KeysValues | None = None,
-                mask: Tensor | None = None) -> Tensor:
-        """x [b, L, w] -> [b, L, w]; with `at`, only that token's output [b, 1, w].
-
-        past: keys and values [b, heads, P, w / heads] of earlier tokens. mask: True where a query may attend.
-        """
-        width = x.shape[-1]
-        queries = self.split(linear(select(x, at), self.in_proj_weight[:width], self.in_proj_bias[:width]))
-        keys, values = self.keys_values(x)
-        if past is not None:
-            keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
-        y = queries
-        if len(x):  # a process's share may be empty, which PyTorch's flash attention long refused
-            y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal)
+    def forward(self, x: Tensor, at: int | None = None, causal: bool = False) -> Tensor:
+        """x [b, L, w] -> [b, L, w]; with `at`, only that token's output [b, 1, w]."""
+        w = x.shape[-1]
+        q = linear(select(x, at), self.in_proj_weight[:w], self.in_proj_bias[:w])
+        k, v = linear(x, self.in_proj_weight[w:], self.in_proj_bias[w:]).chunk(2, dim=-1)
+        q, k, v = self.split(q), self.split(k), self.split(v)
+        # A process may hold no image, which PyTorch's flash attention long refused.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal) if len(x) else q
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -88,14 +70,11 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.attn = Attention(width, heads)
-        self.ln_1 = LayerNorm(width)
-        self.mlp = MLP(width)
-        self.ln_2 = LayerNorm(width)
+        self.attn, self.ln_1 = Attention(width, heads), LayerNorm(width)
+        self.mlp, self.ln_2 = MLP(width), LayerNorm(width)
 
-    def forward(self, x: Tensor, at: int | None = None, causal: bool = False, past: KeysValues | None = None,
-                mask: Tensor | None = None) -> Tensor:
-        x = select(x, at) + self.attn(self.ln_1(x), at, causal, past, mask)
+    def forward(self, x: Tensor, at: int | None = None, causal: bool = False) -> Tensor:
+        x = select(x, at) + self.attn(self.ln_1(x), at, causal)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -104,12 +83,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
 
-    def blocks(self) -> list[Block]:
-        return cast("list[Block]", list(self.resblocks))
-
     def forward(self, x: Tensor, at: int | None = None, causal: bool = False) -> Tensor:
         """x [b, L, w] -> [b, L, w]; with `at`, the last block computes only that token: [b, 1, w]."""
-        *body, last = self.blocks()
+        *body, last = self.resblocks
         for block in body:
             x = block(x, causal=causal)
         return last(x, at, causal)
@@ -198,8 +174,8 @@ class CLIP(nn.Module):
 
     def require_text(self) -> None:
         if not self.has_text:
-            raise ValueError("these weights hold CLIP's image tower alone, so text cannot be encoded; "
-                             "use a full CLIP file (weights/README.md) or, for UCDR-Adapter, "
+            raise ValueError("these weights hold CLIP's image tower alone, so text cannot be encoded; use a "
+                             "full CLIP file (weights/README.md) or, for UCDR-Adapter, "
                              "--class-features prototypes")
 
     @classmethod
@@ -210,70 +186,49 @@ class CLIP(nn.Module):
         heads: of both towers, or (vision, text); width / 64 when None.
         Raises ValueError for a ResNet CLIP, shapes that fit no ViT, and missing or unexpected keys (listed).
         """
-        sd = {key: value for key, value in sd.items() if key not in IGNORED_KEYS}
         with torch.device("meta"):
             model = cls(**infer_architecture(sd, heads))
-        if "logit_scale" not in sd and not model.has_text:
-            sd["logit_scale"] = torch.tensor(math.log(100.0))  # OpenAI's; an image tower has no use for it
-        expected = {key: value.shape for key, value in model.state_dict().items()}
-        missing, unexpected = sorted(expected.keys() - sd.keys()), sorted(sd.keys() - expected.keys())
-        if missing or unexpected:
-            raise ValueError(f"not a complete ViT CLIP: missing keys {shorten(missing)}; unexpected keys "
-                             f"{shorten(unexpected)}")
-        for key, size in expected.items():
-            if sd[key].shape != size:
-                found = list(sd[key].shape)
-                raise ValueError(f"{key} has shape {found}, expected {list(size)} beside the other weights")
-        # One tensor at a time, so that a half-precision source never exists twice in full.
-        model.load_state_dict({key: sd[key].to(dtype, copy=True) for key in expected}, assign=True)
+        weights = {key: value.to(dtype, copy=True) for key, value in sd.items()}
+        if not model.has_text:  # an image tower has no use for it
+            weights.setdefault("logit_scale", torch.zeros((), dtype=dtype))
+        try:
+            model.load_state_dict(weights, assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"not a complete ViT CLIP: {' '.join(str(error).split())}") from None
         return model.eval().requires_grad_(False)
 
 
-def shorten(names: list[str], limit: int = 8) -> str:
-    more = f", ... {len(names) - limit} more" if len(names) > limit else ""
-    return f"[{', '.join(names[:limit])}{more}]"
-
-
-def infer_architecture(sd: Mapping[str, Tensor],
-                       heads: int | tuple[int, int] | None = None) -> dict[str, int]:
+def infer_architecture(sd: Mapping[str, Tensor], heads: int | tuple[int, int] | None) -> dict[str, int]:
     """The arguments of `CLIP` that the shapes of OpenAI's names tell; ValueError if they fit no ViT."""
     if any(key.startswith("visual.layer1.") for key in sd):
         raise ValueError("this is a ResNet CLIP; only the ViT family is supported (ViT-B/32, B/16, L/14)")
-
-    def dims(key: str, rank: int) -> list[int]:
-        if key not in sd or sd[key].dim() != rank or 0 in sd[key].shape:
-            found = "missing" if key not in sd else f"of shape {list(sd[key].shape)}"
-            raise ValueError(f"not a ViT CLIP: {key} is {found}, expected {rank} non-empty dimensions")
-        return list(sd[key].shape)
-
-    def layers(prefix: str) -> int:
-        pattern = re.compile(prefix + r"transformer\.resblocks\.(\d+)\.")
-        count = len({match[1] for key in sd if (match := pattern.match(key))})
-        if count > MAX_LAYERS:
-            raise ValueError(f"not a ViT CLIP: {count} layers, expected at most {MAX_LAYERS}")
-        return max(1, count)
-
-    def head_count(width: int, tower: int) -> int:
-        count = heads if heads is None or isinstance(heads, int) else heads[tower]
-        if count is None and width % 64 == 0:
-            return width // 64
-        if count is None or count < 1 or width % count:
-            wanted = "heads of 64" if count is None else f"{count} heads"
-            raise ValueError(f"width {width} of the {('vision', 'text')[tower]} tower does not divide into "
-                             f"{wanted}; give the number of heads")
-        return count
-
-    width, _, _, patch = dims("visual.conv1.weight", 4)
-    positions = dims("visual.positional_embedding", 2)[0]
+    for key in ("visual.conv1.weight", "visual.positional_embedding", "visual.proj"):
+        if key not in sd:
+            raise ValueError(f"not a ViT CLIP: {key} is missing")
+    vision_heads, text_heads = heads if isinstance(heads, tuple) else (heads, heads)
+    width, _, _, patch = sd["visual.conv1.weight"].shape
+    positions, _ = sd["visual.positional_embedding"].shape
     grid = math.isqrt(positions - 1)
     if grid < 1 or grid * grid != positions - 1:
         raise ValueError(f"not a ViT CLIP: {positions} vision positions, expected 1 + a square of patches")
-    arch = dict(image_size=grid * patch, patch=patch, vision_width=width, vision_layers=layers(r"visual\."),
-                vision_heads=head_count(width, 0), embed_dim=dims("visual.proj", 2)[1])
-    text = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
-    if any(key.startswith(text) for key in sd):
-        text_width = dims("ln_final.weight", 1)[0]
-        arch.update(context_length=dims("positional_embedding", 2)[0],
-                    vocab_size=dims("token_embedding.weight", 2)[0],
-                    text_width=text_width, text_layers=layers(""), text_heads=head_count(text_width, 1))
+    arch = dict(image_size=grid * patch, patch=patch, embed_dim=sd["visual.proj"].shape[1],
+                vision_width=width, vision_layers=layer_count(sd, "visual."),
+                vision_heads=head_count(width, vision_heads))
+    if "positional_embedding" in sd and "token_embedding.weight" in sd:
+        length, width = sd["positional_embedding"].shape
+        arch.update(context_length=length, vocab_size=len(sd["token_embedding.weight"]), text_width=width,
+                    text_layers=layer_count(sd, ""), text_heads=head_count(width, text_heads))
     return arch
+
+
+def layer_count(sd: Mapping[str, Tensor], tower: str) -> int:
+    prefix = f"{tower}transformer.resblocks."
+    return max(1, len({key.removeprefix(prefix).split(".")[0] for key in sd if key.startswith(prefix)}))
+
+
+def head_count(width: int, given: int | None) -> int:
+    count = width // 64 if given is None else given
+    if count < 1 or width % (64 if given is None else count):
+        wanted = "heads of 64; give `heads`" if given is None else f"{given} heads"
+        raise ValueError(f"a tower of width {width} does not divide into {wanted}")
+    return count

@@ -17,11 +17,11 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 def preprocess(image_size: int) -> Transform:
-    """CLIP's evaluation transform: image -> [3, H, W]: `cropped`, then `normalised`."""
-    return transforms.Compose([cropped(image_size), normalised])
+    """CLIP's evaluation transform: image -> [3, H, W]: `resize_crop`, then `normalize`."""
+    return transforms.Compose([resize_crop(image_size), normalize])
 
 
-def cropped(image_size: int) -> Transform:
+def resize_crop(image_size: int) -> Transform:
     """image, taken as RGB -> uint8 [3, H, W]: short side resized (bicubic), centre crop."""
     return transforms.Compose([
         rgb, transforms.Resize(image_size, transforms.InterpolationMode.BICUBIC, antialias=True),
@@ -32,7 +32,7 @@ def rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def normalised(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
+def normalize(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
     """uint8 [..., 3, H, W] -> (images / 255 - mean) / std, float32, on the images' device.
 
     On a CPU the bits are those of torchvision's ToTensor and Normalize, image by image.
@@ -44,7 +44,7 @@ def normalised(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[
     return values.div_(scale).sub_(shift).div_(width)
 
 
-def readable(name: str) -> str:
+def class_to_text(name: str) -> str:
     """A class folder's name as text: underscores become spaces."""
     return name.replace("_", " ")
 
@@ -61,7 +61,7 @@ def class_text_features(clip: CLIP, class_names: Sequence[str], chunk: int = 256
     """
     clip.require_text()
     check_names(class_names)
-    ids = tokenize([f"a photo of a {readable(name)}" for name in class_names], clip.context_length)
+    ids = tokenize([f"a photo of a {class_to_text(name)}" for name in class_names], clip.context_length)
     with torch.no_grad():
         features = [clip.encode_text(part.to(clip.logit_scale.device)) for part in ids.split(chunk)]
     return F.normalize(torch.cat(features).float(), dim=-1)

@@ -1,8 +1,8 @@
 """SRE-CLIP adapter (Yu et al., arXiv 2510.21808): image adapter and graph head over frozen CLIP features.
 
 It learns from labelled source images of seen classes and unlabelled target images of seen and unseen classes.
-`b` batch, `e` embedding, `h` adapter width, `c` classes, `N` graph nodes (classes first), `w` class-vector
-width.
+`b` batch, `e` CLIP embedding, `h` adapter width, `c` classes, `N` graph nodes (classes first), `w` width of a
+class vector.
 """
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from ..clip.model import CLIP
 from . import losses
 from .options import Options
 
-EPOCH = 100  # iterations that the loop calls an epoch: after each it saves, and evaluates where S6 asks
-DECAY_GAMMA, DECAY_POWER = 0.001, 0.75  # of the learning rate, as published
-GRAPH_RATE = 5.0  # the graph head learns this many times faster than the adapter
+EPOCH = 100  # iterations that the training loop calls an epoch
 
 
 class Batch(NamedTuple):
@@ -38,45 +36,43 @@ class ImageAdapter(nn.Module):
         super().__init__()
         self.query, self.key, self.value = (nn.Linear(e, h) for _ in range(3))
 
-    def forward(self, x: Tensor, alone: bool = False) -> Tensor:
-        """x [b, e] -> f [b, h]. `alone`: every image attends to itself only, which leaves v + v."""
+    def forward(self, x: Tensor, self_only: bool = False) -> Tensor:
+        """x [b, e] -> f [b, h]. self_only: every image attends to itself alone, which leaves v + v."""
         v = self.value(x)
-        if alone:
+        if self_only:
             return v + v
         scores = self.query(x) @ self.key(x).T / math.sqrt(v.shape[1])
         return scores.softmax(dim=1) @ v + v
 
 
 class GCN(nn.Module):
-    """H = LeakyReLU_0.2(A (drop(X) W1) + b1); G = A (drop(H) W2) + b2; H is as wide as G."""
+    """H = LeakyReLU_0.2(Â (drop(X) W1) + b1); G = Â (drop(H) W2) + b2; H is as wide as G."""
 
     def __init__(self, w: int, h: int, dropout: float) -> None:
         super().__init__()
         self.dropout = dropout
         self.w1, self.b1 = nn.Parameter(torch.empty(w, h)), nn.Parameter(torch.zeros(h))
         self.w2, self.b2 = nn.Parameter(torch.empty(h, h)), nn.Parameter(torch.zeros(h))
-        for weight in (self.w1, self.w2):
-            nn.init.xavier_uniform_(weight)
+        nn.init.xavier_uniform_(self.w1)
+        nn.init.xavier_uniform_(self.w2)
 
     def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
-        """class vectors [N, w], adjacency [N, N] (rows sum to one, sparse or dense) -> G [N, h]"""
-        x = adjacency @ (self.dropped(x) @ self.w1) + self.b1
-        x = F.leaky_relu(x, 0.2)
-        return adjacency @ (self.dropped(x) @ self.w2) + self.b2
+        """class vectors X [N, w], adjacency Â [N, N] (rows sum to one, sparse or dense) -> G [N, h]"""
+        hidden = F.leaky_relu(adjacency @ (self.drop(x) @ self.w1) + self.b1, 0.2)
+        return adjacency @ (self.drop(hidden) @ self.w2) + self.b2
 
-    def dropped(self, x: Tensor) -> Tensor:
+    def drop(self, x: Tensor) -> Tensor:
         """F.dropout, drawn on the CPU: the same on every device."""
         if not self.training:
             return x
-        return x * F.dropout(torch.ones(x.shape), self.dropout, True).to(x.device)
+        return x * F.dropout(torch.ones(x.shape), self.dropout).to(x.device)
 
 
 class TargetBank(nn.Module):
     """The last `size` target features: appended while there is room, then overwritten in a ring.
 
-    ring "exact": right for any batch. "released" (S7): whole batches of at most `batch`, so it may outgrow
-    `size`; the pointer goes back to 0 when another batch like this one would pass `size`, so the rows behind
-    it go stale.
+    ring "exact": right for any batch. "released" (S7): only whole batches of at most `batch`, so it may
+    outgrow `size`, and the pointer returns to 0 when the next batch would pass `size`: rows behind go stale.
     """
 
     store: Tensor  # [capacity, h]
@@ -85,17 +81,16 @@ class TargetBank(nn.Module):
 
     def __init__(self, size: int, h: int, ring: str = "exact", batch: int = 256) -> None:
         super().__init__()
-        if size < 1:
-            raise ValueError(f"the target bank has {size} rows; it needs at least 1")
         self.size, self.ring = size, ring
-        self.register_buffer("store", torch.zeros(size if ring == "exact" else size + batch - 1, h))
-        self.register_buffer("count", torch.zeros((), dtype=torch.long))
-        self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
+        capacity = size if ring == "exact" else size + batch - 1  # S7
+        self.register_buffer("store", torch.zeros(capacity, h))
+        self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("pointer", torch.tensor(0))
 
     @property
     def rows(self) -> Tensor:
-        """[at most size, h]; in the released ring up to size + b - 1"""
-        return self.store[: int(self.count)]
+        """[count, h]"""
+        return self.store[:int(self.count)]
 
     @property
     def full(self) -> bool:
@@ -104,30 +99,27 @@ class TargetBank(nn.Module):
     @torch.no_grad()
     def push(self, x: Tensor) -> None:
         """x [b, h], detached here."""
-        size, was_full, x = self.size, self.full, x.to(self.store.dtype)
-        start = int(self.pointer if was_full else self.count)
+        size, start, x = self.size, int(self.pointer), x.to(self.store.dtype)
         end = start + len(x)
-        if self.ring == "released":  # S7
-            assert end <= len(self.store), f"{len(x)} rows at {start} of a bank of {len(self.store)}"
-            self.store[start:end] = x
-            if was_full:
-                self.pointer.fill_(0 if end + len(x) > size else end)
-            else:
-                self.count.fill_(end)
-        else:
+        if self.ring == "exact":
             # Only the last `size` rows: of two writes to one row, a GPU leaves open which wins.
             index = torch.arange(start, end, device=x.device)[-size:] % size
             self.store[index] = x[-size:]
-            self.count.fill_(size if was_full else min(size, end))
-            self.pointer.fill_(end % size if self.full else 0)
+            pointer = end % size
+        else:  # S7
+            self.store[start:end] = x
+            room = end + len(x) <= size if self.full else end < size
+            pointer = end if room else 0
+        self.count.fill_(max(int(self.count), min(end, len(self.store))))
+        self.pointer.fill_(pointer)
 
 
 class SRECLIP(nn.Module):
     """Frozen CLIP features -> adapter; class graph -> graph head; cosine / temperature between the two.
 
-    class_names [c]; class_vectors X [N, w], rows L2-normalised; adjacency [N, N], `normalised_adjacency`'s;
+    class_names [c]; class_vectors X [N, w], rows L2-normalised; adjacency Â [N, N] of `normalized_adjacency`;
     unseen_ids: indices of the classes without labelled images. `clip` is frozen here.
-    Raises ValueError when there is no unseen class, or when names, vectors and graph do not belong together.
+    Raises ValueError for impossible unseen classes, or names, vectors and graph that do not belong together.
     """
 
     PHASES: tuple[str, ...] = ("sre",)
@@ -137,87 +129,83 @@ class SRECLIP(nn.Module):
     unseen_ids: Tensor  # [u]
 
     def __init__(self, clip: CLIP, class_names: Sequence[str], class_vectors: Tensor, adjacency: Tensor,
-                 unseen_ids: Sequence[int] | Tensor, config: Options) -> None:
+                 unseen_ids: Sequence[int] | Tensor, options: Options) -> None:
         super().__init__()
         unseen = torch.as_tensor(unseen_ids, dtype=torch.long)
         check_unseen(unseen, class_names)
-        c, nodes, vectors = len(class_names), len(adjacency), len(class_vectors)
-        if vectors != nodes or c > nodes:
-            raise ValueError(f"{c} classes, {vectors} class vectors, {nodes} graph nodes: there must be one "
-                             "vector per node, and the classes come first")
-        self.clip, self.config, self.class_names = clip.requires_grad_(False), config, list(class_names)
-        h = config.sre_hidden
+        c, vectors, nodes = len(class_names), len(class_vectors), len(adjacency)
+        if not c <= vectors == nodes:
+            raise ValueError(f"{c} classes, {vectors} class vectors, {nodes} graph nodes: expected a vector "
+                             "for each node, the classes first")
+        self.clip, self.options, self.class_names = clip.requires_grad_(False), options, list(class_names)
+        h = options.sre_hidden
         self.adapter = ImageAdapter(clip.embed_dim, h)
-        self.gcn = GCN(class_vectors.shape[1], h, config.sre_dropout)
-        self.bank = TargetBank(config.sre_bank, h, config.bank_ring, config.sre_batch)
+        self.gcn = GCN(class_vectors.shape[1], h, options.sre_dropout)
+        self.bank = TargetBank(options.sre_bank, h, options.bank_ring, options.sre_batch)
         self.register_buffer("class_vectors", class_vectors.float().clone())  # a checkpoint overwrites it
         self.register_buffer("adjacency", adjacency, persistent=False)
         self.register_buffer("unseen_ids", unseen, persistent=False)
 
     def trainable(self, phase: str) -> dict[str, nn.Parameter]:
-        """The parameters that the one phase trains, by name."""
-        trained = ("adapter.", "gcn.")
-        return {name: value for name, value in self.named_parameters() if name.startswith(trained)}
+        """The parameters that the one phase trains, by name: all but CLIP's."""
+        return {name: value for name, value in self.named_parameters() if not name.startswith("clip.")}
 
     def start(self, phase: str) -> None:
         """Nothing to prepare; dropout is on in training."""
         self.train()
 
     def optimizer(self, phase: str) -> torch.optim.SGD:
-        """SGD with Nesterov momentum 0.9 and weight decay 1e-4; two groups, adapter and graph head."""
+        """SGD with Nesterov momentum; a group's rate is `learning_rate` times its `factor`."""
         groups = [{"params": list(self.adapter.parameters()), "factor": 1.0},
-                  {"params": list(self.gcn.parameters()), "factor": GRAPH_RATE}]
-        return torch.optim.SGD(groups, lr=self.config.sre_lr, momentum=0.9, weight_decay=1e-4, nesterov=True)
+                  {"params": list(self.gcn.parameters()), "factor": 5.0}]
+        return torch.optim.SGD(groups, lr=self.options.sre_lr, momentum=0.9, weight_decay=1e-4, nesterov=True)
 
     def learning_rate(self, phase: str, epoch: int, step: int) -> float:
-        """The adapter's, at iteration i: eta (1 + gamma max(0, i - warm-up))^-power."""
-        i = epoch * EPOCH + step
-        return self.config.sre_lr * (1 + DECAY_GAMMA * max(0, i - self.config.sre_warmup)) ** -DECAY_POWER
+        """At iteration i: eta (1 + 0.001 max(0, i - warm-up))^-0.75."""
+        after_warmup = max(0, epoch * EPOCH + step - self.options.sre_warmup)
+        return self.options.sre_lr * (1 + 0.001 * after_warmup) ** -0.75
 
     def class_embeddings(self) -> Tensor:
         """E [c, h]: L2-normalised first c rows of the graph head's output."""
-        return F.normalize(self.gcn(self.class_vectors, self.adjacency)[: len(self.class_names)], dim=1)
+        return F.normalize(self.gcn(self.class_vectors, self.adjacency)[:len(self.class_names)], dim=1)
 
     def scaled(self, features: Tensor) -> Tensor:
         """features [b, e] -> f / |f| / temperature [b, h]"""
-        return F.normalize(self.adapter(features), dim=1) / self.config.sre_temperature
+        return F.normalize(self.adapter(features), dim=1) / self.options.sre_temperature
 
     def step(self, batch: Batch, phase: str) -> dict[str, Tensor]:
         """Loss terms of one iteration; `loss` is the one to minimise.
 
-        L_s during the warm-up (the target images enter the bank all the same), then L_t + 1.5 L_s; L_t weighs
-        `sre_target`, 0 in the ablation without target losses.
+        L_s during the warm-up (the target images enter the bank all the same), then L_t + 1.5 L_s.
         """
-        # Each of the two runs the graph head, so their dropout masks differ.
-        config, source, target = self.config, self.source_step(batch), self.target_step(batch.target)
+        source, target = self.source_step(batch), self.target_step(batch.target)
         loss = source["source"]
-        if batch.iteration >= config.sre_warmup:
-            loss = config.sre_target * target["target"] + config.sre_source * loss
+        if batch.iteration >= self.options.sre_warmup:
+            loss = target["target"] + self.options.sre_source * loss
         return {"loss": loss, **source, **target}
 
     def source_step(self, batch: Batch) -> dict[str, Tensor]:
         """L_s = CE(P, y) + 100 L-structure + 0.01 L-retain"""
-        config, e = self.config, self.class_embeddings()
+        options, e = self.options, self.class_embeddings()
         logits = self.scaled(batch.source) @ e.T
         ce = F.cross_entropy(logits, batch.labels)
-        similarity = logits * config.sre_temperature if config.retention_scale == "cosine" else logits  # S3
+        similarity = logits * options.sre_temperature if options.retention_scale == "cosine" else logits  # S3
         retention = losses.alignment_retention(similarity, e)
-        structure = self.structure(e, batch.permutation)
-        total = ce + config.sre_structure * structure + config.sre_retention * retention
+        structure = e.new_zeros(())
+        if options.structure_pairs == "pairs":  # S1: the released index has no gradient
+            c = min(options.structure_classes or len(e), len(e))  # S8
+            # Drawn on the CPU: the same pairs on every device.
+            permutation = torch.randperm(c).to(e.device) if batch.permutation is None else batch.permutation
+            structure = losses.relation_structure(self.class_vectors[:c], e[:c], permutation)
+        total = ce + options.sre_structure * structure + options.sre_retention * retention
         return {"source": total, "ce": ce, "structure": structure, "retention": retention}
 
-    def structure(self, e: Tensor, permutation: Tensor | None) -> Tensor:
-        """L-structure of E [c, h] under a permutation of the classes in it (drawn when None)."""
-        if self.config.structure_pairs == "diagonal":  # S1: the released index has no gradient
-            return e.new_zeros(())
-        c = min(self.config.structure_classes or len(e), len(e))  # S8
-        if permutation is None:
-            permutation = torch.randperm(c).to(e.device)  # drawn on the CPU: the same pairs on every device
-        return losses.relation_structure(self.class_vectors[:c], e[:c], permutation)
-
     def target_step(self, features: Tensor) -> dict[str, Tensor]:
-        """L_t = 3 L-ent + 5 L-div + 5 L-bias of features [b, e], the last two for a full bank; fills it."""
-        config, e = self.config, self.class_embeddings()
+        """L_t = 3 L-ent + 5 L-div + 5 L-bias of features [b, e], the last two once the bank is full.
+
+        It fills the bank. The graph head runs again: its dropout mask is another than the source's.
+        """
+        options, e = self.options, self.class_embeddings()
         x = self.scaled(features)
         entropy = losses.entropy(x @ e.detach().T)
         diversity = bias = e.new_zeros(())
@@ -225,22 +213,19 @@ class SRECLIP(nn.Module):
         self.bank.push(x)
         if was_full:
             diversity = losses.bank_diversity(self.bank.rows @ e.T)
-            bias = losses.seen_bias(x @ e.T, self.unseen_ids, config.sre_kappa)  # S5
-        total = config.sre_entropy * entropy + config.sre_diversity * diversity + config.sre_bias * bias
+            bias = losses.seen_bias(x @ e.T, self.unseen_ids, options.sre_kappa)  # S5
+        total = options.sre_entropy * entropy + options.sre_diversity * diversity + options.sre_bias * bias
         return {"target": total, "entropy": entropy, "diversity": diversity, "bias": bias}
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
-        """Test-time class logits [b, c], cosine / temperature, of CLIP features [b, e], not normalised.
-
-        Call `eval()` first: in training mode the graph head drops out.
-        """
-        return self.encode_features(features) @ self.class_embeddings().T / self.config.sre_temperature
+        """CLIP features [b, e], not normalised -> class logits [b, c]; call `eval()` first (dropout)."""
+        return self.encode_features(features) @ self.class_embeddings().T / self.options.sre_temperature
 
     @torch.no_grad()
     def encode_features(self, features: Tensor) -> Tensor:
         """CLIP features [b, e], not normalised -> adapted features [b, h], L2-normalised."""
-        return F.normalize(self.adapter(features, alone=self.config.test_attention == "alone"), dim=1)  # S2
+        return F.normalize(self.adapter(features, self.options.test_attention == "alone"), dim=1)  # S2
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -250,10 +235,8 @@ class SRECLIP(nn.Module):
 
 def check_unseen(unseen: Tensor, class_names: Sequence[str]) -> None:
     """ValueError unless there are an unseen and a seen class, and every index is a class."""
-    c = len(class_names)
-    if len(unseen) == 0:
-        raise ValueError("no class is unseen; name at least one that has no labelled image")
-    if len(set(unseen.tolist()) & set(range(c))) != len(unseen):
-        raise ValueError(f"unseen class indices {unseen.tolist()}: expected different numbers, 0 to {c - 1}")
-    if len(unseen) == c:
-        raise ValueError(f"all {c} classes are unseen; at least one needs labelled images")
+    c, ids = len(class_names), unseen.tolist()
+    if not 0 < len(ids) < c:
+        raise ValueError(f"{len(ids)} of {c} classes are unseen; expected at least one, and not all")
+    if len(set(ids) & set(range(c))) < len(ids):
+        raise ValueError(f"unseen class indices {ids}: expected different numbers from 0 to {c - 1}")

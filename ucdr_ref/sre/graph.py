@@ -1,29 +1,38 @@
-"""Class graph of SRE-CLIP: nodes, their names and hypernym edges, from JSON; normalised adjacency."""
+"""Class graph of SRE-CLIP: JSON file, normalised adjacency, class vectors of the nodes.
+
+The file holds the fields of `Graph`; an edge is [child, parent], node numbers from 0:
+
+    {"ids": ["n02129604", "n02127808"], "names": ["tiger", "big cat"], "lemmas": [["tiger"], ["big cat"]],
+     "edges": [[0, 1]], "classes": 1, "notice": "WordNet 3.0 Copyright ..."}
+"""
 from __future__ import annotations
 
 import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..clip.tensorfile import read_text
+from ..clip.model import CLIP
+from ..clip.weights import check_file, read_text
+from ..clip.zero_shot import class_text_features
 
 
 @dataclass(frozen=True)
 class Graph:
-    """N nodes, the c classes first; an edge is (child, parent), as node numbers."""
+    """N nodes, the c classes first."""
 
-    ids: list[str]  # WordNet synset ids, `n` and eight digits
+    ids: list[str]  # WordNet's, `n` and eight digits
     names: list[str]  # of a class as its list gives it, of an ancestor its first lemma
     lemmas: list[list[str]]
-    edges: list[tuple[int, int]]
+    edges: list[tuple[int, int]]  # (child, parent)
     classes: int
     notice: str  # WordNet's licence asks that it stay with every copy
 
@@ -37,8 +46,15 @@ def duplicates(items: Sequence[str]) -> list[str]:
     return [item for item, count in Counter(items).items() if count > 1]
 
 
+def save_graph(graph: Graph, path: str | Path) -> None:
+    """Writes JSON, one field per line."""
+    fields = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in asdict(graph).items())
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("{\n" + ",\n".join(fields) + "\n}\n", encoding="utf-8")
+
+
 def load_graph(path: str | Path) -> Graph:
-    """Reads `save_graph`'s file. Raises FileNotFoundError, or ValueError for malformed JSON or a bad edge."""
+    """Raises FileNotFoundError, or ValueError for a file that is no class graph."""
     text = read_text(path, "; build it with python -m ucdr_ref.sre.wordnet")
     try:
         return parse_graph(json.loads(text))
@@ -48,27 +64,100 @@ def load_graph(path: str | Path) -> Graph:
 
 
 def parse_graph(fields: dict[str, Any]) -> Graph:
-    """Checks types and lengths; raises KeyError, TypeError or ValueError with the reason."""
-    ids, names, lemmas = ([*fields[key]] for key in ("ids", "names", "lemmas"))
-    edges, classes = [(child, parent) for child, parent in fields["edges"]], fields["classes"]
-    if not len(ids) == len(names) == len(lemmas):
-        raise ValueError(f"{len(ids)} ids, {len(names)} names, {len(lemmas)} lemma lists")
-    if not all(isinstance(number, int) for number in chain([classes], *edges)):
-        raise TypeError("class count and edges must be whole numbers")
-    if not all(isinstance(text, str) for text in chain(ids, names, *lemmas)):
-        raise TypeError("ids, names and lemmas must be text")
-    for edge in edges:
-        if not all(0 <= node < len(ids) for node in edge):
-            raise ValueError(f"edge {list(edge)} leaves the graph's {len(ids)} nodes")
-    if not 0 < classes <= len(ids):
-        raise ValueError(f"{classes} classes among {len(ids)} nodes")
-    return Graph(ids, names, lemmas, edges, classes, str(fields.get("notice", "")))
+    """A Graph from its JSON object; raises KeyError, TypeError or ValueError with the reason."""
+    graph = Graph(**{**fields, "edges": [(child, parent) for child, parent in fields["edges"]]})
+    texts, numbers = chain(graph.ids, graph.names, *graph.lemmas), chain([graph.classes], *graph.edges)
+    if not all(isinstance(text, str) for text in texts) or not all(type(number) is int for number in numbers):
+        raise TypeError("expected text in ids, names and lemmas, whole numbers in edges and classes")
+    nodes = len(graph.ids)
+    if not nodes == len(graph.names) == len(graph.lemmas) >= graph.classes > 0:
+        raise ValueError(f"{nodes} ids, {len(graph.names)} names, {len(graph.lemmas)} lists of lemmas, "
+                         f"{graph.classes} classes")
+    if outside := [edge for edge in graph.edges if not 0 <= min(edge) <= max(edge) < nodes]:
+        raise ValueError(f"edge {list(outside[0])} leaves the {nodes} nodes")
+    return graph
 
 
-def normalised_adjacency(edges: Sequence[tuple[int, int]], nodes: int) -> Tensor:
-    """D^-1 (A + A^T + I) [N, N], rows sum to one, sparse: COO, whose product has a gradient everywhere."""
-    edge = torch.tensor(edges, dtype=torch.long).view(len(edges), 2).T
-    index = torch.cat([edge, edge.flip(0), torch.arange(nodes).expand(2, -1)], dim=1)
-    degree = torch.bincount(index[0], minlength=nodes)
-    values, size = 1 / degree[index[0]], (nodes, nodes)
-    return torch.sparse_coo_tensor(index, values, size, check_invariants=True).coalesce()
+def normalized_adjacency(edges: Sequence[tuple[int, int]], nodes: int) -> Tensor:
+    """Â = D^-1 (A + A^T + I) [N, N], rows sum to one; sparse COO, whose product has a gradient everywhere."""
+    child, parent = torch.tensor(edges, dtype=torch.long).view(-1, 2).T
+    self_loop = torch.arange(nodes)
+    index = torch.stack([torch.cat([child, parent, self_loop]), torch.cat([parent, child, self_loop])])
+    degree = index[0].bincount()
+    size = (nodes, nodes)
+    return torch.sparse_coo_tensor(index, 1 / degree[index[0]], size, check_invariants=True).coalesce()
+
+
+def node_vectors(graph: Graph, clip: CLIP, source: str = "clip") -> Tensor:
+    """X [N, w] on the CPU, rows L2-normalised (S4).
+
+    source "clip": text features of "a photo of a {name}" for every node; "clip-classes": of the classes, and
+    for an ancestor the mean over the classes below it, where a text tower knows no such words as
+    `vertebrate`; else a file of word vectors.
+    Raises ValueError for a node without a vector, and for two classes with identical vectors and parents.
+    """
+    c, names = graph.classes, graph.names
+    if source == "clip":
+        x = class_text_features(clip, names).cpu()
+    elif source == "clip-classes":
+        x = with_ancestors(class_text_features(clip, names[:c]).cpu(), graph)
+    else:
+        x = read_vectors(source, graph)
+    norms = x.norm(dim=1).tolist()
+    if missing := [name for name, norm in zip(names, norms) if not 0 < norm < torch.inf]:
+        raise ValueError(f"graph nodes without a class vector: {', '.join(missing)}; the file needs a line "
+                         "under the name or the WordNet id of each")
+    for i, j in (x[:c] @ x[:c].T > 1 - 1e-6).triu(1).nonzero().tolist():
+        parents_i, parents_j = ({parent for child, parent in graph.edges if child == k} for k in (i, j))
+        if parents_i == parents_j:  # no image could ever be told to be of the second
+            raise ValueError(f"classes {names[i]!r} and {names[j]!r} have identical vectors, which tell none "
+                             "of their images apart; give one of them another name or vector")
+    return x
+
+
+def with_ancestors(vectors: Tensor, graph: Graph) -> Tensor:
+    """Class vectors [c, w] -> X [N, w]: an ancestor's is the normalised mean over the classes below it."""
+    below = [{k} if k < graph.classes else set() for k in range(len(graph.ids))]
+    count = 0
+    while count != (count := sum(map(len, below))):  # until nothing more is passed up
+        for child, parent in graph.edges:
+            below[parent] |= below[child]
+    means = [vectors[sorted(classes)].mean(dim=0) for classes in below[graph.classes:]]
+    return torch.cat([vectors, F.normalize(torch.stack(means), dim=1)]) if means else vectors
+
+
+def read_vectors(path: str | Path, graph: Graph) -> Tensor:
+    """X [N, w] from GloVe-style text, `word v1 v2 ...` a line, words in lower case.
+
+    A node's vector is that under its WordNet id, or else the mean over its lemmas: of `killer whale` the
+    vector of `killer_whale`, or else the mean over `killer` and `whale`; 0 where there is none.
+    Raises FileNotFoundError, or ValueError that names a malformed line.
+    """
+    def spellings(lemma: str) -> tuple[str, list[str]]:
+        return canonical(lemma).replace(" ", "_"), re.split("[ -]", canonical(lemma))
+
+    wanted = set(graph.ids)
+    for whole, words in map(spellings, chain(*graph.lemmas)):
+        wanted |= {whole, *words}
+    table: dict[str, Tensor] = {}
+    width = 0
+    file = check_file(path, "; class vectors are clip, clip-classes or a file of `word v1 v2 ...` lines")
+    with open(file, encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            word, _, values = line.partition(" ")
+            if word in wanted:
+                width = width or len(values.split())
+                try:
+                    table[word] = torch.tensor([float(value) for value in values.split()]).view(width)
+                except (ValueError, RuntimeError):
+                    raise ValueError(f"{path}, line {number}: {line[:60]!r} is not a word and {width} numbers"
+                                     ) from None
+
+    rows = []
+    for synset, lemmas in zip(graph.ids, graph.lemmas):
+        found = [table[synset]] if synset in table else []
+        for whole, words in map(spellings, [] if found else lemmas):
+            known = [table[key] for key in ([whole] if whole in table else words) if key in table]
+            found += [torch.stack(known).mean(dim=0)] if known else []
+        rows.append(torch.stack(found).mean(dim=0) if found else torch.zeros(width))
+    return F.normalize(torch.stack(rows), dim=1)

@@ -14,22 +14,20 @@ def relation_structure(class_vectors: Tensor, embeddings: Tensor, permutation: T
 
     Mean over { D0(a, u) < D0(a, v) } of relu(D(a, u) - D(a, v)), 0 when there is none. D0, D: Euclidean
     distances between class vectors [c, w] and between embeddings E [c, h]; a: every class; (u, v): classes at
-    positions (i, j) of `permutation` [c] with i + j <= k - 1, where k = c. More than `limit` triples (about
-    c^3 / 4, so beyond 322 classes) would not fit: k is then lowered, which leaves all anchors and pairs of a
-    random k classes, with the same mean in expectation when no two distances tie (S8).
+    positions (i, j) of `permutation` [c] with i + j <= k - 1, where k = c. Those are c k^2 / 2 triples; where
+    they pass `limit` (beyond 256 classes), k is lowered: all anchors and the pairs of a random k classes,
+    with the same mean in expectation when no two distances tie (S8).
     """
     c = len(permutation)
-    k = c if c ** 3 <= 4 * limit else max(2, int((4 * limit / c) ** 0.5))  # S8
-    paired = permutation[:k]
+    k = c if c ** 3 <= 2 * limit else max(2, int((2 * limit / c) ** 0.5))  # S8
     exact = "donot_use_mm_for_euclid_dist"  # a matrix product would blur small distances and ties
-    d0, d = (torch.cdist(x, x[paired], compute_mode=exact) for x in (class_vectors, embeddings))
-    # S1: pairs of different columns, where the released index takes D's diagonal. (i, j) and (j, i) exclude
-    # each other, so each pair is visited once: the sign picks the order that D0 selects.
-    pairs = torch.triu_indices(k, k, offset=1, device=paired.device)
-    i, j = pairs[:, pairs.sum(dim=0) < k]
-    order = torch.sign(d0[:, j] - d0[:, i])
-    violation = F.relu(order * (d[:, i] - d[:, j]))
-    return violation.sum() / order.abs().sum().clamp(min=1)
+    d0, d = (torch.cdist(x, x[permutation[:k]], compute_mode=exact) for x in (class_vectors, embeddings))
+    position = torch.arange(k, device=permutation.device)
+    # S1: pairs of two columns, where the released index takes D's diagonal.
+    i, j = (position[:, None] + position < k).nonzero().unbind(dim=1)
+    nearer = d0[:, i] < d0[:, j]
+    violation = F.relu(d[:, i] - d[:, j]) * nearer
+    return violation.sum() / nearer.sum().clamp(min=1)
 
 
 def alignment_retention(similarity: Tensor, embeddings: Tensor) -> Tensor:

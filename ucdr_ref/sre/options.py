@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from math import inf
+from typing import Annotated, ClassVar, Literal
 
 
 @dataclass(frozen=True)
@@ -18,15 +19,6 @@ class Options:
         "class graph, JSON of `python -m ucdr_ref.sre.wordnet`; awa2 and toy name the shipped ones"] = ""
     unseen: Annotated[
         str, "FILE", "file with the unseen class names, one a line; empty: as marked in the class list"] = ""
-    folder_ids: Annotated[
-        str, "FILE",
-        "lines `folder nXXXXXXXX` for class folders that bear neither name nor WordNet id, or WebVision's "
-        "info folder; empty: none"] = ""
-    strict_source: Annotated[
-        Literal[0, 1],
-        "1: refuse a source with class folders outside the seen classes; 0: leave them out"] = 0
-    sre_features: Annotated[
-        str, "DIR", "encoded images are kept here, for other runs to use; empty: in the run folder"] = ""
 
     # ledger S
     structure_pairs: Annotated[
@@ -39,35 +31,29 @@ class Options:
         str, "KIND",
         "S4: node vectors: clip (text features), clip-classes (of the classes; ancestors: means), or a file "
         "`word v1 v2 ...`"] = "clip"
-    sre_kappa: Annotated[
-        float, "0 <= x <= 1", "S5: kappa of L-bias, and the share of unseen classes in calibrated rows"] = 0.3
+    sre_kappa: Annotated[float, (0, 1), "S5: kappa of L-bias"] = 0.3
     sre_report: Annotated[
         Literal["last", "best-test"],
         "S6: the last iteration, or each metric's maximum over evaluations on the test images"] = "last"
     bank_ring: Annotated[Literal["exact", "released"], "S7: target bank"] = "exact"
     structure_classes: Annotated[
-        int, "0 <= x", "S8: classes in the structure loss; 0: all, the released code takes the first 100"] = 0
-
-    # not published
-    sre_center: Annotated[
-        Literal[0, 1],
-        "1: source and target features each lose their mean before the method sees them (transductive)"] = 0
+        int, (0, inf), "S8: classes in the structure loss; 0: all, the released code takes the first 100"] = 0
 
     # numbers
-    sre_iterations: Annotated[int, "1 <= x <= 100000000", "iterations"] = 3000
-    sre_batch: Annotated[int, "1 <= x <= 1048576", "source and target batch"] = 256
-    sre_hidden: Annotated[int, "1 <= x <= 65536", "h, width of adapter and graph head"] = 1024
-    sre_temperature: Annotated[float, "0 < x", "temperature of the logits"] = 0.05
-    sre_structure: Annotated[float, "0 <= x", "weight of L-structure"] = 100.0
-    sre_retention: Annotated[float, "0 <= x", "weight of L-retain"] = 0.01
-    sre_entropy: Annotated[float, "0 <= x", "weight of L-ent"] = 3.0
-    sre_diversity: Annotated[float, "0 <= x", "weight of L-div"] = 5.0
-    sre_bias: Annotated[float, "0 <= x", "weight of L-bias"] = 5.0
-    sre_source: Annotated[float, "0 <= x", "weight of the source loss after the warm-up"] = 1.5
-    sre_target: Annotated[
-        float, "0 <= x", "weight of the target loss; 0 leaves L-ent, L-div and L-bias out"] = 1.0
-    sre_bank: Annotated[int, "1 <= x <= 1048576", "rows of the target bank"] = 768
-    sre_warmup: Annotated[int, "0 <= x", "iterations of the source loss alone"] = 600
-    sre_dropout: Annotated[float, "0 <= x < 1", "dropout in the graph head"] = 0.5
+    sre_iterations: Annotated[int, (1, inf), "iterations"] = 3000
+    sre_hidden: Annotated[int, (1, inf), "h, width of adapter and graph head"] = 1024
+    sre_structure: Annotated[float, (0, inf), "weight of L-structure"] = 100.0
+    sre_retention: Annotated[float, (0, inf), "weight of L-retain"] = 0.01
+    sre_entropy: Annotated[float, (0, inf), "weight of L-ent"] = 3.0
+    sre_diversity: Annotated[float, (0, inf), "weight of L-div"] = 5.0
+    sre_bias: Annotated[float, (0, inf), "weight of L-bias"] = 5.0
+    sre_warmup: Annotated[int, (0, inf), "iterations of the source loss alone"] = 600
+    sre_dropout: Annotated[float, (0, 0.99), "dropout in the graph head"] = 0.5
     sre_lr: Annotated[
-        float, "0 <= x", "learning rate of the adapter; the graph head's is five times it"] = 1e-3
+        float, (0, inf), "learning rate of the adapter; the graph head's is five times it"] = 1e-3
+
+    # fixed, as published
+    sre_batch: ClassVar[int] = 256  # source and target batch
+    sre_bank: ClassVar[int] = 768  # rows of the target bank
+    sre_temperature: ClassVar[float] = 0.05  # of the logits
+    sre_source: ClassVar[float] = 1.5  # weight of the source loss after the warm-up

@@ -1,4 +1,4 @@
-"""WordNet 3.0's noun files -> hypernym closure of a class list -> class graph, as JSON.
+"""WordNet 3.0's noun files -> hypernym closure of a class list -> class graph, as JSON (see `graph`).
 
     python -m ucdr_ref.sre.wordnet --wordnet DIR --classes FILE --out graph.json
 
@@ -7,18 +7,15 @@ DIR holds `data.noun` and `index.noun` (Debian package `wordnet-base`: /usr/shar
 from __future__ import annotations
 
 import argparse
-import io
-import json
-import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from ..clip.tensorfile import read_text, regular_file
-from .graph import Graph, canonical, duplicates
+from ..clip.weights import read_text
+from .graph import Graph, canonical, duplicates, save_graph
 
 SYNSET_ID = re.compile(r"n\d{8}")
 
@@ -30,64 +27,56 @@ class ClassLine(NamedTuple):
 
 
 class WordNet:
-    """WordNet 3.0's nouns. A synset's id is `n` and its byte offset in `data.noun`, where it is read."""
+    """WordNet 3.0's nouns; a synset's id is `n` and its eight digits in the files."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Raises FileNotFoundError for a missing file, ValueError for a malformed line of `index.noun`."""
+        """Raises FileNotFoundError for a missing file, ValueError for a line that is not WordNet's."""
+        self.lemmas: dict[str, list[str]] = {}  # {synset: its words, `_` within}
+        self.hypernyms: dict[str, list[str]] = {}  # {synset: direct ones}
+        self.glosses: dict[str, str] = {}
+        self.senses: dict[str, list[str]] = {}  # {lemma: synsets, the most frequent first}
         advice = "; install Debian's wordnet-base (/usr/share/wordnet) or unpack WordNet 3.0's database files"
-        self.path, index = regular_file(Path(folder, "data.noun"), advice), Path(folder, "index.noun")
-        self.data = io.BytesIO(self.path.read_bytes())
-        self.senses: dict[str, list[str]] = {}  # ids of a lemma's synsets
-        for number, line in enumerate(read_text(index, advice).splitlines(), start=1):
-            if line.startswith("  "):  # licence header
-                continue
-            try:
-                lemma, _, count, *rest = line.split()
-                self.senses[lemma] = [f"n{int(offset):08d}" for offset in rest[-int(count):]]
-            except ValueError:
-                raise ValueError(f"{index}, line {number}: {line[:60]!r} is not WordNet 3.0's") from None
+        for name, add in (("index.noun", self.add_lemma), ("data.noun", self.add_synset)):
+            path, licence = Path(folder, name), []
+            for line in read_text(path, advice).splitlines():
+                if line.startswith("  "):
+                    licence.append(re.sub(r"^\s*\d+ ", "", line).strip())  # without the line's number
+                    continue
+                try:
+                    add(line)
+                except (ValueError, IndexError):
+                    raise ValueError(f"{path}: {line[:60]!r} is no line of WordNet 3.0") from None
+        self.notice = "\n".join(licence)
+        if not self.lemmas.keys() >= {*chain(*self.senses.values(), *self.hypernyms.values())}:
+            raise ValueError(f"{path} lacks synsets that other lines name; is it whole?")
 
-    def notice(self) -> str:
-        """The licence in the header of `data.noun`, its line numbers removed."""
-        lines = self.data.getvalue()[:8192].decode("utf-8", errors="replace").splitlines()
-        header = [re.sub(r"^\s*\d+ ", "", line).strip() for line in lines if line.startswith("  ")]
-        return "\n".join(header) or "WordNet 3.0 Copyright 2006 by Princeton University. All rights reserved."
+    def add_lemma(self, line: str) -> None:
+        """`lemma n S ... (offset)*S`, S senses"""
+        lemma, _, count, *rest = line.split()
+        self.senses[lemma] = ["n" + offset for offset in rest[-int(count):]]
 
-    def line(self, synset: str) -> bytes:
-        self.data.seek(int(synset[1:]))
-        return self.data.readline()
+    def add_synset(self, line: str) -> None:
+        """`offset file n W (lemma id)*W P (symbol offset part source)*P | gloss`, W in base 16"""
+        fields, gloss = line.split(" | ", maxsplit=1)
+        offset, _, _, count, *rest = fields.split()
+        words = 2 * int(count, 16)
+        lemmas, pointers = rest[:words:2], rest[words + 1:]
+        if not lemmas or len(pointers) != 4 * int(rest[words]):
+            raise ValueError
+        self.lemmas["n" + offset], self.glosses["n" + offset] = lemmas, gloss.strip()
+        self.hypernyms["n" + offset] = [  # `@`; an instance's `@i` does not count
+            "n" + target for symbol, target in zip(pointers[::4], pointers[1::4]) if symbol == "@"]
 
-    def has(self, synset: str) -> bool:
-        return self.line(synset).startswith(f"{synset[1:]} ".encode())
+    def first_lemma(self, synset: str) -> tuple[str, str]:
+        return self.lemmas[synset][0].lower() + ".", synset
 
-    def synset(self, synset: str) -> tuple[list[str], list[str]]:
-        """Lemmas and direct hypernyms (`@`, without an instance's `@i`) of a synset id."""
-        try:
-            number, _, kind, count, *rest = self.line(synset).decode().split(" | ")[0].split()
-            words = 2 * int(count, 16)
-            lemmas, pointers = rest[:words:2], rest[words + 1:]
-            if not lemmas or ("n" + number, kind, len(pointers)) != (synset, "n", 4 * int(rest[words])):
-                raise ValueError
-            links = zip(pointers[::4], pointers[1::4])
-            return lemmas, [f"n{int(target):08d}" for symbol, target in links if symbol == "@"]
-        except (ValueError, IndexError):
-            raise ValueError(f"{self.path} has no noun synset at byte {synset[1:]}: expected WordNet 3.0's "
-                             "own file, unchanged") from None
-
-    def synset_name(self, synset: str) -> str:
-        """`first_lemma.n.SENSE`, by which the hypernyms of a synset are sorted."""
-        lemma = self.synset(synset)[0][0].lower()
-        senses = self.senses.get(lemma, [])
-        return f"{lemma}.n.{senses.index(synset) + 1 if synset in senses else 0:02d}"
-
-    def first_sense(self, name: str) -> str | None:
-        """Id of the first noun sense of a name (spaces, `_` or `+` between words), if it has one."""
-        senses = self.senses.get(canonical(name).replace(" ", "_"))
-        return senses[0] if senses else None
+    def find(self, line: ClassLine) -> list[str]:
+        """The id of a class, or else the ids of its name's senses."""
+        return [line.id] if line.id else self.senses.get(canonical(line.name).replace(" ", "_"), [])
 
 
 def read_classes(path: str | Path) -> list[ClassLine]:
-    """Lines `[seen|unseen] nXXXXXXXX [name]` or `name`; empty lines and `#` comments are skipped.
+    """Lines `[seen|unseen] [nXXXXXXXX] name`; after an id the name may be missing. `#` starts a comment line.
 
     Raises FileNotFoundError, or ValueError for a file without a class, and a class (by id where there is one)
     listed twice: classes with different ids may have one name.
@@ -97,8 +86,7 @@ def read_classes(path: str | Path) -> list[ClassLine]:
         words = text.split()
         if not words or words[0].startswith("#"):
             continue
-        marked = words[0] in ("seen", "unseen") and SYNSET_ID.fullmatch(" ".join(words[1:2]))
-        split = words.pop(0) if marked else None
+        split = words.pop(0) if words[0] in ("seen", "unseen") and len(words) > 1 else None
         synset = words.pop(0) if SYNSET_ID.fullmatch(words[0]) else None
         lines.append(ClassLine(split, synset, " ".join(words)))
     if not lines:
@@ -109,54 +97,46 @@ def read_classes(path: str | Path) -> list[ClassLine]:
 
 
 def build_graph(wordnet: WordNet, classes: Sequence[ClassLine]) -> Graph:
-    """Hypernym closure: the classes in their order, their ancestors breadth-first; edges by child.
+    """The classes in their order, then their ancestors breadth-first, hypernyms by their first lemma.
 
-    A class without an id takes the first noun sense of its name, one without a name the first word of its
-    synset. Hypernyms of a synset follow their synset names' order.
-    Raises ValueError that lists every class missing in WordNet, or two classes that are one synset.
+    A class without an id is its name's first sense, one without a name gets its synset's first lemma. Raises
+    ValueError that lists the classes not found and those whose first sense has no hypernym (for `crane` the
+    writer Stephen Crane), or classes of one synset.
     """
-    ids: list[str] = []
-    missing = []
+    ids, refused = [], []
     for line in classes:
-        synset = line.id or wordnet.first_sense(line.name)
-        if synset and wordnet.has(synset):
-            ids.append(synset)
-        else:
-            missing.append(f"{line.name} ({line.id})" if line.id else line.name)
-    if missing:
-        raise ValueError(f"missing among WordNet 3.0's nouns: {', '.join(missing)}; give `nXXXXXXXX name`")
+        synset = next(iter(wordnet.find(line)), "")
+        ids.append(synset)
+        if synset not in wordnet.lemmas or not (line.id or wordnet.hypernyms[synset]):
+            refused.append(f"{line.name} ({synset})" if synset else line.name)
+    if refused:
+        raise ValueError(f"no noun of WordNet 3.0, or the first sense has no hypernym: {', '.join(refused)}; "
+                         "give `nXXXXXXXX name`")
     if twice := duplicates(ids):
         same = [line.name for line, synset in zip(classes, ids) if synset == twice[0]]
         raise ValueError(f"classes {' and '.join(same)} are one WordNet synset ({twice[0]}); keep one")
 
     number = {synset: k for k, synset in enumerate(ids)}
-    lemmas: list[list[str]] = []
-    edges: list[tuple[int, int]] = []
-    for child, synset in enumerate(ids):  # grows while it is walked: breadth-first
-        words, hypernyms = wordnet.synset(synset)
-        lemmas.append([word.replace("_", " ") for word in words])
-        for parent in sorted(hypernyms, key=wordnet.synset_name):
+    edges = []
+    for child, synset in enumerate(ids):  # grows while it is walked
+        for parent in sorted(wordnet.hypernyms[synset], key=wordnet.first_lemma):
             if parent not in number:
                 number[parent] = len(ids)
                 ids.append(parent)
             edges.append((child, number[parent]))
-    names = [words[0] for words in lemmas]
-    for k, line in enumerate(classes):
-        names[k] = re.sub(r"[_+]+", " ", line.name) or names[k]
-    return Graph(ids, names, lemmas, edges, len(classes), wordnet.notice())
+    lemmas = [[word.replace("_", " ") for word in wordnet.lemmas[synset]] for synset in ids]
+    names = [re.sub("[_+]+", " ", line.name) for line in classes] + [""] * (len(ids) - len(classes))
+    names = [name or words[0] for name, words in zip(names, lemmas)]
+    return Graph(ids, names, lemmas, edges, len(classes), wordnet.notice)
 
 
-def save_graph(graph: Graph, path: str | Path) -> None:
-    """Writes JSON, one field per line, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fields = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in asdict(graph).items())
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text("{\n" + fields + "\n}\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def list_senses(wordnet: WordNet, line: ClassLine) -> None:
+    """Prints the senses of a name that has several, with ids to choose from; the first is taken."""
+    senses = wordnet.find(line)
+    if len(senses) > 1:
+        print(f"{line.name}: the first of {len(senses)} senses is taken; `nXXXXXXXX name` takes another")
+        for synset in senses:
+            print(f"  {synset} {', '.join(wordnet.lemmas[synset])}: {wordnet.glosses[synset]}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -164,11 +144,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                                      description="hypernym closure of a class list")
     parser.add_argument("--wordnet", required=True, metavar="DIR", help="folder of data.noun and index.noun")
     parser.add_argument("--classes", required=True, metavar="FILE",
-                        help="per line: [seen|unseen] [nXXXXXXXX] name")
+                        help="per line: [seen|unseen] [nXXXXXXXX] name; a name alone takes its first sense")
     parser.add_argument("--out", required=True, metavar="FILE", help="the graph, as JSON")
     args = parser.parse_args(argv)
     try:
-        graph = build_graph(WordNet(args.wordnet), read_classes(args.classes))
+        wordnet, classes = WordNet(args.wordnet), read_classes(args.classes)
+        for line in classes:
+            list_senses(wordnet, line)
+        graph = build_graph(wordnet, classes)
         save_graph(graph, args.out)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -68,15 +68,15 @@ class ClassQueues(nn.Module):
 class UCDRAdapter(nn.Module):
     """CLIP, frozen, with text template (T), source prompts (P) and target prompt generator (A).
 
-    class_names [c], domain_names [s]: of the training images. class_features [c, e]: in place of the template
-    (D13). Where processes share a batch, gather turns rows [b, ...] into those of all, and batch_offset this
-    one's number of images into (number of the first, number of all). Raises ValueError for a class name that
-    is too long, text without a text tower, and options.class_features that are neither text nor given.
+    class_names [c], domain_names [s]: of the training images. class_features [c, e]: anchors in place of text
+    (D13). Where processes share a batch, gather turns rows [b, ...] into those of all, and batch_offset turns
+    this one's number of images into (number of the first, number of all). Raises ValueError for class names
+    that are too long, text without a text tower, and options.class_features that are not given.
     """
 
     PHASES: tuple[str, ...] = ("source", "target")
     TRAINED = {"source": ("template.ctx", "domain_prompts", "class_prompts"),
-               "target": ("generator.", "class_token", "proj")}
+               "target": ("generator.", "class_token", "proj")}  # beginnings of names
 
     anchors: Tensor  # t_c [c, e]; of a template not before start("target")
     momentum_domain_prompts: Tensor  # [s, p, d]
@@ -149,14 +149,16 @@ class UCDRAdapter(nn.Module):
 
         With ids [b] (phase 2) the rows of the image's own class and domain are masked; a test has none.
         """
-        patches, banks = self.clip.visual.embed(images), (self.domain_prompts, self.class_prompts)
+        patches = self.clip.visual.embed(images)
         if self.options.target_epochs == 0:  # phase 1 alone has no generator: the banks' means stand in
-            prompts = [bank.mean((0, 1)).expand(len(images), 1, -1) for bank in banks]
-        else:
-            query = self.query_feature(patches)
-            own = (domain_ids, class_ids) if self.options.mask == "own" else (None, None)  # D1
-            prompts = [self.generator(query, bank, ids) for bank, ids in zip(banks, own)]
-        return self.encode_tokens(patches, *prompts)
+            means = (bank.mean((0, 1)) for bank in (self.domain_prompts, self.class_prompts))
+            return self.encode_tokens(patches, *(mean.expand(len(images), 1, -1) for mean in means))
+        if self.options.mask == "none":  # D1
+            class_ids = domain_ids = None
+        query = self.query_feature(patches)
+        domain_prompt = self.generator(query, self.domain_prompts, domain_ids)
+        class_prompt = self.generator(query, self.class_prompts, class_ids)
+        return self.encode_tokens(patches, domain_prompt, class_prompt)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -166,8 +168,8 @@ class UCDRAdapter(nn.Module):
 
     def trainable(self, phase: str) -> dict[str, nn.Parameter]:
         """The parameters that `phase` trains, by name; everything else stays frozen."""
-        wanted = self.TRAINED[phase]
-        return {name: value for name, value in self.named_parameters() if name.startswith(wanted)}
+        names = self.TRAINED[phase]
+        return {name: value for name, value in self.named_parameters() if name.startswith(names)}
 
     def optimizer(self, phase: str) -> torch.optim.Optimizer:
         rate = self.learning_rate(phase, epoch=0, step=0)
@@ -182,7 +184,7 @@ class UCDRAdapter(nn.Module):
 
     @torch.no_grad()
     def start(self, phase: str) -> None:
-        """Computes the text features once for phase 2, where they are constants."""
+        """Before phase 2, in which text features are constants, they are computed."""
         if phase == "target":
             self.anchors.copy_(self.text_features())
             self.started = True

@@ -34,6 +34,7 @@ def center(z: Tensor, mean: Tensor | None = None) -> Tensor:
 
 
 def unit(z: Tensor) -> Tensor:
+    """N(z), float64"""
     return F.normalize(z.double(), dim=1)
 
 
@@ -61,8 +62,8 @@ class ClosedForm(nn.Module):
     def __init__(self, mean: Tensor, subspace: Tensor, whitening: Tensor) -> None:
         super().__init__()
         self.register_buffer("mean", mean.float())
-        self.register_buffer("subspace", subspace.float().contiguous())
-        self.register_buffer("whitening", whitening.float().contiguous())
+        self.register_buffer("subspace", subspace.float())
+        self.register_buffer("whitening", whitening.float())
 
     def forward(self, z: Tensor) -> Tensor:
         """z [n, e] -> [n, e], L2-normalised, float32"""
@@ -74,8 +75,8 @@ class ClosedForm(nn.Module):
 class Measured(NamedTuple):
     """Everything of a ClosedForm but lambda."""
 
-    mean: Tensor  # m [e]
-    subspace: Tensor  # U [e, s - 1]
+    mean: Tensor
+    subspace: Tensor
     within: Tensor  # S_w [e, e]
 
     def form(self, strength: float) -> ClosedForm:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..clip.model import CLIP
 from ..clip.tokenizer import encode, tokenize
-from ..clip.zero_shot import readable
+from ..clip.zero_shot import class_to_text
 
 
 class TextTemplate(nn.Module):
@@ -27,7 +27,7 @@ class TextTemplate(nn.Module):
         super().__init__()
         clip.require_text()
         self.ctx = nn.Parameter(torch.empty(m, clip.text_width).normal_(std=0.02))
-        texts = [f"a photo of {readable(name)} from {' '.join('X' * m)} domain." for name in class_names]
+        texts = [f"a photo of {class_to_text(name)} from {' '.join('X' * m)} domain." for name in class_names]
         lengths = [len(encode(text)) for text in texts]
         for name, length in zip(class_names, lengths):
             if length > clip.context_length:
