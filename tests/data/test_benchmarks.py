@@ -192,9 +192,8 @@ def test_splits_depend_on_neither_the_seed_nor_the_order_of_the_folder(tidy, mon
         before = protocol_of(dataset, tidy[dataset])
         assert protocol_of(dataset, tidy[dataset], seed=7) == before
         with monkeypatch.context() as patch:
-            walk = os.walk
-            patch.setattr(os, "walk", lambda *call, **more: ((folder, folders, files[::-1])
-                                                             for folder, folders, files in walk(*call, **more)))
+            patch.setattr(os, "walk", lambda *call, walk=os.walk, **more: (
+                (folder, folders, files[::-1]) for folder, folders, files in walk(*call, **more)))
             assert protocol_of(dataset, tidy[dataset]) == before
 
 

@@ -245,9 +245,9 @@ def roles(config: Config, dataset: Dataset | None, tree: Tree) -> tuple[str | No
     there = ", ".join(sorted(tree))
 
     def named(flag: str, name: str) -> str:
-        spelt = [name, *(domain for domain in tree if folder_key(domain) == folder_key(name))]
-        if found := [domain for domain in spelt if domain in tree]:
-            return found[0]
+        for domain in (name, *tree):
+            if domain in tree and folder_key(domain) == folder_key(name):
+                return domain
         raise ValueError(f"{flag} {name!r}: no such domain in {config.data_root}; there are {there}")
 
     held_out = None if config.held_out == "none" else named("--held-out", config.held_out)

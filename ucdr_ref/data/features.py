@@ -7,16 +7,15 @@ from __future__ import annotations
 import os
 import sys
 import time
-import typing
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..cli import ProgressLine, digest_of, load_state, make_folder, one_line, save_atomic
-from ..clip.model import CLIP
 from ..clip.zero_shot import normalize, resize_crop
 from ..distributed import all_gather, autocast, rank, world_size
 from .folders import File, folder_key, list_images
@@ -26,19 +25,11 @@ EVAL_BATCH = 128
 SAVE_SECONDS = 60  # between two writings of an index
 
 
-class Encoder(typing.Protocol):
-    """What extraction needs of a method."""
-
-    clip: CLIP
-
-    def encode(self, images: Tensor) -> Tensor: ...
-
-
 @dataclass(frozen=True)
 class Extractor:
     """A method on its device: image files in, features [n, e] (float32) out."""
 
-    method: Encoder
+    method: Any  # with `clip` and `encode`: images [b, 3, H, W] -> features [b, e]
     device: torch.device
     precision: str
     workers: int
@@ -165,12 +156,10 @@ def load_rows(path: Path, files: Collection[File]) -> tuple[dict[File, int], lis
         return {}, []
     try:
         content = load_state(path)
-        names, rows, state = content["names"].split("\0"), content["rows"], content["state"].tolist()
-        if not (len(names) == len(state) == len(rows) and rows.ndim == 2 and rows.isfinite().all()):
-            raise ValueError(f"{len(names)} images, rows {list(rows.shape)}")
-        stored = {(name, *values): i for i, (name, values) in enumerate(zip(names, state))}
+        names, state = content["names"].split("\0"), content["state"].tolist()
+        stored = {(name, *values): i for i, (name, values) in enumerate(zip(names, state, strict=True))}
         kept = [file for file in files if file in stored]
-        return {file: i for i, file in enumerate(kept)}, [rows[[stored[file] for file in kept]]]
+        return {file: i for i, file in enumerate(kept)}, [content["rows"][[stored[file] for file in kept]]]
     except Exception as error:  # whatever is wrong with it, it can be made anew
         print(f"{path}: broken index ({one_line(error)}); the images are encoded again", file=sys.stderr)
         return {}, []
