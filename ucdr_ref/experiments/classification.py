@@ -55,12 +55,13 @@ class Data:
     target: ClassFolder
 
     def digests(self) -> dict[str, tuple[int, str]]:
-        """Of the images' names in each folder, and of what the method takes from the graph."""
-        folders = {**{f"source {i}": folder for i, folder in enumerate(self.sources)}, "target": self.target}
+        """Length and digest of every list of images, and of what the method takes from the graph."""
         graph = self.graph
         content = [graph.ids, graph.names, graph.edges, graph.classes, self.unseen]
-        return {name: (len(folder.files), folder.files.digest(os.path.realpath(folder.root)))
-                for name, folder in folders.items()} | {"graph": (len(graph.ids), digest_of(content))}
+        folders = {**{f"source {i}": folder for i, folder in enumerate(self.sources)}, "target": self.target}
+        return {"graph": (len(graph.ids), digest_of(content)),
+                **{name: (len(folder.files), folder.files.digest(os.path.realpath(folder.root)))
+                   for name, folder in folders.items()}}
 
 
 class Features(NamedTuple):
@@ -72,16 +73,15 @@ class Features(NamedTuple):
 
 
 def load_data(config: Config) -> tuple[Config, Data]:
-    """Graph and folders; the drawn data is drawn first where it is absent."""
-    one_process("sre-clip, which encodes each image once and then works on features,")
+    """Graph and folders; drawn data is drawn first where it is absent."""
+    one_process("sre-clip")
     if config.dataset == "toy":
         config = draw_data(config)
     graph, unseen = read_graph(config)
     if not (config.source and config.target):
-        raise ValueError("sre-clip adapts labelled source folders to an unlabelled target: give --source DIR and "
-                         "--target DIR")
+        raise ValueError("sre-clip needs labelled and unlabelled images: give --source DIR and --target DIR")
     if os.path.realpath(config.target) in map(os.path.realpath, config.source):
-        raise ValueError(f"--target {config.target} is a --source too: its labels would be trained on")
+        raise ValueError(f"--target {config.target} is a --source too, whose labels would be trained on")
     seen = set(range(graph.classes)) - set(unseen)
     sources = [scan_folder("--source", root, graph, seen) for root in config.source]
     return config, Data(graph, unseen, sources, scan_folder("--target", config.target, graph))
@@ -105,25 +105,25 @@ def draw_data(config: Config) -> Config:
     if config.source or config.target:
         raise ValueError("--dataset toy draws its own images; leave --source and --target out, or give "
                          "--dataset folder")
-    root = Path(config.data_root)
+    source, target = Path(config.data_root, "source"), Path(config.data_root, "target")
     seen = [name for name in CLASSES if name not in SPLIT["test"]]
-    write_dataset(root / "source", seen, ["real"], config.toy_images)
-    write_dataset(root / "target", CLASSES, ["sketch"], config.toy_images)
-    return replace(config, source=(str(root / "source" / "real"),), target=str(root / "target" / "sketch"))
+    write_dataset(source, seen, ["real"], config.toy_images)
+    write_dataset(target, CLASSES, ["sketch"], config.toy_images)
+    return replace(config, source=(str(source / "real"),), target=str(target / "sketch"))
 
 
 def read_graph(config: Config) -> tuple[Graph, list[int]]:
     """The class graph, and the indices of its unseen classes.
 
     `--graph` names a shipped graph, which brings its list, or a file. `--unseen` is a file of names or ids,
-    or a whole class list, `seen|unseen nXXXXXXXX name`, whose classes must be the graph's, in their order.
-    Raises FileNotFoundError or ValueError, also when no class is unseen.
+    or a whole class list with lines `seen|unseen nXXXXXXXX name`. Raises FileNotFoundError or ValueError,
+    also when no class is unseen.
     """
     graph_file, unseen_file = config.graph, config.unseen
     shipped = sorted(path.stem for path in SHIPPED.glob("*.json"))
     if graph_file in shipped:
-        graph_file, unseen_file = (str(SHIPPED / f"{config.graph}.json"),
-                                   unseen_file or str(SHIPPED / f"{config.graph}.txt"))
+        unseen_file = unseen_file or str(SHIPPED / f"{graph_file}.txt")
+        graph_file = str(SHIPPED / f"{graph_file}.json")
     if not graph_file or not unseen_file:
         raise ValueError("which classes, and which of them are unseen? give --graph FILE (python -m "
                          "ucdr_ref.sre.wordnet builds one) and --unseen FILE, a name a line, or --graph "
@@ -132,15 +132,12 @@ def read_graph(config: Config) -> tuple[Graph, list[int]]:
     names = [canonical(name) for name in graph.names[:graph.classes]]
     index = {name: k for k, name in enumerate(names) if names.count(name) == 1}
     index |= {synset: k for k, synset in enumerate(graph.ids[:graph.classes])}
-    keys = [line.id or canonical(line.name) for line in lines]
+    keys = {line.id or canonical(line.name): line.split for line in lines}
     if missing := [key for key in keys if key not in index]:
-        raise ValueError(f"{unseen_file}: none, or several, of the graph's {graph.classes} classes are called "
-                         f"{abbreviate(missing)}; give an id, `nXXXXXXXX name`, where there are several")
-    listed, whole = [index[key] for key in keys], any(line.split == "seen" for line in lines)
-    if whole and listed != list(range(graph.classes)):
-        raise ValueError(f"{unseen_file}: its {len(lines)} classes are not the {graph.classes} of "
-                         f"{config.graph}, in their order; build the graph from this very list")
-    unseen = sorted({k for k, line in zip(listed, lines) if line.split == "unseen" or not whole})
+        raise ValueError(f"{unseen_file}: not the name of one of the graph's {graph.classes} classes: "
+                         f"{abbreviate(missing)}; where several have it, give an id, `nXXXXXXXX name`")
+    whole = "seen" in keys.values()
+    unseen = sorted(index[key] for key, split in keys.items() if split == "unseen" or not whole)
     check_unseen(torch.tensor(unseen, dtype=torch.long), graph.names[:graph.classes])
     return graph, unseen
 
@@ -151,16 +148,17 @@ def describe(config: Config, data: Data, method: SRECLIP) -> list[str]:
     lines = [f"graph    {graph.classes} classes ({len(data.unseen)} unseen), {len(graph.ids)} nodes, "
              f"{len(graph.edges)} edges"]
     for part, folder in [*(("source", folder) for folder in data.sources), ("target", data.target)]:
-        lines.append(f"{part}   {len(folder.files)} images, {len(set(folder.labels))} classes ({folder.root})")
+        classes = len(set(folder.labels))
+        lines.append(f"{part}   {len(folder.files)} images, {classes} classes ({folder.root})")
         if folder.skipped:
-            lines.append(f"note     {len(folder.skipped)} class folders outside the seen classes are not used: "
+            lines.append(f"note     {len(folder.skipped)} folders of other than seen classes are not used: "
                          f"{abbreviate(folder.skipped, 100)}")
     known = {*data.unseen, *(label for folder in data.sources for label in folder.labels)}
     if bare := [name for k, name in enumerate(graph.names[:graph.classes]) if k not in known]:
         lines.append(f"note     seen classes without a source image: {abbreviate(bare)}")
     count = sum(parameter.numel() for parameter in method.trainable("sre").values())
-    return [*lines, f"phase sre: {config.sre_iterations} steps of {config.sre_batch} source and target images; "
-                    f"{count:,} trainable parameters"]
+    return [*lines, f"phase sre: {config.sre_iterations} steps of {config.sre_batch} source and target "
+                    f"images; {count:,} trainable parameters"]
 
 
 def build_method(config: Config, clip: CLIP, graph: Graph, unseen: list[int], vectors: Tensor) -> SRECLIP:
@@ -170,33 +168,33 @@ def build_method(config: Config, clip: CLIP, graph: Graph, unseen: list[int], ve
 
 def new_method(config: Config, clip: CLIP, data: Data) -> SRECLIP:
     """The method before training, drawn from torch's global generator."""
-    return build_method(config, clip, data.graph, data.unseen, node_vectors(data.graph, clip, config.class_vectors))
+    vectors = node_vectors(data.graph, clip, config.class_vectors)
+    return build_method(config, clip, data.graph, data.unseen, vectors)
 
 
 def restore_method(config: Config, clip: CLIP, state: dict[str, Any], path: Path) -> SRECLIP:
     """The method of a checkpoint, ready to encode."""
     with as_value_error(path, "is no checkpoint of SRE-CLIP", "train again"):
-        vectors = state["method"]["class_vectors"]
-        method = build_method(config, clip, parse_graph(state["graph"]), state["unseen_ids"], vectors)
+        graph, vectors = parse_graph(state["graph"]), state["method"]["class_vectors"]
+        method = build_method(config, clip, graph, state["unseen_ids"], vectors)
     load_own_state(method, state["method"], path)
     return method.to(next(clip.parameters()).device).eval()
 
 
 def load_features(folders: Sequence[ClassFolder], clip: CLIP, config: Config, cache: Path) -> Features:
-    """Features of the folders' images by the frozen tower, all in memory: n x e floats.
+    """Features of the folders' images by the frozen tower, in memory; `cache` keeps them for all runs.
 
-    They are of the same files (names, sizes, times), weights and preprocessing as the index in `cache`, which
-    all runs share. Raises ValueError for an unreadable image.
+    Raises ValueError for an unreadable image.
     """
     device = next(clip.parameters()).device
     extractor = Extractor(ZeroShot(clip, normalized=False), device, config.precision, config.workers,
                           config.stroke_domains)
     key = digest_of(["image features", file_digest(config.weights)])
-    rows, paths, labels = [], [], []
+    rows, paths, labels = list[Tensor](), list[str](), list[int]()
     for folder in folders:
         index = load_index(folder.root, extractor, key, cache, without=folder.skipped)
         if index.unreadable:
-            raise ValueError(f"{index.unreadable[0]}; replace or remove it")
+            raise ValueError(f"{index.unreadable[0]}: not a readable image; replace or remove it")
         label = dict(zip(folder.files.paths, folder.labels))
         used = [i for i in range(len(index.paths)) if index.path(i) in label]
         rows.append(index.features[used])
@@ -211,9 +209,9 @@ def training(config: Config, data: Data, method: SRECLIP, folder: Path,
     source, target = (load_features(folders, method.clip, config, cache)
                       for folders in (data.sources, [data.target]))
     name, anchors = baseline(method.clip, data.graph, source)
-    learned = {"class_names": method.class_names, "domain_names": [Path(root).name for root in config.source],
-               "graph": asdict(data.graph), "unseen_ids": data.unseen, "baseline": name, "anchors": anchors,
-               "evaluations": []}
+    learned: dict[str, Any] = {
+        "class_names": method.class_names, "graph": asdict(data.graph), "unseen_ids": data.unseen,
+        "baseline": name, "anchors": anchors, "evaluations": []}
     if (folder / "last.pt").exists():
         learned["evaluations"] = load_state(folder / "last.pt")["evaluations"]
 
@@ -254,12 +252,13 @@ def phase_data(source: Features, target: Features, config: Config, device: torch
         for i in left:
             s = draw_batch(len(source.paths), b, i, config.seed, "source")
             t = draw_batch(len(target.paths), b, i, config.seed, "target")
+            features, labels, unlabelled = source.rows[s], source.labels[s], target.rows[t]
             files = [source.paths[k] for k in s.tolist()] + [target.paths[k] for k in t.tolist()]
-            yield Batch(source.rows[s].to(device), source.labels[s].to(device), target.rows[t].to(device), i), files
+            yield Batch(features.to(device), labels.to(device), unlabelled.to(device), i), files
 
     def validates(epochs: int) -> bool:
-        """S6: the released code evaluates on the test images where a multiple of a tenth of the iterations is
-        passed, but not at the end (3,000: after 300, 600, ... 2,700); here a run of one epoch is, there.
+        """S6: as released, where a multiple of a tenth of the iterations is passed, but not at the end
+        (3,000: after 300, 600, ... 2,700); only a run of one epoch is evaluated there.
         """
         done = epochs * EPOCH
         passed = 10 * done // iterations > 10 * (done - EPOCH) // iterations
@@ -357,7 +356,7 @@ def best_scores(evaluations: Sequence[dict[str, dict[str, float | None]]]) -> di
 
 def evaluate(config: Config, data: Data, method: SRECLIP, state: dict[str, Any], folder: Path,
              cache: Path) -> list[dict[str, Any]]:
-    """Rows of baseline and method: accuracies in 0..1 under `instance` and `class`, `details` for the files."""
+    """Rows of baseline and method: accuracies in 0..1 under `instance` and `class`, `details` for files."""
     graph, unseen, names = data.graph, data.unseen, data.graph.names[:data.graph.classes]
     twice = set(duplicates(names))  # WebVision has two cranes
     names = [f"{name} ({synset})" if name in twice else name for name, synset in zip(names, graph.ids)]
@@ -388,7 +387,8 @@ def table(rows: Sequence[dict[str, Any]], config: Config) -> list[str]:
         if row["method"] == PROTOTYPES:
             lines.append("  (no text tower: nearest mean of source images, which knows no unseen class)")
         if "evaluations" in row:
-            lines.append(f"  (each metric's maximum over {row['evaluations']} evaluations on the test images, S6)")
+            count = row["evaluations"]
+            lines.append(f"  (each metric's maximum over {count} evaluations on the test images, S6)")
     # Published numbers stand beside the whole target alone, and OpenAI's weights.
     whole = config.graph in PUBLISHED and rows[0]["classes"] == 50
     if whole and file_digest(config.weights) in OPENAI_SHA256.values():

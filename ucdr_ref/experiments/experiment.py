@@ -22,7 +22,18 @@ import torchvision
 from .. import __version__
 from ..cli import as_value_error, load_state, make_folder, read_json, save_atomic, write_text_atomic
 from ..clip.weights import file_digest, load_clip
-from ..config import FIELDS, MACHINE, PATHS, Config, changes, differences, flag_of, from_dict, locate_weights, to_json
+from ..config import (
+    FIELDS,
+    MACHINE,
+    PATHS,
+    Config,
+    changes,
+    differences,
+    flag_of,
+    from_dict,
+    locate_weights,
+    to_json,
+)
 from ..distributed import barrier, derive_seed, is_main, main_first, pick_device, set_precision
 from ..training import Run, check_config, own_state
 from ..training import train as train_phases
@@ -136,8 +147,8 @@ def evaluate(folder: Path, overrides: Mapping[str, Any], out: Path | None = None
     remarks = ["made with other weights than the run's own"] * (weights != state["weights_sha256"])
     if changed := changed_lists(folder, digests):
         if not force:
-            raise ValueError(f"these are not the images of {folder} ({changed}); give the run's own --data-root, "
-                             "--target or --class-split, or accept others with --force")
+            raise ValueError(f"these are not the images of {folder} ({changed}); give the run's own "
+                             "--data-root, --target or --class-split, or accept others with --force")
         remarks.append(f"made with other images than the run's own ({changed})")
     out = out or (folder / "forced" if remarks else folder)
     if out != folder and (out / "config.json").exists():
@@ -166,9 +177,9 @@ def compare(*folders: Path) -> None:
     """Prints the tables of finished runs, and the fields in which they differ from the first."""
     configs = []
     for folder in folders:
-        path = folder / "results.json"
-        with as_value_error(path, "holds no results of a run", f"python evaluate.py --run {folder} writes them"):
-            results = read_json(path)
+        advice = f"python evaluate.py --run {folder} writes them"
+        with as_value_error(folder, "holds no results of a run", advice):
+            results = read_json(folder / "results.json")
             configs.append(from_dict(results["config"]))
             print(f"{folder}\n{results['table']}\n")
     for folder, config in zip(folders[1:], configs[1:]):
@@ -188,7 +199,7 @@ def open_run(folder: Path, config: Config, weights: str, digests: Digests,
     """
     path, record = folder / "config.json", folder / "run.json"
     if path.exists():
-        with as_value_error(path, "is no config of this version", "name another --run, or delete that folder"):
+        with as_value_error(path, "is no config of this version", "name another --run, or delete it"):
             different = differences(config, from_dict(read_json(path)), PATHS)
         if record.exists():
             different += ["other weights"] * (read_json(record).get("weights_sha256") != weights)
@@ -234,7 +245,7 @@ def way_out(folder: Path) -> str:
     if not (folder / "config.json").exists():
         return f"train first: python train.py --run {folder}"
     if is_finished(folder):  # the same command alone would only evaluate
-        return f"delete results.json and last.pt in {folder}, then run the command in its run.json to train again"
+        return f"to train again, delete results.json and last.pt in {folder} and run the command in run.json"
     return "go on with the command in its run.json"
 
 

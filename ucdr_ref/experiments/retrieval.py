@@ -1,4 +1,4 @@
-"""Universal cross-domain retrieval: UCDR-Adapter, zero-shot CLIP and the closed form, from images to a table."""
+"""Universal cross-domain retrieval: UCDR-Adapter, zero-shot CLIP, the closed form, from images to a table."""
 from __future__ import annotations
 
 import math
@@ -46,10 +46,11 @@ CENTER_CLASSES = 5  # of queries, for a centred row: the mean of one class is th
 COLUMNS = ("mAP@200", "Prec@200", "mAP@all", "Prec@100")
 # As published (ViT-B/32), by dataset, protocol and gallery.
 PUBLISHED = {
-    ("domainnet", "UCDR", "unseen"): "mean of 5 query domains: CLIP mAP@200 44.35 Prec@200 38.40, ProS 60.52 "
-                                     "56.26, UCDR-Adapter 60.71 56.55; sketch: UCDR-Adapter mAP@200 65.91",
-    ("domainnet", "UCDR", "mixed"): "mean of 5 query domains: ProS mAP@200 55.46 Prec@200 51.95, UCDR-Adapter "
-                                    "56.60 53.11",
+    ("domainnet", "UCDR", "unseen"):
+        "mean of 5 query domains: CLIP mAP@200 44.35 Prec@200 38.40, ProS 60.52 56.26, UCDR-Adapter 60.71 "
+        "56.55; query sketch: UCDR-Adapter mAP@200 65.91",
+    ("domainnet", "UCDR", "mixed"):
+        "mean of 5 query domains: ProS mAP@200 55.46 Prec@200 51.95, UCDR-Adapter 56.60 53.11",
     ("domainnet", "UdCDR", "seen"): "mean of 5 query domains: ProS mAP@200 63.32, UCDR-Adapter 63.70",
     ("sketchy", "UcCDR", "unseen"): "ProS mAP@200 69.91, UCDR-Adapter 72.85",
     ("tuberlin", "UcCDR", "unseen"): "ProS mAP@all 66.75, UCDR-Adapter 65.81"}
@@ -78,7 +79,7 @@ def load_data(config: Config, given: Collection[str] = tuple(FIELDS)) -> tuple[C
 
 
 def fitting_schedule(train: Files) -> dict[str, Any]:
-    """Batches, epochs and rates with which a small set of images is learned from: the paper's are for 200,000."""
+    """Batches, epochs and rates that learn from a few images; the paper's are for 200,000."""
     counts = Counter(train.domains)
     smallest, domains = min(counts.values()), len(counts)
 
@@ -89,8 +90,9 @@ def fitting_schedule(train: Files) -> dict[str, Any]:
 
     source_batch, source_epochs = batch_and_epochs(SOURCE_STEPS, FIELDS["source_batch"].default)
     target_batch, target_epochs = batch_and_epochs(TARGET_STEPS, FIELDS["target_batch"].default)
-    return dict(source_batch=source_batch, source_epochs=source_epochs, source_lr=1e-3, target_batch=target_batch,
-                target_epochs=max(target_epochs, FIELDS["target_epochs"].default), target_lr=3e-3)
+    return dict(source_batch=source_batch, source_epochs=source_epochs, source_lr=1e-3,
+                target_batch=target_batch, target_lr=3e-3,
+                target_epochs=max(target_epochs, FIELDS["target_epochs"].default))
 
 
 def features_of(method: Any, config: Config) -> FeatureCache:
@@ -150,8 +152,8 @@ def class_anchors(config: Config, protocol: Protocol, features: FeatureCache) ->
     if kind == "prototypes":
         files = train.keep([i for i, name in enumerate(train.domains) if name == protocol.gallery_domain])
         if missing := sorted(set(names) - set(files.classes)):
-            raise ValueError(f"--class-features prototypes: no training image in {protocol.gallery_domain} for "
-                             f"{abbreviate(missing)}")
+            raise ValueError(f"--class-features prototypes: no training image in {protocol.gallery_domain} "
+                             f"for {abbreviate(missing)}")
         class_ids, _ = label_ids(protocol, files)
         return torch.zeros(shape).index_add_(0, class_ids, features.encode(files).cpu()).to(device)
     expected = "expected template, plain, prototypes or a .npy file of class features in class order"
@@ -204,7 +206,7 @@ def microbatches(batch: Batch, phase: str, config: Config) -> list[tuple[Batch, 
 
 def training(config: Config, protocol: Protocol,
              method: Any) -> tuple[Any, dict[str, PhaseData], Callable[[], float] | None, dict[str, Any]]:
-    """The method, its phases, what chooses the epoch, and what goes into the checkpoint beside the weights."""
+    """The method, its phases, what chooses the epoch, and what checkpoints hold beside the weights."""
     learned = {"class_names": protocol.class_names, "domain_names": protocol.domain_names}
     if config.method == "closed-form":
         form, strength = fit_closed_form(config, protocol, features_of(method, config))
@@ -216,7 +218,7 @@ def training(config: Config, protocol: Protocol,
 
 
 def fit_closed_form(config: Config, protocol: Protocol, features: FeatureCache) -> tuple[ClosedForm, float]:
-    """The closed form of the training images, and its lambda: chosen on validation classes where there are."""
+    """The closed form of the training images, and its lambda, chosen on validation classes if there are."""
     z = features.encode(protocol.train)
     class_ids, domain_ids = (ids.to(z.device) for ids in label_ids(protocol, protocol.train))
     measured, strength = measure(z, class_ids, domain_ids, len(protocol.domain_names)), STRENGTH
@@ -242,8 +244,9 @@ def describe(config: Config, protocol: Protocol, method: Any) -> list[str]:
                               f"{len(domains)} domains ({', '.join(domains)})"]
     for test in protocol.all_tests:
         galleries = ", ".join(f"{name} {len(files)}" for name, files in test.galleries.items())
-        lines.append(f"{test.protocol:<10} {len(test.query)} queries ({test.query_domain}, "
-                     f"{len(set(test.query.classes))} classes); gallery {galleries} ({protocol.gallery_domain})")
+        c = len(set(test.query.classes))
+        lines.append(f"{test.protocol:<10} {len(test.query)} queries ({test.query_domain}, {c} classes); "
+                     f"gallery {galleries} ({protocol.gallery_domain})")
     for phase in method.PHASES:
         count = sum(parameter.numel() for parameter in method.trainable(phase).values())
         plan = phase_data(phase, protocol, config, method.clip).plan()
@@ -266,7 +269,7 @@ def evaluate(config: Config, protocol: Protocol, method: Any) -> list[dict[str, 
 
 
 def score(query: Tensor, gallery: Tensor, queries: Files, files: Files) -> tuple[dict[str, Any], list[str]]:
-    """`metrics.retrieval` of features [q, e] and [g, e] by the files' classes, and the names of its labels."""
+    """`metrics.retrieval` of features [q, e] and [g, e] by the files' classes, and its labels' names."""
     names = sorted({*queries.classes, *files.classes})
     number = {name: i for i, name in enumerate(names)}
     labels = [torch.tensor([number[name] for name in part.classes], device=query.device)
@@ -291,7 +294,7 @@ def rank(methods: Mapping[str, Encode], tests: Sequence[Test]) -> list[dict[str,
     rows: list[dict[str, Any]] = []
     for test in tests:
         queries, classes = test.query, len(set(test.query.classes))
-        for (gallery_name, files), (name, encode) in product(test.galleries.items(), methods.items()):
+        for (where, files), (name, encode) in product(test.galleries.items(), methods.items()):
             query, gallery = encode(queries), encode(files)
             pairs = [(name, query, gallery)]
             if classes >= CENTER_CLASSES and (query - query[0]).abs().max() > 1e-6:
@@ -300,7 +303,7 @@ def rank(methods: Mapping[str, Encode], tests: Sequence[Test]) -> list[dict[str,
                 metrics, names = score(query, gallery, queries, files)
                 numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
                 rows.append({
-                    "protocol": test.protocol, "query_domain": test.query_domain, "gallery_name": gallery_name,
+                    "protocol": test.protocol, "query_domain": test.query_domain, "gallery_name": where,
                     "method": title, "transductive": title != name, **numbers, "query_classes": classes,
                     "details": {"metrics": metrics, "names": names, "queries": queries, "gallery": files,
                                 "query_features": query.cpu(), "gallery_features": gallery.cpu()}})
