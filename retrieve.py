@@ -24,8 +24,8 @@ def run(argv: list[str] | None) -> None:
     parser.add_argument("--k", type=int, default=10, metavar="N", help="results per query (default: 10)")
     parser.add_argument("--center", type=folder_path, metavar="DIR",
                         help="images of the queries' kind and of many classes: queries lose their mean and "
-                             "the gallery its own. Helps where queries and gallery differ in style; harms "
-                             "where DIR holds few classes, whose mean is then what is searched for")
+                             "the gallery its own. Helps where the two differ in style, zero-shot CLIP most; "
+                             "harms where DIR holds few classes, whose mean is then what is searched for")
     parser.add_argument("--invert", default="auto", choices=("auto", "none"),
                         help="auto: colours are inverted in folders named like a stroke domain and of what "
                              "looks like dark strokes on white, some clip art and icons too (default: auto)")
@@ -75,10 +75,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    import os
-    import signal
     import sys
 
-    # Until `run_command` listens. An exception would meet Python in its imports, which print tracebacks.
-    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"stopped by SIGINT\n"), os._exit(130)))
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # before `run_command` listens
+        print("stopped by SIGINT", file=sys.stderr)
+        sys.exit(130)

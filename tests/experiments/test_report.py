@@ -161,7 +161,7 @@ def test_curves_are_of_what_was_logged_more_than_once(tmp_path: Path) -> None:
     steps = [{"phase": "target", "epoch": 0, "step": i, "loss": value} for i, value in enumerate([3.0, 2.0, float("nan"), 1.0])]
     log.write_text("".join(json.dumps(line) + "\n" for line in [*steps, {"phase": "target", "epoch": 0, "score": 0.5}]) + '{"cut')
     [chart] = report.curves(report.read_log(log))
-    assert "target: loss" in chart and "1 to 3" in chart and 'points="0.0,0.0 150.0,50.0 300.0,100.0"' in chart
+    assert "phase target: loss, by step" in chart and "1 to 3" in chart and 'points="0.0,0.0 150.0,50.0 300.0,100.0"' in chart
     epochs = [{"phase": "target", "epoch": i, "score": value} for i, value in enumerate([0.25, 0.5])]
     [chart] = report.curves(epochs)
     assert "25 to 50" in chart and "%" in chart

@@ -27,7 +27,7 @@ FRAMES = {True: "green", False: "red", None: "grey"}  # hit, miss, unknown
 # A tick and a cross, for readers who cannot tell green from red.
 MARKS = {True: [(3, 8), (6, 11), (12, 4)], False: [(4, 4), (11, 11), (8, 8), (11, 4), (4, 11)]}
 SIZE, FRAME, GAP, LINE, MARK = 96, 4, 6, 14, 15  # pixels: thumbnail, its frame, space, text, mark
-SHOWN, HITS, POINTS = 8, 10, 400  # queries and hits of an evaluation's sheet, points of a curve
+SHOWN, HITS, POINTS = 8, 8, 400  # queries and hits of an evaluation's sheet, points of a curve
 UCDR = ("All in %. UCDR: queries of a domain and classes that training never saw; UdCDR (U^dCDR): of an "
         "unseen domain and seen classes; centred: queries and gallery each lost their mean (transductive).")
 SRE = ("All in %. ZSL: images of unseen classes, told apart among these; unseen, seen: images of such "
@@ -157,9 +157,9 @@ def curves(log: Iterable[Row]) -> Iterator[str]:
     for line in log:
         for key, value in line.items():
             if key == "score":
-                found.setdefault("score that chooses the epoch, %", []).append(100 * value)
+                found.setdefault("score that chooses the epoch, %, by epoch", []).append(100 * value)
             elif key not in ("phase", "epoch", "step") and math.isfinite(value):
-                found.setdefault(f"{line['phase']}: {key}", []).append(value)
+                found.setdefault(f"phase {line['phase']}: {key}, by step", []).append(value)
     for title, values in found.items():
         if len(values) > 1:
             low, high = min(values), max(values)
@@ -167,7 +167,7 @@ def curves(log: Iterable[Row]) -> Iterator[str]:
                       for i, y in enumerate(values)][::math.ceil(len(values) / POINTS)]
             yield (f'<figure>{escape(title)}<svg width="300" height="100"><polyline fill="none" '
                    f'stroke="#0072b2" points="{" ".join(points)}"/></svg>'
-                   f"across: 1 to {len(values)}, up: {low:.4g} to {high:.4g}</figure>")
+                   f"x: 1 to {len(values)}, y: {low:.4g} to {high:.4g}</figure>")
 
 
 def contact_sheet(rows: Sheet) -> Image.Image:
