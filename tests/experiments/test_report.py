@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor
 
 from ucdr_ref.data.images import Files
 from ucdr_ref.experiments import report
@@ -52,14 +52,11 @@ def test_frames_marks_and_thumbnails_are_where_they_belong(images: list[str]) ->
 
 
 def test_thumbnails_show_what_the_model_saw_or_grey(images: list[str], tmp_path: Path) -> None:
-    middle = (SIZE // 2, SIZE // 2)
-    with Image.open(images[1]) as image:
-        assert thumbnail(Shown(images[1], "")).getpixel(middle) == image.getpixel((4, 4))
-        assert thumbnail(Shown(images[1], "", None, True)).getpixel(middle) == ImageOps.invert(image).getpixel((4, 4))
     (tmp_path / "bad.png").write_bytes(b"no image")
-    odd = [Shown(str(tmp_path / name), "\udcff\n\u732b" * 30) for name in ("gone.png", "bad.png", "\udcff\n.png")]
-    assert {thumbnail(shown).getpixel(middle) for shown in odd} == {(128, 128, 128)}
-    contact_sheet([(Shown("", "a text"), odd)])
+    shown = [Shown(images[1], ""), Shown(images[1], "", None, True),
+             *(Shown(str(tmp_path / name), "\udcff\n\u732b" * 30) for name in ("gone.png", "bad.png", "\udcff\n.png"))]
+    assert [thumbnail(image).getpixel((SIZE // 2, SIZE // 2)) for image in shown] == [(255, 255, 0), (0, 0, 255)] + [(128, 128, 128)] * 3
+    contact_sheet([(Shown("", "a text"), shown)])
 
 
 def retrieval_row(method: str, folder: Path, transductive: bool = False) -> dict[str, Any]:
@@ -162,9 +159,8 @@ def test_curves_are_of_what_was_logged_more_than_once(tmp_path: Path) -> None:
     log.write_text("".join(json.dumps(line) + "\n" for line in [*steps, {"phase": "target", "epoch": 0, "score": 0.5}]) + '{"cut')
     [chart] = report.curves(report.read_log(log))
     assert "phase target: loss, by step" in chart and "1 to 3" in chart and 'points="0.0,0.0 150.0,50.0 300.0,100.0"' in chart
-    epochs = [{"phase": "target", "epoch": i, "score": value} for i, value in enumerate([0.25, 0.5])]
-    [chart] = report.curves(epochs)
-    assert "25 to 50" in chart and "%" in chart
+    [chart] = report.curves([{"phase": "target", "epoch": i, "score": i / 4} for i in range(3)])
+    assert "0 to 50" in chart and "%" in chart
     [chart] = report.curves([{"phase": "sre", "step": i, "loss": float(i)} for i in range(5000)])
     assert 200 < chart.count(",") <= report.POINTS + 10
     log.write_text("no JSON\n")

@@ -128,6 +128,7 @@ def encode_texts(model: Model, texts: Sequence[str]) -> Tensor:
     if config.method not in ("zero-shot", "ucdr-adapter") or config.evaluation_features != "normalized":
         raise ValueError(f"{model.title}: not CLIP's features at unit length, so --text cannot search them; "
                          f"{OTHERS}")
+    clip.require_text()
     with torch.no_grad():
         ids = tokenize(list(texts), clip.context_length).to(model.extractor.device)
         return F.normalize(clip.encode_text(ids).float(), dim=-1).cpu()
@@ -152,8 +153,8 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     """The contact sheet of the answers, inverted images as the model saw them. Raises WriteError."""
     sheet = []
     for answer in found["queries"]:
-        names = (answer["query"], "") if answer["kind"] == "image" else ("", answer["query"])
-        sheet.append((Shown(*names, inverted=answer["inverted"]),
+        file, caption = (answer["query"], "") if answer["kind"] == "image" else ("", answer["query"])
+        sheet.append((Shown(file, caption, None, answer["inverted"]),
                       [Shown(hit["path"], f"{hit['distance']:.3f}", None, hit["inverted"])
                        for hit in answer["results"]]))
     write_sheet(sheet, path)
