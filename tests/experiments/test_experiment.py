@@ -195,9 +195,9 @@ def test_no_run_at_all(run, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["config.json", "run.json", "log.jsonl", "results.json", "last.pt"])
 def test_a_damaged_record_is_one_sentence(world, run, capsys, name):
-    for content in ("{", "[1]", "\udcff", ""):
+    for content in ("{\n", "[1]\n", "\udcff\n"):
         (run / name).write_bytes(content.encode(errors="surrogateescape"))
-        if name == "log.jsonl" and content != "[1]" or name == "last.pt":
+        if name == "last.pt":
             (run / "results.json").unlink(missing_ok=True)
         refused(capsys, train.main(flags(world, run, *LONGER)), str(run / name))
 
