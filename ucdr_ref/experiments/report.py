@@ -29,14 +29,15 @@ MARKS = {True: [(3, 8), (6, 11), (12, 4)], False: [(4, 4), (11, 11), (8, 8), (11
 SIZE, FRAME, GAP, LINE, MARK = 96, 4, 6, 14, 15  # pixels: thumbnail, its frame, space, text, mark
 SHOWN, HITS, POINTS = 8, 8, 400  # queries and hits of an evaluation's sheet, points of a curve
 UCDR = ("All in %. UCDR: queries of a domain and classes that training never saw; UdCDR (U^dCDR): of an "
-        "unseen domain and seen classes; centred: queries and gallery each lost their mean (transductive).")
+        "unseen domain and seen classes; UcCDR: the reverse; centred: queries and gallery have each lost "
+        "their own mean, which takes unlabelled queries of many classes (transductive).")
 SRE = ("All in %. ZSL: images of unseen classes, told apart among these; unseen, seen: images of such "
        "classes, among all; H: the harmonic mean of the two.")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: auto; padding: 12px }
 h1 { font-size: 20px; overflow-wrap: break-word } figure { display: inline-block; margin: 0 16px 16px 0 }
 svg { display: block; border: solid #999; border-width: 0 0 1px 1px; overflow: visible }
-div { overflow: auto; max-height: 600px }
+div { overflow: auto }
 td, th { text-align: left; white-space: nowrap; padding-right: 14px }
 i { display: inline-block; height: 10px; margin-right: 6px; background: #0072b2 }
 """
@@ -92,7 +93,7 @@ def examples(row: Row, stroke_domains: Sequence[str]) -> Sheet:
 
 
 def write_classification(rows: Sequence[Row], folder: Path, about: Row) -> None:
-    """The same for `classification.evaluate`; pictures of a few classes, as the last method sees them.
+    """The same for `classification.evaluate`; queries.png shows what the last method makes of a few classes.
 
     A row's `details`: `paths`, `labels` and `predicted` of the images, the classes' `names`, `unseen` ids.
     """
@@ -120,15 +121,16 @@ def write_files(rows: Sequence[Row], folder: Path, about: Row, words: str,
     csv.writer(table, lineterminator="\n").writerows(
         [f"{value:.6f}" if isinstance(value, float) else value for value in line] for line in per_class)
     write_text_atomic(folder / "per_class.csv", table.getvalue())
-    write_sheet(sheet, folder / "queries.png")
-    jpeg, title = io.BytesIO(), escape(f"{about['config']['method']}: {about['run']}")
-    contact_sheet(sheet).save(jpeg, "JPEG", quality=85)
+    picture, jpeg = contact_sheet(sheet), io.BytesIO()
+    write_png(picture, folder / "queries.png")
+    picture.save(jpeg, "JPEG", quality=85)
+    title = escape(f"{about['config']['method']}: {about['run']}")
     write_text_atomic(folder / "report.html", "\n".join([
         f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>{title}</title>',
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style>',
         f"<h1>{title}</h1><div><pre>{escape(about['table'])}</pre></div><p>{words}</p>",
-        *curves(read_log(Path(about["run"], "log.jsonl"))), *bars(*per_class), "<h2>Examples</h2><div>",
-        f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"></div>\n']))
+        f'<div><img alt="" src="data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"></div>',
+        *curves(read_log(Path(about["run"], "log.jsonl"))), *bars(*per_class)]))
 
 
 def bars(header: Sequence[str], *lines: Sequence[Any]) -> Iterator[str]:
@@ -210,8 +212,8 @@ def thumbnail(shown: Shown) -> Image.Image:
     return ImageOps.pad(image, (SIZE, SIZE), color="white")
 
 
-def write_sheet(rows: Sheet, path: Path) -> None:
-    """The contact sheet as PNG, marked as of this package. Raises WriteError."""
+def write_png(picture: Image.Image, path: Path) -> None:
+    """A picture that is marked as of this package. Raises WriteError."""
     mark = PngInfo()
     mark.add_text("Software", SOFTWARE)
-    write_atomic(path, lambda file: contact_sheet(rows).save(file, "PNG", pnginfo=mark))
+    write_atomic(path, lambda file: picture.save(file, "PNG", pnginfo=mark))

@@ -27,7 +27,7 @@ from ..data.images import Files, split_indices
 from ..distributed import one_process, pick_device, set_precision
 from ..ucdr.closed_form import center, feature_mean
 from .experiment import restore
-from .report import SOFTWARE, Shown, write_sheet
+from .report import SOFTWARE, Shown, contact_sheet, write_png
 
 OTHERS = "name another --run, or --weights without --run for zero-shot CLIP"
 
@@ -157,7 +157,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
         sheet.append((Shown(file, caption, None, answer["inverted"]),
                       [Shown(hit["path"], f"{hit['distance']:.3f}", None, hit["inverted"])
                        for hit in answer["results"]]))
-    write_sheet(sheet, path)
+    write_png(contact_sheet(sheet), path)
 
 
 def export(index: Index, path: Path) -> None:
