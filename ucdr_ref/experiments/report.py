@@ -148,8 +148,8 @@ def bars(header: Sequence[str], *lines: Sequence[Any]) -> Iterator[str]:
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a log.jsonl, without a last one that was cut off; none where nothing was trained."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
     with as_value_error(path, "is no training's log", "name another --run"):
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
         return [dict(json.loads(line)) for line in text[:text.rfind("\n") + 1].splitlines()]
 
 
