@@ -65,6 +65,13 @@ def expect_order(answer: dict, query: torch.Tensor, gallery: torch.Tensor, paths
     assert [hit["distance"] for hit in answer["results"]] == pytest.approx(distances[order].tolist(), abs=1e-4)
 
 
+@pytest.fixture(scope="module")
+def photos(world: Path):
+    """Flags of zero-shot CLIP on the photos, CLIP, the photos' features, their paths."""
+    clip, paths = load_clip(world / "clip.pt"), sorted((world / "data/photo").rglob("*.png"))
+    return ("--weights", world / "clip.pt", "--gallery", world / "data/photo"), clip, features(clip, paths), paths
+
+
 def draw_strokes(path: Path) -> Path:
     """A cross of thin black lines on white."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,47 +83,41 @@ def draw_strokes(path: Path) -> Path:
     return path
 
 
-def test_weights_alone_are_zero_shot_clip(world, ask):
-    clip, photos = load_clip(world / "clip.pt"), sorted((world / "data/photo").rglob("*.png"))
+def test_weights_alone_are_zero_shot_clip(world, ask, photos):
+    given, clip, gallery, paths = photos
     icons = sorted((world / "data/icon/shape_4").iterdir())
-    gallery = features(clip, photos)
-    given = ("--weights", world / "clip.pt", "--gallery", world / "data/photo", "--k", "7")
-    found = ask(*given, "--query", *icons)
+    found = ask(*given, "--k", "7", "--query", *icons)
     assert found["model"] == f"zero-shot CLIP of {world / 'clip.pt'}" and found["encoded"] == 48
     for answer, row in zip(found["queries"], features(clip, icons), strict=True):
-        expect_order(answer, row, gallery, photos)
+        expect_order(answer, row, gallery, paths)
     texts = ["a red bus", "a photo of a hexagon"]
     found = ask(*given, "--text", *texts)
     assert found["encoded"] == 0
     for text, answer, row in zip(texts, found["queries"], clip.encode_text(tokenize(texts)).detach(), strict=True):
         assert (answer["query"], answer["kind"]) == (text, "text")
-        expect_order(answer, F.normalize(row, dim=0), gallery, photos)
+        expect_order(answer, F.normalize(row, dim=0), gallery, paths)
 
 
-def test_a_trained_adapter_is_searched_by_image_and_text(run, world, ask):
-    given, paths = ("--run", run, "--gallery", world / "data/photo"), sorted((world / "data/photo").rglob("*.png"))
-    encode = restore(run, {}, torch.device("cpu"))[1].encode
+def test_a_trained_adapter_is_searched_by_image_and_text(run, ask, photos):
+    (*_, folder), clip, _, paths = photos
     images = torch.stack([preprocess(32)(Image.open(path).convert("RGB")) for path in paths])
-    gallery = encode(images)
-    clip = load_clip(world / "clip.pt")
-    [text] = ask(*given, "--text", "a red bus", "--k", "100")["queries"]
+    gallery = restore(run, {}, torch.device("cpu"))[1].encode(images)
+    [text] = ask("--run", run, "--gallery", folder, "--text", "a red bus", "--k", "100")["queries"]
     assert len(text["results"]) == 48  # no more than there are
     expect_order(text, F.normalize(clip.encode_text(tokenize(["a red bus"])), dim=1)[0].detach(), gallery, paths)
-    [image] = ask(*given, "--query", paths[5], "--k", "9")["queries"]
+    [image] = ask("--run", run, "--gallery", folder, "--query", paths[5])["queries"]
     expect_order(image, gallery[5], gallery, paths)
 
 
-def test_center_removes_the_means_of_a_folder_and_of_the_gallery(world, ask):
-    clip, photos = load_clip(world / "clip.pt"), sorted((world / "data/photo").rglob("*.png"))
+def test_center_removes_the_means_of_a_folder_and_of_the_gallery(world, ask, photos):
+    given, clip, gallery, paths = photos
     icons = sorted((world / "data/icon").rglob("*.png"))
-    gallery, like = features(clip, photos), features(clip, icons)
-    moved = F.normalize(gallery - gallery.mean(0), dim=1)
+    like, moved = features(clip, icons), F.normalize(gallery - gallery.mean(0), dim=1)
     for asked in ([3], [0, 1, 2, 3, 4]):  # what a query finds does not depend on the others
-        found = ask("--weights", world / "clip.pt", "--gallery", world / "data/photo", "--k", "5",
-                    "--center", world / "data/icon", "--query", *(icons[i] for i in asked))
+        found = ask(*given, "--center", world / "data/icon", "--query", *(icons[i] for i in asked))
         assert str(world / "data/icon") in found["centred"]
         for i, answer in zip(asked, found["queries"], strict=True):
-            expect_order(answer, F.normalize(like[i] - like.mean(0), dim=0), moved, photos)
+            expect_order(answer, F.normalize(like[i] - like.mean(0), dim=0), moved, paths)
 
 
 @pytest.mark.parametrize("name", ["giraffe", "bus"])
@@ -183,20 +184,19 @@ def test_other_weights_are_named_and_leave_the_index_alone(run, world, tmp_path,
     assert ask(*given, "--invert", "none")["encoded"] == 48
 
 
-def test_inversion_is_told_and_asked_for(world, tmp_path, ask, call, capsys):
-    clip, photos = load_clip(world / "clip.pt"), sorted((world / "data/photo").rglob("*.png"))
+def test_inversion_is_told_and_asked_for(world, tmp_path, ask, call, capsys, photos):
+    given, clip, gallery, paths = photos
     look = draw_strokes(tmp_path / "mine" / "drawing.png")
     filed, icon = tmp_path / "Sketch/bus/0.png", tmp_path / "icon/bus/0.png"
     for path in (filed, icon):  # coloured; one of them lies where sketches do
         path.parent.mkdir(parents=True)
         Image.new("RGB", (40, 40), (220, 30, 0)).save(path)
-    queries, gallery = [look, filed, icon], features(clip, photos)
-    given = ("--weights", world / "clip.pt", "--gallery", world / "data/photo", "--query", *queries)
+    queries = [look, filed, icon]
     for mode, inverted in (("auto", {look, filed}), ("none", set())):
-        found = ask(*given, "--invert", mode)
+        found = ask(*given, "--query", *queries, "--invert", mode)
         assert [answer["inverted"] for answer in found["queries"]] == [path in inverted for path in queries]
         for answer, row in zip(found["queries"], features(clip, queries, inverted), strict=True):
-            expect_order(answer, row, gallery, photos)
+            expect_order(answer, row, gallery, paths)
     (tmp_path / "bad.png").write_bytes(b"no image")
     found = ask("--weights", world / "clip.pt", "--gallery", tmp_path, "--query", icon)
     assert found["inverted"] == 2 == sum(hit["inverted"] for hit in found["queries"][0]["results"])
@@ -209,15 +209,13 @@ def test_inversion_is_told_and_asked_for(world, tmp_path, ask, call, capsys):
     assert not ask("--run", run, "--gallery", look.parent, "--query", look)["queries"][0]["inverted"]
 
 
-def test_vectors_are_those_that_were_searched(world, tmp_path, ask):
-    photos, out = world / "data/photo", tmp_path / "x.npy"
-    paths = sorted(photos.rglob("*.png"))
-    expected = features(load_clip(world / "clip.pt"), paths)
-    given = ("--weights", world / "clip.pt", "--gallery", photos, "--export", out)
-    ask(*given)
+def test_vectors_are_those_that_were_searched(world, tmp_path, ask, photos):
+    (given, _, expected, paths), out = photos, tmp_path / "x.npy"
+    ask(*given, "--export", out)
     assert np.load(out) == pytest.approx(expected.numpy(), abs=1e-4)
-    assert (tmp_path / "x.paths.txt").read_text().splitlines() == [str(path.relative_to(photos)) for path in paths]
-    ask(*given, "--center", world / "data/icon")  # over its own
+    names = (tmp_path / "x.paths.txt").read_text().splitlines()
+    assert names == [str(path.relative_to(world / "data/photo")) for path in paths]
+    ask(*given, "--export", out, "--center", world / "data/icon")  # over its own
     assert np.load(out) == pytest.approx(F.normalize(expected - expected.mean(0), dim=1).numpy(), abs=1e-3)
 
 
