@@ -244,7 +244,6 @@ def test_mistakes_are_one_sentence(scene, tmp_path, capsys):
     graph = json.loads((scene / "graph.json").read_text())
     equal_vectors = written("equal.txt", "".join(f"n{k:08d} {k % 2 + 1} 1\n" for k in range(10)))
     refused(capsys, run_with("--unseen", written("a.txt", "lion\n")), "lion")
-    refused(capsys, run_with("--unseen", written("b.txt", "seen n00000000 shape 3\nunseen n00000001 shape 4\n")), "in their order")
     refused(capsys, run_with("--unseen", str(tmp_path / "absent")), "absent")
     refused(capsys, run_with("--unseen", ""), "--unseen FILE", "--graph awa2 or toy")
     refused(capsys, run_with("--graph", str(tmp_path / "absent.json")), "absent.json", "ucdr_ref.sre.wordnet")

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -40,7 +40,7 @@ SHIPPED = Path(__file__).parent.parent / "sre" / "graphs"
 CHUNK = 4096  # images whose scores are held at once
 TEST_BATCH = 512  # the released code's batch of test images, which attend to each other (S2)
 COLUMNS = {"zsl": "ZSL", "unseen": "unseen", "seen": "seen", "h": "H"}
-TEXT, PROTOTYPES = "zero-shot", "prototypes"  # baselines
+PROTOTYPES = "prototypes"  # the baseline of weights without a text tower
 PUBLISHED = {"awa2": "published (I2AwA, instance): unseen 69.7, seen 88.0, H 77.7, an ablation\n"
                      "line in the released code"}
 
@@ -194,7 +194,7 @@ def load_features(folders: Sequence[ClassFolder], clip: CLIP, config: Config, ca
     for folder in folders:
         index = load_index(folder.root, extractor, key, cache, without=folder.skipped)
         if index.unreadable:
-            raise ValueError(f"{index.unreadable[0]}: not a readable image; replace or remove it")
+            raise ValueError(f"{index.unreadable[0]}; replace or remove it")
         label = dict(zip(folder.files.paths, folder.labels))
         used = [i for i in range(len(index.paths)) if index.path(i) in label]
         rows.append(index.features[used])
@@ -217,8 +217,7 @@ def training(config: Config, data: Data, method: SRECLIP, folder: Path,
 
     def validate() -> float:
         """H (instance) on the test images, as the released code chooses by (S6)."""
-        predicted = predict(method_scores(method, target), len(target.paths), data.unseen)
-        found = accuracies(predicted, target.labels, data.unseen, data.graph.classes)
+        found = accuracies(predict(method, target), target.labels, data.unseen, data.graph.classes)
         learned["evaluations"].append(found)
         return found["instance"]["h"] or 0.0
 
@@ -272,21 +271,28 @@ def phase_data(source: Features, target: Features, config: Config, device: torch
 
 
 def baseline(clip: CLIP, graph: Graph, source: Features) -> tuple[str, Tensor]:
-    """Class anchors [c, e] of CLIP without training: text features of "a photo of a {name}".
+    """Name and class anchors [c, e] of CLIP without training: text features of "a photo of a {name}".
 
     Weights without a text tower: the mean direction of each class's source images, zero where it has none.
     """
     if clip.has_text:
-        return TEXT, class_text_features(clip, graph.names[:graph.classes]).cpu()
+        return "zero-shot", class_text_features(clip, graph.names[:graph.classes]).cpu()
     sums = torch.zeros(graph.classes, source.rows.shape[1])
-    return PROTOTYPES, F.normalize(sums.index_add_(0, source.labels, F.normalize(source.rows, dim=1)), dim=1)
+    sums.index_add_(0, source.labels, F.normalize(source.rows, dim=1))
+    return PROTOTYPES, F.normalize(sums, dim=1)
 
 
-def baseline_scores(anchors: Tensor, target: Features) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows [b] and their cosines [b, c] with the anchors; a class without an anchor is never predicted."""
-    for rows in torch.arange(len(target.paths)).split(CHUNK):
-        cosines = F.normalize(target.rows[rows], dim=1) @ anchors.T
-        yield rows, cosines.masked_fill(~anchors.any(dim=1), -torch.inf)
+def best_classes(scores: Tensor, unseen: Sequence[int]) -> Tensor:
+    """scores [b, c] -> the best class among all and among the unseen ones [b, 2], on the CPU"""
+    ids = torch.tensor(unseen, device=scores.device)
+    return torch.stack([scores.argmax(dim=1), ids[scores[:, ids].argmax(dim=1)]], dim=1).cpu()
+
+
+def predict_baseline(anchors: Tensor, target: Features, unseen: Sequence[int]) -> Tensor:
+    """`best_classes` [n, 2] by cosines with the anchors; a class without an anchor is never predicted."""
+    parts = (F.normalize(rows, dim=1) @ anchors.T for rows in target.rows.split(CHUNK))
+    without = ~anchors.any(dim=1)
+    return torch.cat([best_classes(scores.masked_fill(without, -torch.inf), unseen) for scores in parts])
 
 
 def test_batches(labels: Tensor, unseen: Sequence[int], released: bool, size: int) -> Sequence[Tensor]:
@@ -304,54 +310,26 @@ def test_batches(labels: Tensor, unseen: Sequence[int], released: bool, size: in
 
 
 @torch.no_grad()
-def method_scores(method: SRECLIP, target: Features) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows [b] of `test_batches` and their test-time logits [b, c]."""
-    training, config = method.training, method.options
+def predict(method: SRECLIP, target: Features) -> Tensor:
+    """`best_classes` [n, 2] by the method's test-time logits."""
+    training, options, unseen = method.training, method.options, method.unseen_ids.tolist()
     method.eval()
-    classes = method.class_embeddings().T / config.sre_temperature
-    released, unseen = config.test_attention == "batch", method.unseen_ids.tolist()  # S2
-    for rows in test_batches(target.labels, unseen, released, config.sre_batch):
-        yield rows, method.encode_features(target.rows[rows].to(classes.device)) @ classes
+    classes, predicted = method.class_embeddings().T, torch.empty(len(target.labels), 2, dtype=torch.long)
+    released = options.test_attention == "batch"  # S2
+    for rows in test_batches(target.labels, unseen, released, options.sre_batch):
+        scores = method.encode_features(target.rows[rows].to(classes.device)) @ classes
+        predicted[rows] = best_classes(scores, unseen)
     method.train(training)
+    return predicted
 
 
-class Predicted(NamedTuple):
-    """The best class of each of n images."""
-
-    everywhere: Tensor  # [n], among all
-    among_unseen: Tensor  # [n]
-    knows_unseen: bool  # whether any unseen class can be predicted
-
-
-def predict(scores: Iterable[tuple[Tensor, Tensor]], n: int, unseen: Sequence[int]) -> Predicted:
-    """scores: rows [b] of n images, and their scores [b, c], part by part: all at once may not fit."""
-    everywhere, among_unseen = torch.zeros(2, n, dtype=torch.long)
-    ids, knows_unseen = torch.tensor(unseen), False
-    for rows, found in scores:
-        found = found.cpu()
-        everywhere[rows] = found.argmax(dim=1)
-        among_unseen[rows] = ids[found[:, ids].argmax(dim=1)]
-        knows_unseen |= bool(found[:, ids].isfinite().any())
-    return Predicted(everywhere, among_unseen, knows_unseen)
-
-
-def accuracies(predicted: Predicted, labels: Tensor, unseen: Sequence[int],
+def accuracies(predicted: Tensor, labels: Tensor, unseen: Sequence[int],
                c: int) -> dict[str, dict[str, float | None]]:
-    """`predicted_accuracy` for labels [n]; None where there is nothing to count or predict."""
+    """`metrics.predicted_accuracy` of predictions [n, 2] for labels [n]; None where there are no images."""
     is_unseen = torch.isin(torch.arange(c), torch.tensor(unseen))
-    found = predicted_accuracy(predicted.everywhere, predicted.among_unseen, labels, is_unseen)
-    absent = set() if predicted.knows_unseen else {"zsl"}
-    return {average: {name: None if math.isnan(value) or name in absent else value
-                      for name, value in values.items()} for average, values in found.items()}
-
-
-def best_scores(evaluations: Sequence[dict[str, dict[str, float | None]]]) -> dict[str, Any]:
-    """The row of each metric's own maximum over the test evaluations (S6)."""
-    best: dict[str, Any] = {"method": "best-test", "evaluations": len(evaluations)}
-    for average in ("instance", "class"):
-        best[average] = {name: max((found[average][name] or 0 for found in evaluations), default=None)
-                         for name in COLUMNS}
-    return best
+    found = predicted_accuracy(predicted[:, 0], predicted[:, 1], labels, is_unseen)
+    return {average: {name: None if math.isnan(value) else value for name, value in values.items()}
+            for average, values in found.items()}
 
 
 def evaluate(config: Config, data: Data, method: SRECLIP, state: dict[str, Any], folder: Path,
@@ -363,15 +341,19 @@ def evaluate(config: Config, data: Data, method: SRECLIP, state: dict[str, Any],
     target = load_features([data.target], method.clip, config, cache)
     about = {"images": len(target.paths), "classes": len(target.labels.unique())}
     rows: list[dict[str, Any]] = []
-    for name, scores in ((state["baseline"], baseline_scores(state["anchors"], target)),
-                         ("sre-clip", method_scores(method, target))):
-        predicted = predict(scores, len(target.paths), unseen)
-        details = {"predicted": predicted, "labels": target.labels, "names": names, "unseen": unseen,
-                   "paths": target.paths}
-        rows.append({"method": name, **about, **accuracies(predicted, target.labels, unseen, len(names)),
-                     "details": details})
-    if config.sre_report == "best-test":  # S6
-        rows.append({**about, **best_scores(load_state(folder / "last.pt")["evaluations"])})
+    for name, predicted in ((state["baseline"], predict_baseline(state["anchors"], target, unseen)),
+                            ("sre-clip", predict(method, target))):
+        found = accuracies(predicted, target.labels, unseen, len(names))
+        if name == PROTOTYPES:  # which know no unseen class
+            found["instance"]["zsl"] = found["class"]["zsl"] = None
+        rows.append({"method": name, **about, **found, "details": {
+            "predicted": predicted, "labels": target.labels, "names": names, "unseen": unseen,
+            "paths": target.paths}})
+    if config.sre_report == "best-test":  # S6: each metric's own maximum over the test evaluations
+        tried = load_state(folder / "last.pt")["evaluations"]
+        best = {average: {name: max((found[average][name] or 0 for found in tried), default=None)
+                          for name in COLUMNS} for average in ("instance", "class")}
+        rows.append({"method": "best-test", **about, "evaluations": len(tried), **best})
     return rows
 
 

@@ -174,17 +174,13 @@ def evaluate(folder: Path, overrides: Mapping[str, Any], out: Path | None = None
 
 
 def compare(*folders: Path) -> None:
-    """Prints the tables of finished runs, and the fields in which they differ from the first."""
-    configs = []
-    for folder in folders:
-        advice = f"python evaluate.py --run {folder} writes them"
-        with as_value_error(folder, "holds no results of a run", advice):
-            results = read_json(folder / "results.json")
-            configs.append(from_dict(results["config"]))
-            print(f"{folder}\n{results['table']}\n")
-    for folder, config in zip(folders[1:], configs[1:]):
-        different = differences(config, configs[0])
-        print(f"{folders[0]} -> {folder}: {'; '.join(different) or 'the same fields'}")
+    """Prints the tables of evaluated runs, and the fields in which they differ from the first."""
+    found = [read_json(folder / "results.json") for folder in folders]
+    for folder, results in zip(folders, found):
+        print(f"{folder}\n{results['table']}\n")
+    first, *others = (from_dict(results["config"]) for results in found)
+    for folder, config in zip(folders[1:], others):
+        print(f"{folders[0]} -> {folder}: {'; '.join(differences(config, first)) or 'the same fields'}")
 
 
 # Run folders
@@ -197,19 +193,18 @@ def open_run(folder: Path, config: Config, weights: str, digests: Digests,
     Returns a context in which no other process can train there. Data and weights may have moved. Raises
     ValueError for another run (saying what differs), another kind of folder, or one that is in use.
     """
-    path, record = folder / "config.json", folder / "run.json"
+    path, record, different = folder / "config.json", folder / "run.json", list[str]()
     if path.exists():
         with as_value_error(path, "is no config of this version", "name another --run, or delete it"):
-            different = differences(config, from_dict(read_json(path)), PATHS)
-        if record.exists():
-            different += ["other weights"] * (read_json(record).get("weights_sha256") != weights)
-            different += filter(None, [changed_lists(folder, digests)])
-        if different:
-            raise ValueError(f"{folder} holds another run ({'; '.join(different)}); name another --run, or "
-                             "delete that folder")
-    elif folder.exists() and (not folder.is_dir() or any(folder.glob("[!.]*"))):
-        # A hidden name is what a killed write leaves.
+            different += differences(config, from_dict(read_json(path)), PATHS)
+    elif folder.exists() and (not folder.is_dir() or any(folder.glob("[!.]*"))):  # .x: a killed write's
         raise ValueError(f"{folder} exists and is no run folder (it has no config.json); name another --run")
+    if record.exists():
+        different += ["other weights"] * (read_json(record).get("weights_sha256") != weights)
+        different += filter(None, [changed_lists(folder, digests)])
+    if different:
+        raise ValueError(f"{folder} holds another run ({'; '.join(different)}); name another --run, or delete "
+                         "that folder")
     make_folder(folder)
     lock = lock_run(folder)
     write_text_atomic(path, to_json(config))  # first: it makes this a run folder, whatever happens next
@@ -273,13 +268,12 @@ def default_run(method: str, fast: bool) -> Path:
 
 
 def newest_run() -> Path:
-    """The default run that was finished last, named on stderr; FileNotFoundError where there is none."""
-    runs = [default_run(method, fast) for method in ("ucdr-adapter", "sre-clip") for fast in (False, True)]
-    finished = [run for run in runs if (run / "results.json").exists() and (run / "best.pt").exists()]
-    if not finished:
-        raise FileNotFoundError(f"no --run was given, and none of {', '.join(map(str, runs))} holds a "
-                                "finished run here; train first: python train.py")
-    newest = max(finished, key=lambda run: (run / "best.pt").stat().st_mtime)
+    """The run below runs/ that was evaluated last, named on stderr; FileNotFoundError where there is none."""
+    runs = [path.parent for path in Path("runs").glob("*/results.json") if path.with_name("best.pt").exists()]
+    if not runs:
+        raise FileNotFoundError("no --run was given, and no folder in runs/ holds a finished run; train "
+                                "first: python train.py")
+    newest = max(runs, key=lambda run: (run / "results.json").stat().st_mtime)
     if is_main():
-        print(f"{newest} (the newest of the default runs; --run names another)", file=sys.stderr)
+        print(f"{newest} (the newest run; --run names another)", file=sys.stderr)
     return newest

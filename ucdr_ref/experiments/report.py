@@ -100,8 +100,8 @@ def write_classification(rows: Sequence[Row], folder: Path, about: Row) -> None:
     per_class: list[list[Any]] = [["method", "class", "split", "images", "accuracy", "among_unseen"]]
     sheet: list[tuple[Shown, list[Shown]]] = []
     for details, method in ((row["details"], row["method"]) for row in rows if "details" in row):
-        names, labels, found = details["names"], details["labels"], details["predicted"].everywhere
-        among_unseen = class_means((details["predicted"].among_unseen == labels).double(), labels)
+        names, labels, found = details["names"], details["labels"], details["predicted"][:, 0]
+        among_unseen = class_means((details["predicted"][:, 1] == labels).double(), labels)
         sheet = []
         for k, accuracy in sorted(class_means((found == labels).double(), labels).items()):
             images, unseen = (labels == k).nonzero().flatten().tolist(), k in details["unseen"]

@@ -40,7 +40,7 @@ from ..ucdr.adapter import Batch, UCDRAdapter
 from ..ucdr.closed_form import ClosedForm, ClosedFormAdapter, center, choose_strength, measure
 
 CPU_PART = 10  # images of phase 2 at once: on a CPU no slower than a batch of 50, in a third of the memory
-SOURCE_STEPS, TARGET_STEPS = 50, 100  # at least so many in a training on an own folder
+SOURCE_LR, TARGET_LR = 1e-3, 3e-3  # of a training on an own folder
 STRENGTH = 3.0  # lambda of the closed form where no validation classes choose it
 CENTER_CLASSES = 5  # of queries, for a centred row: the mean of one class is that class
 COLUMNS = ("mAP@200", "Prec@200", "mAP@all", "Prec@100")
@@ -60,8 +60,7 @@ Encode = Callable[[Files], Tensor]  # n files -> features [n, e] on the device
 def load_data(config: Config, given: Collection[str] = tuple(FIELDS)) -> tuple[Config, Protocol]:
     """The protocol's file lists; drawn data is drawn first where it is absent.
 
-    Of an own folder's training, what is not among the `given` fields follows from its size: batches, epochs
-    and rates of UCDR-Adapter.
+    given: the fields that the user chose; UCDR-Adapter's others follow from the size of an own folder.
     """
     if config.dataset == "toy":
         from ..demo.drawing import write_dataset
@@ -73,8 +72,8 @@ def load_data(config: Config, given: Collection[str] = tuple(FIELDS)) -> tuple[C
             write_dataset(root, per_class=config.toy_images)
     protocol = build_protocol(config)
     if (config.dataset, config.method, config.variant) == ("folder", "ucdr-adapter", "paper"):
-        free = {name: value for name, value in fitting_schedule(protocol.train).items() if name not in given}
-        config = replace(config, **free)
+        fitting = fitting_schedule(protocol.train)
+        config = replace(config, **{name: fitting[name] for name in fitting.keys() - set(given)})
     return config, protocol
 
 
@@ -82,17 +81,14 @@ def fitting_schedule(train: Files) -> dict[str, Any]:
     """Batches, epochs and rates that learn from a few images; the paper's are for 200,000."""
     counts = Counter(train.domains)
     smallest, domains = min(counts.values()), len(counts)
-
-    def batch_and_epochs(steps: int, largest: int) -> tuple[int, int]:
-        batch = max(domains, min(largest, max(20, domains * smallest // steps)))
-        of_domain = min(batch // domains, smallest)  # as in `balanced_batches`
-        return batch, math.ceil(steps / (smallest // of_domain))
-
-    source_batch, source_epochs = batch_and_epochs(SOURCE_STEPS, FIELDS["source_batch"].default)
-    target_batch, target_epochs = batch_and_epochs(TARGET_STEPS, FIELDS["target_batch"].default)
-    return dict(source_batch=source_batch, source_epochs=source_epochs, source_lr=1e-3,
-                target_batch=target_batch, target_lr=3e-3,
-                target_epochs=max(target_epochs, FIELDS["target_epochs"].default))
+    fitting: dict[str, Any] = {"source_lr": SOURCE_LR, "target_lr": TARGET_LR}
+    for phase, steps in (("source", 50), ("target", 100)):  # at least so many
+        most, usual = FIELDS[f"{phase}_batch"].default, FIELDS[f"{phase}_epochs"].default
+        batch = max(domains, min(most, max(20, domains * smallest // steps)))
+        steps_per_epoch = smallest // min(batch // domains, smallest)  # as in `balanced_batches`
+        fitting[f"{phase}_batch"] = batch
+        fitting[f"{phase}_epochs"] = max(usual, math.ceil(steps / steps_per_epoch))
+    return fitting
 
 
 def features_of(method: Any, config: Config) -> FeatureCache:
@@ -115,18 +111,15 @@ def new_method(config: Config, clip: CLIP, protocol: Protocol, device: torch.dev
 
 def restore_method(config: Config, clip: CLIP, state: dict[str, Any], path: Path) -> Any:
     """The method of a checkpoint, ready to encode."""
-    if config.method == "zero-shot":
-        return zero_shot(config, clip)
-    method: Any
-    own, classes, domains = dict(state["method"]), state["class_names"], state["domain_names"]
+    method: Any = zero_shot(config, clip)
+    classes, domains, e = state["class_names"], state["domain_names"], clip.embed_dim
     if config.method == "closed-form":
-        e = clip.embed_dim
         form = ClosedForm(torch.zeros(e), torch.zeros(e, len(domains) - 1), torch.zeros(e, e))
         method = ClosedFormAdapter(clip, form)
-    else:
-        anchors = torch.zeros(len(classes), clip.embed_dim)  # the trained ones are in the checkpoint
+    elif config.method == "ucdr-adapter":
+        anchors = torch.zeros(len(classes), e)  # the trained ones are in the checkpoint
         method = UCDRAdapter(clip, classes, domains, config, anchors, gather_rows, batch_offset)
-        own.pop("template.ctx", None)
+    own = {name: value for name, value in state["method"].items() if name != "template.ctx"}
     load_own_state(method, own, path)
     return method.to(next(clip.parameters()).device).eval()
 
