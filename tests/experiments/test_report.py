@@ -7,7 +7,6 @@ import json
 import math
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -60,7 +59,7 @@ def classification_row(method: str, folder: Path) -> dict[str, Any]:
     labels = torch.arange(len(NAMES)).repeat(2)
     found = labels.clone()
     found[len(NAMES) + 1] = last = len(NAMES) - 1
-    predicted = SimpleNamespace(everywhere=found, among_unseen=torch.full_like(found, last))
+    predicted = torch.stack([found, torch.full_like(found, last)], dim=1)  # among all, among unseen classes
     return {"method": method, "details": {"predicted": predicted, "labels": labels, "names": NAMES, "unseen": [last],
                                           "paths": [f"{folder}/{i}.png" for i in range(12)]}}
 
