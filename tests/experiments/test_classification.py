@@ -82,8 +82,6 @@ def test_a_run_trains_and_leaves_a_small_complete_checkpoint(run):
 def test_runs_share_features(run, scene, tmp_path, monkeypatch):
     shutil.copytree(run.parent / "cache", tmp_path / "cache")
     monkeypatch.setattr("ucdr_ref.data.images.open_image", lambda *_: pytest.fail("encoded a second time"))
-    monkeypatch.setattr("ucdr_ref.data.features.load_batches", lambda *a: pytest.fail("encoded") if len(a[1]) else iter(()))
-    monkeypatch.setattr(classification, "load_features", classification.load_features)
     assert train.main(flags(scene, tmp_path / "second")) == 0
     assert equal(weights(tmp_path / "second"), weights(run))
 
@@ -220,7 +218,7 @@ def test_dry_run_counts_and_lists_what_is_left_out(scene, tmp_path, capsys):
     assert not (tmp_path / "dry").exists()
 
 
-@pytest.mark.parametrize("preset", ["i2awa", "i2webv", "sre", "sre/toy", "sre/toy-fast"])
+@pytest.mark.parametrize("preset", ["i2awa", "i2webv", "sre/toy-fast"])
 def test_dry_run_of_every_preset(preset, world, tmp_path, capsys):
     graph, unseen = classification.read_graph(resolve({"graph": "awa2"}, "i2awa"))
     names = graph.names[:graph.classes]

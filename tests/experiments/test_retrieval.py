@@ -204,11 +204,6 @@ def test_class_features_take_the_place_of_text(world, tmp_path, capsys):
     refused(capsys, train.main(flags(world, tmp_path / "wrong", "--class-features", "text")), "--class-features text")
 
 
-def test_zero_shot_run_has_no_phase_and_no_row_of_an_adapter(world, tmp_path):
-    assert train.main(flags(world, tmp_path / "zs", "--method", "zero-shot")) == 0
-    assert {method for method, _ in rows(tmp_path / "zs")} == {"zero-shot"}
-
-
 def test_bf16_training_keeps_float32_weights(world, tmp_path, monkeypatch):
     kinds = []
     step, encode_images = UCDRAdapter.step, UCDRAdapter.encode
@@ -238,16 +233,15 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("trees")
     domainnet, tuberlin = ([name for part in ("train", "val", "test") for name in class_list(f"{dataset}-{part}")]
                            for dataset in ("domainnet", "tuberlin"))
-    sketchy = touch_images(root / "sketchy", ("sketch", "extended_photo"), class_list("sketchy-all"), 4)
+    sketchy = class_list("sketchy-all")
     return {"domainnet": touch_images(root / "domainnet", DATASETS["domainnet"].domains, domainnet, 2),
-            "sketchy": sketchy, "sketchy-random": sketchy,
+            "sketchy-random": touch_images(root / "sketchy", ("sketch", "extended_photo"), sketchy, 4),
             "tuberlin": touch_images(root / "tuberlin", ("sketches", "images"), tuberlin, 2),
             "folder": touch_images(root / "folder", ("photo", "sketch", "icon"), [f"class {i}" for i in range(60)], 4)}
 
 
 @pytest.mark.parametrize("preset, domains, classes", [
-    ("domainnet/sketch", 5, 245), ("domainnet/quickdraw", 5, 245), ("sketchy/eccv", 2, 93), ("sketchy/random", 2, 90),
-    ("tuberlin", 2, 200), ("folder", 2, 42), ("toy", 5, 40), ("toy/fast", 5, 40)])
+    ("domainnet/sketch", 5, 245), ("sketchy/random", 2, 90), ("tuberlin", 2, 200), ("folder", 2, 42), ("toy/fast", 5, 40)])
 def test_dry_run_of_every_preset(preset, domains, classes, trees, world, tmp_path, capsys):
     dataset = PRESETS[preset]["dataset"]
     more = {"folder": ["--gallery", "photo"], "toy": ["--toy-images", "2", "--source-batch", "10", "--target-batch", "10"]}
@@ -267,12 +261,9 @@ def test_mistakes_are_one_sentence(world, tmp_path, capsys):
     def run_with(*more: str) -> int:
         return train.main(flags(world, tmp_path / "none", *more))
 
-    refused(capsys, run_with("--data-root", str(tmp_path / "absent")), "absent")
-    refused(capsys, run_with("--held-out", "paintings"), "--held-out", "paintings", "icon, photo, sketch")
     refused(capsys, run_with("--source-batch", "1"), "batch of 1 cannot hold the 2 source domains")
     refused(capsys, run_with("--context-vectors", "90"), "'shape_3'", "--context-vectors")
     refused(capsys, run_with("--weights", str(tmp_path / "absent.pt")), "absent.pt")
-    refused(capsys, run_with("--class-split", str(tmp_path / "x.json")), "x.json")
     for method in ("ucdr-adapter", "zero-shot", "closed-form"):  # nor is another method trained under this one's name
         refused(capsys, run_with("--method", method, "--graph", "awa2", "--target", "x"), "--graph, --target: only for")
     shutil.copy(world / "clip.pt", tmp_path / "ViT-B-32.pt")

@@ -203,8 +203,8 @@ def open_run(folder: Path, config: Config, weights: str, digests: Digests,
         different += ["other weights"] * (read_json(record).get("weights_sha256") != weights)
         different += filter(None, [changed_lists(folder, digests)])
     if different:
-        raise ValueError(f"{folder} holds another run ({'; '.join(different)}); name another --run, or delete "
-                         "that folder")
+        raise ValueError(f"{folder} holds another run ({'; '.join(different)}); name another --run, or "
+                         "delete that folder")
     make_folder(folder)
     lock = lock_run(folder)
     write_text_atomic(path, to_json(config))  # first: it makes this a run folder, whatever happens next
