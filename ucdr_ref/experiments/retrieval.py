@@ -289,17 +289,17 @@ def rank(methods: Mapping[str, Encode], tests: Sequence[Test]) -> list[dict[str,
         queries, classes = test.query, len(set(test.query.classes))
         for (where, files), (name, encode) in product(test.galleries.items(), methods.items()):
             query, gallery = encode(queries), encode(files)
-            pairs = [(name, query, gallery)]
+            versions = [(name, query, gallery)]
             if classes >= CENTER_CLASSES and (query - query[0]).abs().max() > 1e-6:
-                pairs.append((f"{name}, centred", center(query), center(gallery)))
-            for title, query, gallery in pairs:
-                metrics, names = score(query, gallery, queries, files)
+                versions.append((f"{name}, centred", center(query), center(gallery)))
+            for title, q, g in versions:
+                metrics, names = score(q, g, queries, files)
                 numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
                 rows.append({
                     "protocol": test.protocol, "query_domain": test.query_domain, "gallery_name": where,
                     "method": title, "transductive": title != name, **numbers, "query_classes": classes,
                     "details": {"metrics": metrics, "names": names, "queries": queries, "gallery": files,
-                                "query_features": query.cpu(), "gallery_features": gallery.cpu()}})
+                                "query_features": q.cpu(), "gallery_features": g.cpu()}})
     return rows
 
 
