@@ -1,11 +1,7 @@
 """The towers beside open_clip's and the golden numbers, their parts, and models from shapes."""
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -89,11 +85,10 @@ def same_as(reference: nn.Module, image_size: int, vocabulary: int, batch: int) 
         assert close(ours.encode_text(ids), reference.encode_text(ids))
 
 
-@pytest.mark.parametrize("name", ["ViT-B-16-quickgelu", "ViT-B-32-quickgelu"])
-def test_towers_equal_open_clip(name):
+def test_towers_equal_open_clip():
     open_clip = pytest.importorskip("open_clip")
     torch.manual_seed(0)
-    model = open_clip.create_model(name, pretrained=None)
+    model = open_clip.create_model("ViT-B-32-quickgelu", pretrained=None)
     for key, value in model.named_parameters():
         if key.endswith("bias"):
             nn.init.normal_(value, std=0.1)  # they start at zero, which would hide a missing one
@@ -198,19 +193,12 @@ def test_architecture_from_shapes():
     assert model.visual.proj.any()  # a copy
 
 
-def test_heads_matter():
-    sd = tiny_state_dict(vocab_size=50)
-    images, _ = inputs(32)
-    one, four = (CLIP.from_state_dict(sd, heads).encode_image(images) for heads in (None, 4))
-    assert not torch.allclose(one, four, atol=1e-3)
-
-
 def test_image_tower_alone(tiny):
     visual = {key: value for key, value in tiny.state_dict().items() if key.startswith("visual.")}
     model = CLIP.from_state_dict(visual)
     images, ids = inputs(32)
     assert torch.equal(model.encode_image(images), tiny.encode_image(images)) and not model.has_text
-    with pytest.raises(ValueError, match="image tower alone, so text cannot be encoded"):
+    with pytest.raises(ValueError, match="image tower alone: use a full CLIP"):
         model.encode_text(ids)
 
 
@@ -223,51 +211,15 @@ def without(*keys: str) -> dict[str, Tensor]:
     (without("ln_final.bias"), None, 'Missing key.* "ln_final.bias"'),
     ({**without(), "fc.weight": torch.zeros(1)}, None, 'Unexpected key.* "fc.weight"'),
     ({**without(), "ln_final.bias": torch.zeros(3)}, None, r"ln_final.bias: .*\[3\].*\[64\]"),
-    ({**without(), "visual.positional_embedding": torch.zeros(12, 64)}, None, "12 vision positions"),
+    ({**without(), "visual.positional_embedding": torch.zeros(12, 64)}, None, "positional_embedding: "),
     ({**without(), "visual.layer1.0.conv1.weight": torch.zeros(1)}, None, "ResNet CLIP"),
-    (tiny_state_dict(vocab_size=50, vision_width=96), None, "width 96 does not divide into heads of 64; give `heads`"),
-    (without(), (1, 3), "width 64 does not divide into 3 heads"), (without(), 0, "0 heads"),
+    (tiny_state_dict(vocab_size=50, vision_width=96), None, "width of 96 does not divide into heads=None"),
+    (without(), (1, 3), "width of 64 does not divide into heads=3"), (without(), 0, "heads=0"),
     ({}, None, "visual.conv1.weight is missing")])
 def test_errors(sd, heads, message):
     with pytest.raises(ValueError, match=message) as caught:
         CLIP.from_state_dict(sd, heads)
     assert "\n" not in str(caught.value)
-
-
-# ---- importing does no work
-
-IMPORT = """
-import importlib, os, sys
-import torch, torchvision, PIL.Image
-opened = []
-def note(event, arguments):
-    if event == "open" and isinstance(arguments[0], (str, bytes)):
-        opened.append(os.fsdecode(arguments[0]))
-    if event in ("socket.connect", "subprocess.Popen", "os.system"):
-        opened.append(event)
-sys.addaudithook(note)
-folder = os.path.dirname(importlib.util.find_spec("ucdr_ref").origin)
-for name in sys.argv[1:]:
-    importlib.import_module(name)
-inside = [path for path in opened if os.path.abspath(path).startswith(folder)]
-assert any(path.endswith((".py", ".pyc")) for path in inside), "the hook sees nothing"
-print([path for path in opened if path.startswith(("socket", "subprocess", "os."))]
-      + [path for path in opened if not (path.endswith((".py", ".pyc", ".so")) or ".pyc." in path or os.path.isdir(path))])
-print(torch.cuda.is_initialized())
-"""
-
-
-def test_import_does_no_work():
-    """No file but Python's own is opened and no device is touched, whatever module is imported."""
-    paths = sorted((ROOT / "ucdr_ref").rglob("*.py"))
-    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
-    modules = [name for name in modules if not name.endswith("__main__")]
-    assert "ucdr_ref.clip.model" in modules and importlib.util.find_spec("ucdr_ref.clip.model")
-    done = subprocess.run([sys.executable, "-c", IMPORT, *modules], capture_output=True, text=True, timeout=300, cwd=ROOT,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    opened, devices = done.stdout.splitlines()
-    assert opened == "[]" and devices == "False"
 
 
 # ---- what a library user may hand over

@@ -6,7 +6,6 @@ import json
 import mmap
 import os
 import pickle
-import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -27,12 +26,11 @@ EXPECTED = ("expected ViT CLIP weights: OpenAI's TorchScript archive, a state di
             "safetensors (weights/README.md says where to get them)")
 OTHER_KINDS = {b"\x89PNG": "a PNG image", b"<": "a web page or XML",
                b"version https://git-lfs": "a Git LFS pointer, not the file itself"}
-SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-               "I64": torch.int64}
+SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 KNOWN = {  # all that a TorchScript archive's pickle may ask for besides its modules
-    "torch.DoubleStorage": torch.float64, "torch.FloatStorage": torch.float32,
-    "torch.HalfStorage": torch.float16, "torch.BFloat16Storage": torch.bfloat16,
-    "torch.LongStorage": torch.int64, "collections.OrderedDict": OrderedDict,
+    "torch.FloatStorage": torch.float32, "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16, "torch.LongStorage": torch.int64,
+    "collections.OrderedDict": OrderedDict,
     "torch._utils._rebuild_tensor_v2":
         lambda storage, offset, size, stride, *_: storage.as_strided(size, stride, offset)}
 CONSTANTS = ("input_resolution", "context_length", "vocab_size")  # that some writers keep
@@ -62,9 +60,8 @@ def load_clip(path: str | os.PathLike[str], heads: int | tuple[int, int] | None 
         model = CLIP.from_state_dict(openai_names(read_tensors(file)), heads, dtype)
     except Exception as error:  # whatever a broken file makes a parser do is a fact about the file
         reason = one_line(error)
-        if isinstance(error, pickle.UnpicklingError):  # PyTorch's message goes on to advise to trust the file
-            asked = re.search(r"GLOBAL [\w.]+", reason)
-            reason = f"a pickle of other things than weights ({asked[0] if asked else 'damaged'})"
+        if isinstance(error, pickle.UnpicklingError):  # PyTorch's message advises to trust the file
+            reason = "a damaged pickle, or one of other things than weights"
         elif type(error) is not ValueError:  # not a sentence of ours
             reason = f"truncated or damaged ({type(error).__name__}: {reason})"
         raise ValueError(f"{file}: {reason}; {EXPECTED}") from error
@@ -91,9 +88,10 @@ def read_tensors(file: Path) -> Any:
         return torch.load(file, "cpu", weights_only=True)
     if head[8:9] == b"{":
         return read_safetensors(file)
-    kinds = [kind for start, kind in OTHER_KINDS.items() if head.startswith(start)]
-    unknown = f"of an unknown kind (its first bytes are {head[:8].hex(' ')})" if head else "an empty file"
-    raise ValueError(kinds[0] if kinds else unknown)
+    for start, kind in OTHER_KINDS.items():
+        if head.startswith(start):
+            raise ValueError(kind)
+    raise ValueError(f"of an unknown kind: it begins with {head[:8].hex(' ')}" if head else "an empty file")
 
 
 def read_torchscript(archive: zipfile.ZipFile, members: Mapping[str, str]) -> dict[str, Tensor]:
@@ -108,7 +106,7 @@ def read_torchscript(archive: zipfile.ZipFile, members: Mapping[str, str]) -> di
             if module == "torch.jit._pickle":  # typed lists
                 return lambda value, *_: value
             if f"{module}.{name}" not in KNOWN:
-                raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+                raise pickle.UnpicklingError(f"{module}.{name}")
             return KNOWN[f"{module}.{name}"]
 
         def persistent_load(self, claim: Any) -> Tensor:
@@ -136,8 +134,10 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
+        if start + end > len(content):
+            raise ValueError(f"truncated: {name!r} ends at byte {start + end} of {len(content)}")
         flat = torch.frombuffer(content[start + begin : start + end], dtype=SAFETENSORS[entry["dtype"]])
-        tensors[name] = flat.view(entry["shape"])  # RuntimeError when the data is too short or too long
+        tensors[name] = flat.view(entry["shape"])  # RuntimeError for data of another size
     return tensors
 
 
