@@ -25,14 +25,14 @@ def close(found: Tensor, expected: Tensor, fraction: float = 1e-5) -> bool:
     return float((found - expected).abs().max()) <= fraction * float(expected.abs().max())
 
 
-def inputs(image_size: int, length: int = 77, vocabulary: int = VOCABULARY, batch: int = 2) -> tuple[Tensor, Tensor]:
+def inputs(image_size: int, vocabulary: int = VOCABULARY) -> tuple[Tensor, Tensor]:
     """Random images, and ids whose end-of-text (the largest id) stands at different places."""
     generator = torch.Generator().manual_seed(5)
-    ids = torch.randint(0, vocabulary - 1, (batch, length), generator=generator)
-    for row in range(batch):
-        ids[row, length // (row + 1) - 1] = vocabulary - 1
-        ids[row, length // (row + 1):] = 0
-    return torch.randn(batch, 3, image_size, image_size, generator=generator), ids
+    ids = torch.randint(0, vocabulary - 1, (2, 77), generator=generator)
+    for row, end in enumerate((76, 37)):
+        ids[row, end] = vocabulary - 1
+        ids[row, end + 1:] = 0
+    return torch.randn(2, 3, image_size, image_size, generator=generator), ids
 
 
 @pytest.fixture(scope="module")
@@ -75,16 +75,6 @@ def test_a_trained_bias_of_frozen_weights_gets_its_gradient():
 
 # ---- parity
 
-def same_as(reference: nn.Module, image_size: int, vocabulary: int, batch: int) -> None:
-    """Our towers with the reference's weights give the reference's features."""
-    reference.eval()
-    ours = CLIP.from_state_dict(reference.state_dict())
-    images, ids = inputs(image_size, vocabulary=vocabulary, batch=batch)
-    with torch.inference_mode():
-        assert close(ours.encode_image(images), reference.encode_image(images))
-        assert close(ours.encode_text(ids), reference.encode_text(ids))
-
-
 def test_towers_equal_open_clip():
     open_clip = pytest.importorskip("open_clip")
     torch.manual_seed(0)
@@ -92,17 +82,11 @@ def test_towers_equal_open_clip():
     for key, value in model.named_parameters():
         if key.endswith("bias"):
             nn.init.normal_(value, std=0.1)  # they start at zero, which would hide a missing one
-    same_as(model, 224, 49408, 1)
-
-
-def test_small_towers_equal_open_clip():
-    open_clip_model = pytest.importorskip("open_clip.model")
-    model = open_clip_model.CLIP(
-        48, dict(layers=3, width=128, patch_size=8, image_size=40, head_width=64),
-        dict(context_length=77, vocab_size=VOCABULARY, width=192, heads=3, layers=2), quick_gelu=True)
-    shape = dict(image_size=40, vision_width=128, vision_layers=3, text_width=192, embed_dim=48, vocab_size=VOCABULARY)
-    model.load_state_dict(tiny_state_dict(3, **shape))
-    same_as(model, 40, VOCABULARY, 4)
+    model.eval()
+    ours, (images, ids) = CLIP.from_state_dict(model.state_dict()), inputs(224, 49408)
+    with torch.inference_mode():
+        assert close(ours.encode_image(images), model.encode_image(images))
+        assert close(ours.encode_text(ids), model.encode_text(ids))
 
 
 def test_golden_numbers():
@@ -142,9 +126,6 @@ def test_image_is_embed_blocks_pool(tiny):
     assert torch.equal(token[1, 0], tiny.visual.class_embedding + tiny.visual.positional_embedding[0])
     features = tiny.visual.pool(full_pass(tiny, torch.cat([token, patches], dim=1))[:, 0])
     assert torch.allclose(features, tiny.encode_image(images), atol=1e-5) and features.shape == (2, 32)
-    own = torch.randn(64), torch.randn(64, 7)
-    assert torch.equal(tiny.visual.class_token(2, own[0])[0, 0], own[0] + tiny.visual.positional_embedding[0])
-    assert tiny.visual.pool(token[:, 0], own[1]).shape == (2, 7)
 
 
 def test_causal_equals_one_pass_per_token(tiny):
@@ -224,19 +205,14 @@ def test_errors(sd, heads, message):
 
 # ---- what a library user may hand over
 
-@pytest.mark.parametrize("images", [torch.zeros(1, 3, 36, 36), torch.zeros(1, 3, 16, 64), torch.zeros(3, 32, 32),
-                                    torch.zeros(1, 4, 32, 32), torch.zeros(1, 32, 32, 3), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)])
+@pytest.mark.parametrize("images", [torch.zeros(1, 3, 16, 64), torch.zeros(3, 32, 32), torch.zeros(1, 32, 32, 3),
+                                    torch.zeros(1, 3, 32, 32, dtype=torch.uint8)])
 def test_images_of_another_size_or_kind_are_refused(tiny, images):
     with pytest.raises(ValueError, match=r"expected floating-point \[b, 3, 32, 32\], as clip.preprocess\(32\) gives them"):
         tiny.encode_image(images)
 
 
-def test_half_precision_weights_take_what_preprocess_gives():
-    half = CLIP.from_state_dict(tiny_state_dict(), dtype=torch.bfloat16)
-    assert half.encode_image(torch.zeros(1, 3, 32, 32)).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "L", "P", "1", "LA", "CMYK"])
+@pytest.mark.parametrize("mode", ["RGBA", "L", "P", "CMYK"])
 def test_preprocess_takes_images_as_rgb(mode):
     image = Image.effect_noise((40, 50), 90).convert("RGB").convert(mode)
     assert torch.equal(preprocess(32)(image), preprocess(32)(image.convert("RGB")))

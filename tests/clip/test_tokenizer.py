@@ -5,8 +5,6 @@ import gzip
 import hashlib
 import random
 import re
-import subprocess
-import sys
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,6 @@ ROOT = Path(__file__).resolve().parents[2]
 # Computed with open_clip_torch 3.3.0.
 GOLDEN = {
     "a photo of a dog": [320, 1125, 539, 320, 1929],
-    "a sketch of an aircraft carrier": [320, 5269, 539, 550, 7706, 12308],
-    "The Great Wall of China": [518, 830, 2569, 539, 2817],
     "it's 2024: I'll wait!": [585, 568, 273, 271, 273, 275, 281, 328, 1342, 1885, 256],
     "½ Ⅷ 10km": [33613, 158, 227, 371, 272, 271, 4590],
     "café cafe\u0301": [15304, 15304],
@@ -45,8 +41,7 @@ TEXTS = [
     "it's I'll we've he'd I'm they're don't can't rock'n'roll 'tis dogs' o'clock 's''s'sss DON'T SHE'LL",
     "it\u2019s \u2018quoted\u2019 \u201cdouble\u201d \u201alow\u201b \u201elow\u201f '\u017f long s, I'\u017ft",
     "salt &amp; pepper, &lt;b&gt;, &quot;x&quot;, caf&eacute;, &#8217;s, &amp;amp;lt;, &nbsp;&copy 2020, &no; & &",
-    "<b>&rsquo;s bold</b> &amp; more",
-    "first &rsquo;s line\n<b>&rsquo;s second</b>\nthird &rsquo;s",
+    "first &rsquo;s line\n<b>&rsquo;s second</b>\nthird &rsquo;s &amp; more",
     "\u0331&copy\u030a and &notit; and &#xD800; and &#31;",
     "🐶 a dog 🐕, flag 🇨🇭, thumb 👍🏽, family 👨\u200d👩\u200d👧, rainbow 🏳\ufe0f\u200d🌈, keycap 1\ufe0f\u20e3",
     "一只狗的照片。 素描：飞机、闹钟 「日本語の犬」 カタカナ ｶﾀｶﾅ 한국어 개 사진",
@@ -61,21 +56,12 @@ TEXTS = [
     "C1 \x80 \x85 \x82low\x91 \x91quoted\x92 \x93double\x94 \x99 \x81",
     "surrogate pair \ud83d\udc36, lone \ud83d and \udc36 and \ud83d",
     "a_b __init__ #hash @user http://a.b/c?d=e&f=g!!! ... --- !'s ¡¿ $5.00 50% {}[]|\\~^`",
-    "supercalifragilisticexpialidocious antidisestablishmentarianism pneumonoultramicroscopicsilicovolcanoconiosis",
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa hahahahahahahahahaha ------------------------- 🐶🐶🐶🐶🐶🐶🐶🐶🐶🐶🐶",
-    "",
-    " \t\n ",
 ]
 
 # Where dropping ftfy shows: (text, what ftfy reads it as).
-UNREPAIRED = [
-    ("cafÃ© menu", "café menu"),
-    ("itâ€™s", "it's"),
-    ("\x1b[31mred\x1b[0m dog", "red dog"),
-    ("P&EACUTE;REZ", "PÉREZ"),
-    ("&amp;amp;amp;lt; x", "< x"),
-]
-
+UNREPAIRED = [("cafÃ© menu", "café menu"), ("\x1b[31mred\x1b[0m dog", "red dog"), ("P&EACUTE;REZ", "PÉREZ"),
+              ("&amp;amp;amp;lt; x", "< x")]
 BLOCKS = [(0x20, 0x7F), (0, 0x20), (0x80, 0x370), (0x300, 0x370), (0x370, 0x900), (0x900, 0x2000), (0x2000, 0x2C00),
           (0x3000, 0x3100), (0x4E00, 0xD7A4), (0xE000, 0x10000), (0x1F000, 0x1FB00), (0x10000, 0x110000)]
 PIECES = ["'s", "'T", "\u2019re", "'LL", "'\u017f", "&amp;", "&lt;", "&eacute;", "&amp;quot;", "&nbsp;", "&#8217;", "&copy",
@@ -99,10 +85,7 @@ def merges() -> list[str]:
 
 
 def whole_words() -> list[str]:
-    """3,000 common English words: the merges that end a word, by rank, so the training text's commonest first.
-
-    Four letters or more, which leaves only a few word endings such as "ment" among them.
-    """
+    """3,000 common English words: the merges that end a word, by rank."""
     words = [line.replace(" ", "").removesuffix("</w>") for line in merges() if line.endswith("</w>")]
     return [word for word in words if re.fullmatch("[a-z]{4,}", word)][:3000]
 
@@ -144,14 +127,6 @@ def younger_letters_and_numbers() -> str:
 @pytest.mark.parametrize("text", GOLDEN)
 def test_golden_ids(text):
     assert encode(text) == [49406, *GOLDEN[text], 49407]
-
-
-def test_vocabulary_order():
-    symbols, ids, ranks = tokenizer._vocabulary()
-    assert sorted(symbols) == list(range(256)) and len(set(symbols.values())) == 256
-    assert sorted(ids.values()) == list(range(49408))
-    assert [ids[s] for s in ("!", "~", "\u0100", "!</w>", "in", tokenizer.START)] == [0, 93, 188, 256, 512, 49406]
-    assert [ranks["i", "n"], ranks["jeky", "ll</w>"]] == [0, 48893]
 
 
 def test_merges_are_the_published_ones():
@@ -235,18 +210,3 @@ def test_text_that_just_fits_and_one_that_does_not():
 
 def test_truncate_keeps_end_of_text():
     assert tokenize("a photo of a dog", context_length=5, truncate=True).tolist() == [[49406, 320, 1125, 539, 49407]]
-    assert tokenize("a photo of a dog", context_length=2, truncate=True).tolist() == [[49406, 49407]]
-
-
-def test_import_reads_no_file_and_use_reads_the_merges_once():
-    script = """
-import sys, torch
-opened = []
-sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
-from ucdr_ref.clip.tokenizer import encode, MERGES
-data = [path for path in opened if not path.endswith((".py", ".pyc")) and "ucdr_ref" in path]
-encode("a dog"), encode("a cat")
-print(data, opened.count(str(MERGES)))
-"""
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split("\n")[0] == "[] 1"
