@@ -24,8 +24,7 @@ OPENAI_SHA256 = {  # published: also part of OpenAI's download addresses
     "ViT-L-14-336px.pt": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"}
 EXPECTED = ("expected ViT CLIP weights: OpenAI's TorchScript archive, a state dict saved by torch.save, or "
             "safetensors (weights/README.md says where to get them)")
-OTHER_KINDS = {b"\x89PNG": "a PNG image", b"<": "a web page or XML",
-               b"version https://git-lfs": "a Git LFS pointer, not the file itself"}
+OTHER_KINDS = {b"\x89PNG": "a PNG image", b"<": "a web page", b"version https://git-lfs": "a Git LFS pointer"}
 SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 KNOWN = {  # all that a TorchScript archive's pickle may ask for besides its modules
     "torch.FloatStorage": torch.float32, "torch.HalfStorage": torch.float16,
@@ -52,12 +51,15 @@ def load_clip(path: str | os.PathLike[str], heads: int | tuple[int, int] | None 
     to get it; also for a file that bears the name of one of OpenAI's and has another digest.
     """
     file = check_file(path, f"; {EXPECTED}")
-    expected = OPENAI_SHA256.get(file.name)
-    if expected is not None and (found := file_digest(file)) != expected:
-        raise ValueError(f"{file} is not OpenAI's {file.name}: its sha256 is {found}, not {expected}; "
+    digest = OPENAI_SHA256.get(file.name)
+    if digest is not None and (found := file_digest(file)) != digest:
+        raise ValueError(f"{file} is not OpenAI's {file.name}: its sha256 is {found}, not {digest}; "
                          "download it again (weights/README.md), or rename it if it is another model")
     try:
         model = CLIP.from_state_dict(openai_names(read_tensors(file)), heads, dtype)
+        for key, value in model.state_dict().items():
+            if not value.isfinite().all() or value.dim() > 1 and not value.any():
+                raise ValueError(f"{key} is all zero or not finite in {dtype}: an unfinished download?")
     except Exception as error:  # whatever a broken file makes a parser do is a fact about the file
         reason = one_line(error)
         if isinstance(error, pickle.UnpicklingError):  # PyTorch's message advises to trust the file
@@ -65,10 +67,6 @@ def load_clip(path: str | os.PathLike[str], heads: int | tuple[int, int] | None 
         elif type(error) is not ValueError:  # not a sentence of ours
             reason = f"truncated or damaged ({type(error).__name__}: {reason})"
         raise ValueError(f"{file}: {reason}; {EXPECTED}") from error
-    for key, value in model.state_dict().items():
-        if not value.isfinite().all() or value.dim() > 1 and not value.any():
-            raise ValueError(f"{file}: {key} is all zero or not finite in {dtype}, as after an unfinished "
-                             "download; get the file again (weights/README.md)")
     return model
 
 
@@ -76,7 +74,7 @@ def read_tensors(file: Path) -> Any:
     """What a weight file of any kind holds: usually a dict of tensors by name."""
     with open(file, "rb") as stream:
         head = stream.read(64)
-    if head.startswith(b"PK\x03\x04"):
+    if head.startswith(b"PK"):
         with zipfile.ZipFile(file) as archive:
             members = {name.partition("/")[2]: name for name in archive.namelist()}
             if "constants.pkl" in members:
@@ -149,11 +147,11 @@ def openai_names(content: Any) -> dict[str, Tensor]:
     for name in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
-    if not (isinstance(content, dict) and content and all(isinstance(key, str) for key in content)):
+    if not isinstance(content, dict) or not content:
         raise ValueError(f"it holds a {type(content).__name__} that is no state dict of tensors by name")
     weights = {}
     for key, value in content.items():
-        name = key.removeprefix("module.")
+        name = str(key).removeprefix("module.")
         if name in CONSTANTS or name.endswith(("position_ids", "attn_mask")):
             continue
         if not (isinstance(value, Tensor) and value.is_floating_point()):
