@@ -102,10 +102,10 @@ class VisionTower(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """images [b, 3, H, W] -> patch tokens [b, n, d] with their positions; ValueError for another size."""
-        size = (3, self.image_size, self.image_size)
-        if images.shape[1:] != size or not images.is_floating_point():
+        size = self.image_size
+        if images.shape[1:] != (3, size, size) or not images.is_floating_point():
             raise ValueError(f"images are {images.dtype} {list(images.shape)}, expected floating-point "
-                             f"[b, 3, {size[1]}, {size[1]}], as clip.preprocess({size[1]}) gives them")
+                             f"[b, 3, {size}, {size}], as clip.preprocess({size}) gives them")
         images = images.to(self.conv1.weight.dtype)
         return self.conv1(images).flatten(2).transpose(1, 2) + self.positional_embedding[1:]
 
@@ -171,12 +171,12 @@ class CLIP(nn.Module):
                              "(weights/README.md) or, for UCDR-Adapter, --class-features prototypes")
 
     @classmethod
-    def from_state_dict(cls, sd: Mapping[str, Tensor], heads: int | tuple[int, int] | None = None,
+    def from_state_dict(cls, sd: Mapping[str, Tensor], heads: int | None = None,
                         dtype: torch.dtype = torch.float32) -> CLIP:
         """The model that the shapes describe, frozen, with the weights `sd` cast to `dtype`.
 
-        heads: of both towers, or (vision, text); width / 64 when None.
-        Raises ValueError for a ResNet CLIP, shapes that fit no ViT, and missing or unexpected keys (listed).
+        heads: of both towers; width / 64 when None. Raises ValueError for a ResNet CLIP and for missing or
+        unexpected keys and shapes, which it lists.
         """
         with torch.device("meta"):
             model = cls(**infer_architecture(sd, heads))
@@ -190,30 +190,26 @@ class CLIP(nn.Module):
         return model.eval().requires_grad_(False)
 
 
-def infer_architecture(sd: Mapping[str, Tensor], heads: int | tuple[int, int] | None) -> dict[str, int]:
+def infer_architecture(sd: Mapping[str, Tensor], heads: int | None = None) -> dict[str, int]:
     """The arguments of `CLIP` that the shapes of OpenAI's names tell; ValueError if they fit no ViT."""
-    if any(key.startswith("visual.layer1.") for key in sd):
+    if "visual.layer1.0.conv1.weight" in sd:
         raise ValueError("this is a ResNet CLIP; only the ViT family is supported (ViT-B/32, B/16, L/14)")
     for key in ("visual.conv1.weight", "visual.positional_embedding", "visual.proj"):
         if key not in sd:
             raise ValueError(f"not a ViT CLIP: {key} is missing")
-    width, _, _, patch = sd["visual.conv1.weight"].shape
-    positions, _ = sd["visual.positional_embedding"].shape
-    vision_heads, text_heads = heads if isinstance(heads, tuple) else (heads, heads)
+
+    def head_count(width: int) -> int:
+        if heads is None and width % 64:
+            raise ValueError(f"a width of {width} is no multiple of 64: give the number of `heads`")
+        return heads or width // 64
+
     layers = [key.split(".")[0] for key in sd if key.endswith(".ln_1.weight")]  # "visual" or "transformer"
-    arch = dict(image_size=math.isqrt(positions - 1) * patch, patch=patch,
-                embed_dim=sd["visual.proj"].shape[1], vision_width=width,
-                vision_layers=layers.count("visual"), vision_heads=head_count(width, vision_heads))
+    width, _, _, patch = sd["visual.conv1.weight"].shape
+    grid = math.isqrt(len(sd["visual.positional_embedding"]) - 1)
+    arch = dict(image_size=grid * patch, patch=patch, embed_dim=sd["visual.proj"].shape[1],
+                vision_width=width, vision_layers=layers.count("visual"), vision_heads=head_count(width))
     if "token_embedding.weight" in sd:
         vocabulary, width = sd["token_embedding.weight"].shape
         arch.update(context_length=len(sd["positional_embedding"]), vocab_size=vocabulary, text_width=width,
-                    text_layers=layers.count("transformer"), text_heads=head_count(width, text_heads))
+                    text_layers=layers.count("transformer"), text_heads=head_count(width))
     return arch
-
-
-def head_count(width: int, given: int | None) -> int:
-    if given is None and width % 64 == 0:
-        return width // 64
-    if not given or given < 1 or width % given:
-        raise ValueError(f"a width of {width} does not divide into heads={given} (None: heads of 64)")
-    return given

@@ -42,13 +42,13 @@ HUGGING_FACE = {  # part of a name -> OpenAI's, in this order
     "self_attn.": "attn.", "mlp.fc1.": "mlp.c_fc.", "mlp.fc2.": "mlp.c_proj."}
 
 
-def load_clip(path: str | os.PathLike[str], heads: int | tuple[int, int] | None = None,
+def load_clip(path: str | os.PathLike[str], heads: int | None = None,
               dtype: torch.dtype = torch.float32) -> CLIP:
     """CLIP, frozen, from OpenAI's TorchScript archive, a state dict of torch.save, or safetensors.
 
-    heads: of both towers, or (vision, text); width / 64 when None. dtype: of the parameters (files are often
-    float16). Raises FileNotFoundError, or ValueError that says what the file is, what was expected and where
-    to get it; also for a file that bears the name of one of OpenAI's and has another digest.
+    heads: of both towers; width / 64 when None. dtype: of the parameters (files are often float16). Raises
+    FileNotFoundError, or ValueError that says what the file is, what was expected and where to get it; also
+    for a file that bears the name of one of OpenAI's and has another digest.
     """
     file = check_file(path, f"; {EXPECTED}")
     digest = OPENAI_SHA256.get(file.name)
