@@ -1,11 +1,7 @@
 """The towers beside open_clip's and the golden numbers, their parts, and models from shapes."""
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,14 +25,14 @@ def close(found: Tensor, expected: Tensor, fraction: float = 1e-5) -> bool:
     return float((found - expected).abs().max()) <= fraction * float(expected.abs().max())
 
 
-def inputs(image_size: int, length: int = 77, vocabulary: int = VOCABULARY, batch: int = 2) -> tuple[Tensor, Tensor]:
+def inputs(image_size: int, vocabulary: int = VOCABULARY) -> tuple[Tensor, Tensor]:
     """Random images, and ids whose end-of-text (the largest id) stands at different places."""
     generator = torch.Generator().manual_seed(5)
-    ids = torch.randint(0, vocabulary - 1, (batch, length), generator=generator)
-    for row in range(batch):
-        ids[row, length // (row + 1) - 1] = vocabulary - 1
-        ids[row, length // (row + 1):] = 0
-    return torch.randn(batch, 3, image_size, image_size, generator=generator), ids
+    ids = torch.randint(0, vocabulary - 1, (2, 77), generator=generator)
+    for row, end in enumerate((76, 37)):
+        ids[row, end] = vocabulary - 1
+        ids[row, end + 1:] = 0
+    return torch.randn(2, 3, image_size, image_size, generator=generator), ids
 
 
 @pytest.fixture(scope="module")
@@ -79,35 +75,18 @@ def test_a_trained_bias_of_frozen_weights_gets_its_gradient():
 
 # ---- parity
 
-def same_as(reference: nn.Module, image_size: int, vocabulary: int, batch: int) -> None:
-    """Our towers with the reference's weights give the reference's features."""
-    reference.eval()
-    ours = CLIP.from_state_dict(reference.state_dict())
-    images, ids = inputs(image_size, vocabulary=vocabulary, batch=batch)
-    with torch.inference_mode():
-        assert close(ours.encode_image(images), reference.encode_image(images))
-        assert close(ours.encode_text(ids), reference.encode_text(ids))
-
-
-@pytest.mark.parametrize("name", ["ViT-B-16-quickgelu", "ViT-B-32-quickgelu"])
-def test_towers_equal_open_clip(name):
+def test_towers_equal_open_clip():
     open_clip = pytest.importorskip("open_clip")
     torch.manual_seed(0)
-    model = open_clip.create_model(name, pretrained=None)
+    model = open_clip.create_model("ViT-B-32-quickgelu", pretrained=None)
     for key, value in model.named_parameters():
         if key.endswith("bias"):
             nn.init.normal_(value, std=0.1)  # they start at zero, which would hide a missing one
-    same_as(model, 224, 49408, 1)
-
-
-def test_small_towers_equal_open_clip():
-    open_clip_model = pytest.importorskip("open_clip.model")
-    model = open_clip_model.CLIP(
-        48, dict(layers=3, width=128, patch_size=8, image_size=40, head_width=64),
-        dict(context_length=77, vocab_size=VOCABULARY, width=192, heads=3, layers=2), quick_gelu=True)
-    shape = dict(image_size=40, vision_width=128, vision_layers=3, text_width=192, embed_dim=48, vocab_size=VOCABULARY)
-    model.load_state_dict(tiny_state_dict(3, **shape))
-    same_as(model, 40, VOCABULARY, 4)
+    model.eval()
+    ours, (images, ids) = CLIP.from_state_dict(model.state_dict()), inputs(224, 49408)
+    with torch.inference_mode():
+        assert close(ours.encode_image(images), model.encode_image(images))
+        assert close(ours.encode_text(ids), model.encode_text(ids))
 
 
 def test_golden_numbers():
@@ -147,9 +126,6 @@ def test_image_is_embed_blocks_pool(tiny):
     assert torch.equal(token[1, 0], tiny.visual.class_embedding + tiny.visual.positional_embedding[0])
     features = tiny.visual.pool(full_pass(tiny, torch.cat([token, patches], dim=1))[:, 0])
     assert torch.allclose(features, tiny.encode_image(images), atol=1e-5) and features.shape == (2, 32)
-    own = torch.randn(64), torch.randn(64, 7)
-    assert torch.equal(tiny.visual.class_token(2, own[0])[0, 0], own[0] + tiny.visual.positional_embedding[0])
-    assert tiny.visual.pool(token[:, 0], own[1]).shape == (2, 7)
 
 
 def test_causal_equals_one_pass_per_token(tiny):
@@ -186,10 +162,10 @@ def test_layer_norm_in_float32():
 def test_architecture_from_shapes():
     sd = tiny_state_dict(image_size=48, patch=16, vision_width=128, vision_layers=3, embed_dim=24, text_width=192, text_layers=1,
                          vocab_size=50, context_length=12)
-    assert infer_architecture(sd, None) == dict(
+    assert infer_architecture(sd) == dict(
         image_size=48, patch=16, vision_width=128, vision_layers=3, vision_heads=2, embed_dim=24, context_length=12,
         vocab_size=50, text_width=192, text_layers=1, text_heads=3)
-    assert [infer_architecture(sd, (4, 6))[f"{tower}_heads"] for tower in ("vision", "text")] == [4, 6]
+    assert [infer_architecture(sd, 4)[f"{tower}_heads"] for tower in ("vision", "text")] == [4, 4]
     model = CLIP.from_state_dict(sd)
     assert (model.image_size, model.embed_dim, model.context_length) == (48, 24, 12)
     assert (model.vision_width, model.text_width) == (128, 192)
@@ -198,19 +174,12 @@ def test_architecture_from_shapes():
     assert model.visual.proj.any()  # a copy
 
 
-def test_heads_matter():
-    sd = tiny_state_dict(vocab_size=50)
-    images, _ = inputs(32)
-    one, four = (CLIP.from_state_dict(sd, heads).encode_image(images) for heads in (None, 4))
-    assert not torch.allclose(one, four, atol=1e-3)
-
-
 def test_image_tower_alone(tiny):
     visual = {key: value for key, value in tiny.state_dict().items() if key.startswith("visual.")}
     model = CLIP.from_state_dict(visual)
     images, ids = inputs(32)
     assert torch.equal(model.encode_image(images), tiny.encode_image(images)) and not model.has_text
-    with pytest.raises(ValueError, match="image tower alone, so text cannot be encoded"):
+    with pytest.raises(ValueError, match="image tower alone: use a full CLIP"):
         model.encode_text(ids)
 
 
@@ -218,73 +187,31 @@ def without(*keys: str) -> dict[str, Tensor]:
     return {key: value for key, value in tiny_state_dict(vocab_size=50).items() if key not in keys}
 
 
-@pytest.mark.parametrize(("sd", "heads", "message"), [
-    (without("visual.proj"), None, "visual.proj is missing"),
-    (without("ln_final.bias"), None, 'Missing key.* "ln_final.bias"'),
-    ({**without(), "fc.weight": torch.zeros(1)}, None, 'Unexpected key.* "fc.weight"'),
-    ({**without(), "ln_final.bias": torch.zeros(3)}, None, r"ln_final.bias: .*\[3\].*\[64\]"),
-    ({**without(), "visual.positional_embedding": torch.zeros(12, 64)}, None, "12 vision positions"),
-    ({**without(), "visual.layer1.0.conv1.weight": torch.zeros(1)}, None, "ResNet CLIP"),
-    (tiny_state_dict(vocab_size=50, vision_width=96), None, "width 96 does not divide into heads of 64; give `heads`"),
-    (without(), (1, 3), "width 64 does not divide into 3 heads"), (without(), 0, "0 heads"),
-    ({}, None, "visual.conv1.weight is missing")])
-def test_errors(sd, heads, message):
+@pytest.mark.parametrize(("sd", "message"), [
+    (without("visual.proj"), "visual.proj is missing"),
+    (without("ln_final.bias"), 'Missing key.* "ln_final.bias"'),
+    ({**without(), "fc.weight": torch.zeros(1)}, 'Unexpected key.* "fc.weight"'),
+    ({**without(), "ln_final.bias": torch.zeros(3)}, r"ln_final.bias: .*\[3\].*\[64\]"),
+    ({**without(), "visual.positional_embedding": torch.zeros(12, 64)}, "positional_embedding: "),
+    ({**without(), "visual.layer1.0.conv1.weight": torch.zeros(1)}, "ResNet CLIP"),
+    (tiny_state_dict(vocab_size=50, vision_width=96), "width of 96 is no multiple of 64"),
+    ({}, "visual.conv1.weight is missing")])
+def test_errors(sd, message):
     with pytest.raises(ValueError, match=message) as caught:
-        CLIP.from_state_dict(sd, heads)
+        CLIP.from_state_dict(sd)
     assert "\n" not in str(caught.value)
-
-
-# ---- importing does no work
-
-IMPORT = """
-import importlib, os, sys
-import torch, torchvision, PIL.Image
-opened = []
-def note(event, arguments):
-    if event == "open" and isinstance(arguments[0], (str, bytes)):
-        opened.append(os.fsdecode(arguments[0]))
-    if event in ("socket.connect", "subprocess.Popen", "os.system"):
-        opened.append(event)
-sys.addaudithook(note)
-folder = os.path.dirname(importlib.util.find_spec("ucdr_ref").origin)
-for name in sys.argv[1:]:
-    importlib.import_module(name)
-inside = [path for path in opened if os.path.abspath(path).startswith(folder)]
-assert any(path.endswith((".py", ".pyc")) for path in inside), "the hook sees nothing"
-print([path for path in opened if path.startswith(("socket", "subprocess", "os."))]
-      + [path for path in opened if not (path.endswith((".py", ".pyc", ".so")) or ".pyc." in path or os.path.isdir(path))])
-print(torch.cuda.is_initialized())
-"""
-
-
-def test_import_does_no_work():
-    """No file but Python's own is opened and no device is touched, whatever module is imported."""
-    paths = sorted((ROOT / "ucdr_ref").rglob("*.py"))
-    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
-    modules = [name for name in modules if not name.endswith("__main__")]
-    assert "ucdr_ref.clip.model" in modules and importlib.util.find_spec("ucdr_ref.clip.model")
-    done = subprocess.run([sys.executable, "-c", IMPORT, *modules], capture_output=True, text=True, timeout=300, cwd=ROOT,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    opened, devices = done.stdout.splitlines()
-    assert opened == "[]" and devices == "False"
 
 
 # ---- what a library user may hand over
 
-@pytest.mark.parametrize("images", [torch.zeros(1, 3, 36, 36), torch.zeros(1, 3, 16, 64), torch.zeros(3, 32, 32),
-                                    torch.zeros(1, 4, 32, 32), torch.zeros(1, 32, 32, 3), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)])
+@pytest.mark.parametrize("images", [torch.zeros(1, 3, 16, 64), torch.zeros(3, 32, 32), torch.zeros(1, 32, 32, 3),
+                                    torch.zeros(1, 3, 32, 32, dtype=torch.uint8)])
 def test_images_of_another_size_or_kind_are_refused(tiny, images):
     with pytest.raises(ValueError, match=r"expected floating-point \[b, 3, 32, 32\], as clip.preprocess\(32\) gives them"):
         tiny.encode_image(images)
 
 
-def test_half_precision_weights_take_what_preprocess_gives():
-    half = CLIP.from_state_dict(tiny_state_dict(), dtype=torch.bfloat16)
-    assert half.encode_image(torch.zeros(1, 3, 32, 32)).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "L", "P", "1", "LA", "CMYK"])
+@pytest.mark.parametrize("mode", ["RGBA", "L", "P", "CMYK"])
 def test_preprocess_takes_images_as_rgb(mode):
     image = Image.effect_noise((40, 50), 90).convert("RGB").convert(mode)
     assert torch.equal(preprocess(32)(image), preprocess(32)(image.convert("RGB")))

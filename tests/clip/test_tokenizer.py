@@ -1,13 +1,10 @@
 """The tokenizer against open_clip_torch's (skipped where that is not installed), against golden ids, and its errors."""
-
 from __future__ import annotations
 
 import gzip
 import hashlib
 import random
 import re
-import subprocess
-import sys
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -23,11 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Computed with open_clip_torch 3.3.0.
 GOLDEN = {
     "a photo of a dog": [320, 1125, 539, 320, 1929],
-    "a sketch of an aircraft carrier": [320, 5269, 539, 550, 7706, 12308],
-    "The Great Wall of China": [518, 830, 2569, 539, 2817],
-    "it's 2024: they're 100% sure, I'll wait!": [
-        585, 568, 273, 271, 273, 275, 281, 889, 982, 272, 271, 271, 260, 1650, 267, 328, 1342, 1885, 256,
-    ],
+    "it's 2024: I'll wait!": [585, 568, 273, 271, 273, 275, 281, 328, 1342, 1885, 256],
     "½ Ⅷ 10km": [33613, 158, 227, 371, 272, 271, 4590],
     "café cafe\u0301": [15304, 15304],
     "it’s “quoted” ﬁne": [585, 568, 257, 27706, 257, 3797],
@@ -48,8 +41,7 @@ TEXTS = [
     "it's I'll we've he'd I'm they're don't can't rock'n'roll 'tis dogs' o'clock 's''s'sss DON'T SHE'LL",
     "it\u2019s \u2018quoted\u2019 \u201cdouble\u201d \u201alow\u201b \u201elow\u201f '\u017f long s, I'\u017ft",
     "salt &amp; pepper, &lt;b&gt;, &quot;x&quot;, caf&eacute;, &#8217;s, &amp;amp;lt;, &nbsp;&copy 2020, &no; & &",
-    "<b>&rsquo;s bold</b> &amp; more",
-    "first &rsquo;s line\n<b>&rsquo;s second</b>\nthird &rsquo;s",
+    "first &rsquo;s line\n<b>&rsquo;s second</b>\nthird &rsquo;s &amp; more",
     "\u0331&copy\u030a and &notit; and &#xD800; and &#31;",
     "🐶 a dog 🐕, flag 🇨🇭, thumb 👍🏽, family 👨\u200d👩\u200d👧, rainbow 🏳\ufe0f\u200d🌈, keycap 1\ufe0f\u20e3",
     "一只狗的照片。 素描：飞机、闹钟 「日本語の犬」 カタカナ ｶﾀｶﾅ 한국어 개 사진",
@@ -64,44 +56,26 @@ TEXTS = [
     "C1 \x80 \x85 \x82low\x91 \x91quoted\x92 \x93double\x94 \x99 \x81",
     "surrogate pair \ud83d\udc36, lone \ud83d and \udc36 and \ud83d",
     "a_b __init__ #hash @user http://a.b/c?d=e&f=g!!! ... --- !'s ¡¿ $5.00 50% {}[]|\\~^`",
-    "supercalifragilisticexpialidocious antidisestablishmentarianism pneumonoultramicroscopicsilicovolcanoconiosis",
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa hahahahahahahahahaha ------------------------- 🐶🐶🐶🐶🐶🐶🐶🐶🐶🐶🐶",
-    "",
-    " \t\n ",
 ]
 
 # Where dropping ftfy shows: (text, what ftfy reads it as).
-UNREPAIRED = [
-    ("cafÃ© menu", "café menu"),
-    ("itâ€™s", "it's"),
-    ("\x1b[31mred\x1b[0m dog", "red dog"),
-    ("P&EACUTE;REZ", "PÉREZ"),
-    ("&amp;amp;amp;lt; x", "< x"),
-]
-
-BLOCKS = [
-    (0x20, 0x7F), (0x20, 0x7F), (0x41, 0x7B), (0, 0x20), (0x80, 0x100), (0x80, 0x250), (0x250, 0x370), (0x300, 0x370),
-    (0x370, 0x530), (0x590, 0x900), (0x900, 0xE00), (0xE00, 0x1200), (0x1E00, 0x2000), (0x2000, 0x2070),
-    (0x2070, 0x2C00), (0x3000, 0x3100), (0x4E00, 0xA000), (0xAC00, 0xD7A4), (0xE000, 0xF900), (0xFB00, 0x10000),
-    (0x1F000, 0x1FB00), (0x10000, 0x20000), (0x20000, 0x110000), (0, 0xD800),
-]  # fmt: skip
-PIECES = [
-    "'s", "'T", "\u2019re", "'LL", "'\u017f", "&amp;", "&lt;", "&gt;", "&eacute;", "&amp;quot;", "&nbsp;", "&#8217;",
-    "&copy", "<|endoftext|>", "<|StartOfText|>", " ", "  ", "\t", "\n", "\u00a0", "\u2028", "½", "Ⅷ", "🐶\u200d🌈",
-    "c\u0327\u0301", "the", "Photo",
-]  # fmt: skip
+UNREPAIRED = [("cafÃ© menu", "café menu"), ("\x1b[31mred\x1b[0m dog", "red dog"), ("P&EACUTE;REZ", "PÉREZ"),
+              ("&amp;amp;amp;lt; x", "< x")]
+BLOCKS = [(0x20, 0x7F), (0, 0x20), (0x80, 0x370), (0x300, 0x370), (0x370, 0x900), (0x900, 0x2000), (0x2000, 0x2C00),
+          (0x3000, 0x3100), (0x4E00, 0xD7A4), (0xE000, 0x10000), (0x1F000, 0x1FB00), (0x10000, 0x110000)]
+PIECES = ["'s", "'T", "\u2019re", "'LL", "'\u017f", "&amp;", "&lt;", "&eacute;", "&amp;quot;", "&nbsp;", "&#8217;", "&copy",
+          "<|endoftext|>", "<|StartOfText|>", " ", "  ", "\t", "\n", "\u00a0", "½", "Ⅷ", "🐶\u200d🌈", "c\u0327\u0301", "the"]
 
 
-def random_strings(count: int = 20_000) -> list[str]:
-    """Every fourth string mixes all blocks, every fourth is uniform over all planes, the others mix two blocks."""
-    rng = random.Random(0)
-    strings = []
+def random_strings(count: int = 2000) -> list[str]:
+    """Every other string mixes all blocks, the others two."""
+    rng, strings = random.Random(0), []
     for i in range(count):
-        blocks = BLOCKS if i % 4 == 0 else [(0, 0x110000)] if i % 4 == 1 else rng.sample(BLOCKS, 2)
-        parts = []
+        blocks, parts = BLOCKS if i % 2 else rng.sample(BLOCKS, 2), []
         for _ in range(rng.randint(1, 16)):
             code = rng.randrange(*rng.choice(blocks))
-            parts.append(rng.choice(PIECES) if rng.random() < 0.12 or 0xD800 <= code < 0xE000 else chr(code))
+            parts.append(rng.choice(PIECES) if rng.random() < 0.12 else chr(code))
         strings.append("".join(parts))
     return strings
 
@@ -111,17 +85,14 @@ def merges() -> list[str]:
 
 
 def whole_words() -> list[str]:
-    """3,000 common English words: the merges that end a word, by rank, so the training text's commonest first.
-
-    Four letters or more, which leaves only a few word endings such as "ment" among them.
-    """
+    """3,000 common English words: the merges that end a word, by rank."""
     words = [line.replace(" ", "").removesuffix("</w>") for line in merges() if line.endswith("</w>")]
     return [word for word in words if re.fullmatch("[a-z]{4,}", word)][:3000]
 
 
 def class_names() -> list[str]:
     lines = [line for path in sorted([*(ROOT / "ucdr_ref").rglob("splits/*.txt"), *(ROOT / "ucdr_ref").rglob("graphs/*.txt")])
-             for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]  # fmt: skip
+             for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     return sorted({line.split()[-1] for line in lines if line})
 
 
@@ -140,7 +111,7 @@ def reference() -> Any:
     return simple
 
 
-def inner(text: str) -> list[int]:
+def inner(text) -> list[int]:
     ids = encode(text)
     assert (ids[0], ids[-1]) == (49406, 49407)
     return ids[1:-1]
@@ -154,19 +125,11 @@ def younger_letters_and_numbers() -> str:
 
 
 @pytest.mark.parametrize("text", GOLDEN)
-def test_golden_ids(text: str) -> None:
+def test_golden_ids(text):
     assert encode(text) == [49406, *GOLDEN[text], 49407]
 
 
-def test_vocabulary_order() -> None:
-    symbols, ids, ranks = tokenizer._vocabulary()
-    assert sorted(symbols) == list(range(256)) and len(set(symbols.values())) == 256
-    assert sorted(ids.values()) == list(range(49408))
-    assert [ids[s] for s in ("!", "~", "\u0100", "!</w>", "in", tokenizer.START)] == [0, 93, 188, 256, 512, 49406]
-    assert [ranks["i", "n"], ranks["jeky", "ll</w>"]] == [0, 48893]
-
-
-def test_merges_are_the_published_ones() -> None:
+def test_merges_are_the_published_ones():
     digest = hashlib.sha256(gzip.decompress(tokenizer.MERGES.read_bytes())).hexdigest()
     assert digest == "d308b7377a8ceaa9707a21614fe8c831b9196e197b7aeb69833359362907af02"
     peer = pytest.importorskip("open_clip.tokenizer")
@@ -175,7 +138,7 @@ def test_merges_are_the_published_ones() -> None:
     assert merges() == gzip.decompress(published).decode("utf-8").split("\n")[1:48895]
 
 
-def test_class_names_equal_reference(reference: Any) -> None:
+def test_class_names_equal_reference(reference):
     names = class_names()
     assert len(names) > 300
     for name in names:
@@ -184,7 +147,7 @@ def test_class_names_equal_reference(reference: Any) -> None:
             assert inner(text) == reference.encode(text), text
 
 
-def test_common_words_equal_reference(reference: Any) -> None:
+def test_common_words_equal_reference(reference):
     """As they are; and capitalised, reversed and run together, since most words are a single token by themselves."""
     words = whole_words()
     assert len(words) == 3000 and {"with", "house", "horse", "airport"} < {*words}
@@ -194,64 +157,36 @@ def test_common_words_equal_reference(reference: Any) -> None:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_scripts_and_signs_equal_reference(text: str, reference: Any) -> None:
+def test_scripts_and_signs_equal_reference(text, reference):
     assert inner(text) == reference.encode(text)
 
 
-def test_special_tokens_spelled_in_a_text(reference: Any) -> None:
+def test_special_tokens_spelled_in_a_text(reference):
     for text in ("<|endoftext|>", "a <|StartOfText|>b<|endoftext|>'s", "<|\u017ftartoftext|>", "!<|endoftext|>"):
         assert inner(text) == reference.encode(text), text
     assert inner("a <|endoftext|> b") == [320, 49407, 321]
 
 
 @pytest.mark.parametrize(("text", "repaired"), UNREPAIRED)
-def test_what_only_ftfy_repairs(text: str, repaired: str, reference: Any) -> None:
+def test_what_only_ftfy_repairs(text, repaired, reference):
     assert reference.encode(text) == inner(repaired)
     assert inner(text) != inner(repaired)
 
 
-def test_random_strings_differ_from_reference_as_documented(reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal on all strings if ftfy guesses no encodings and regex has Python's letters; counts what those change."""
+def test_random_strings_equal_reference_but_for_what_is_documented(reference, monkeypatch):
+    """The reference's ftfy guesses no encodings and its regex has Python's letters and numbers."""
     ftfy, regex = pytest.importorskip("ftfy"), pytest.importorskip("regex")
-    texts = random_strings()
-    real = [reference.encode(text) for text in texts]
-
     fix, config = ftfy.fix_text, ftfy.TextFixerConfig(fix_encoding=False)
     monkeypatch.setattr(ftfy, "fix_text", lambda text: fix(text, config))
-    no_guess = [reference.encode(text) for text in texts]
-
     younger = younger_letters_and_numbers()
     new = f"(?-i:[{regex.escape(younger)}])" if younger else "(?!)"
     pattern = reference.pat.pattern.replace(r"[^\s\p{L}\p{N}]+", rf"(?:[^\s\p{{L}}\p{{N}}]|{new})+")
     pattern = pattern.replace(r"|[\p{L}]+|[\p{N}]|", rf"|(?:(?!{new})\p{{L}})+|(?!{new})\p{{N}}|")
     reference.pat = regex.compile(pattern, regex.IGNORECASE)
-    old_table = [reference.encode(text) for text in texts]
-
-    wrong = [text for text, expected in zip(texts, old_table) if inner(text) != expected]
-    assert wrong == []
-    guessed = sum(a != b for a, b in zip(real, no_guess))
-    renewed = sum(a != b for a, b in zip(no_guess, old_table))
-    print(f"encoding guessed: {guessed}, younger characters: {renewed}")
-    assert 0 < guessed <= 200
-    assert guessed == 134 or ftfy.__version__ != "6.3.1"
-    assert renewed <= 2000
-    assert renewed == 1340 or (unicodedata.unidata_version, regex.__version__) != ("14.0.0", "2026.11.15")
+    assert [text for text in random_strings() if inner(text) != reference.encode(text)] == []
 
 
-def test_ids_spell_the_cleaned_text() -> None:
-    symbols, ids, _ = tokenizer._vocabulary()
-    back, byte = {i: word for word, i in ids.items()}, {symbol: code for code, symbol in symbols.items()}
-    for text in [*TEXTS, *random_strings(2000)]:
-        joined = "".join(back[i] for i in inner(text))
-        special = (tokenizer.START, tokenizer.END)
-        for token in special:
-            joined = joined.replace(token, f"{token}</w>")
-        words = joined.split("</w>")[:-1]
-        spelled = [w if w in special else bytes(byte[c] for c in w).decode("utf-8") for w in words]
-        assert "".join(spelled) == tokenizer._clean(text).replace(" ", "").replace("\u0345", ""), text
-
-
-def test_tokenize_pads_with_zeros() -> None:
+def test_tokenize_pads_with_zeros():
     ids = tokenize(["a photo of a dog", ""], context_length=9)
     assert ids.dtype == torch.long
     assert ids.tolist() == [[49406, 320, 1125, 539, 320, 1929, 49407, 0, 0], [49406, 49407, 0, 0, 0, 0, 0, 0, 0]]
@@ -259,47 +194,19 @@ def test_tokenize_pads_with_zeros() -> None:
     assert tokenize([]).shape == (0, 77)
 
 
-def test_tokenize_equals_reference(reference: Any) -> None:
+def test_tokenize_equals_reference(reference):
     texts = ["a photo of a dog", "word " * 100, *TEXTS]
     assert torch.equal(tokenize(texts, truncate=True), reference(texts))
 
 
-def test_text_that_just_fits_and_one_that_does_not() -> None:
+def test_text_that_just_fits_and_one_that_does_not():
     assert tokenize("dog " * 75)[0, -1] == 49407
-    with pytest.raises(ValueError, match=r"'dog dog.*\.\.\.' has 78 tokens, more than the 77 .* truncate") as error:
+    with pytest.raises(ValueError, match=r"'dog dog.*' has 78 tokens, more than the 77 .*shorten it") as error:
         tokenize(["a cat", "dog " * 76])
     assert len(str(error.value)) < 300
     with pytest.raises(ValueError, match="'a photo of a dog' has 7 tokens, more than the 5 "):
         tokenize("a photo of a dog", context_length=5)
 
 
-def test_truncate_keeps_end_of_text() -> None:
+def test_truncate_keeps_end_of_text():
     assert tokenize("a photo of a dog", context_length=5, truncate=True).tolist() == [[49406, 320, 1125, 539, 49407]]
-    assert tokenize("a photo of a dog", context_length=2, truncate=True).tolist() == [[49406, 49407]]
-    with pytest.raises(ValueError, match="context_length is 1"):
-        tokenize("a", context_length=1, truncate=True)
-
-
-def test_missing_merges(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tokenizer, "MERGES", tmp_path / "none.gz")
-    with pytest.raises(FileNotFoundError, match="none.gz is missing"):
-        tokenizer._vocabulary.__wrapped__()
-
-
-def test_import_reads_no_file_and_use_reads_the_merges_once() -> None:
-    script = """
-import sys, torch
-opened = []
-sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
-from ucdr_ref.clip.tokenizer import encode, MERGES
-data = [path for path in opened if not path.endswith((".py", ".pyc")) and "ucdr_ref" in path]
-encode("a dog"), encode("a cat")
-print(data, opened.count(str(MERGES)))
-"""
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split("\n")[0] == "[] 1"
-
-
-def test_word_cache_is_bounded() -> None:
-    size = tokenizer._bpe.cache_info().maxsize
-    assert size is not None and size <= 2**16

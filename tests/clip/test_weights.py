@@ -116,18 +116,10 @@ def test_constants_parameters_and_shared_storages(weights, tmp_path):
     assert all(equal(load_clip(tmp_path / name), weights) for name in "abcde")
 
 
-@pytest.mark.parametrize("form", WRITERS)
-def test_image_tower_alone(form, weights, tmp_path):
-    visual = {key: value for key, value in weights.items() if key.startswith("visual.")}
-    WRITERS[form](visual, tmp_path / "a")
-    model = load_clip(tmp_path / "a")
-    assert not model.has_text and all(torch.equal(model.state_dict()[key], value) for key, value in visual.items())
-
-
 def test_heads(tmp_path):
     torch.save(tiny_state_dict(**SMALL, vision_width=96), tmp_path / "a.pt")
-    assert "width 96 does not divide into heads of 64" in refusal(tmp_path / "a.pt")
-    assert load_clip(tmp_path / "a.pt", heads=(3, 2)).visual.transformer.resblocks[0].attn.heads == 3
+    assert "width of 96 is no multiple of 64" in refusal(tmp_path / "a.pt")
+    assert load_clip(tmp_path / "a.pt", heads=2).visual.transformer.resblocks[0].attn.heads == 2
 
 
 def test_a_file_named_as_openais_has_its_digest(tmp_path, weights):
@@ -173,7 +165,7 @@ def test_other_files(weights, tmp_path):
                           "ints": {key: value.long() for key, value in weights.items()}}.items():
         torch.save(content, tmp_path / name)
     expected = {"a.png": "a PNG image", "empty": "an empty file", "page.pt": "a web page", "lfs.pt": "a Git LFS pointer",
-                "random": "unknown kind (its first bytes are c8 c9", "a.pkl": "bytes are 80 04", "a.zip": "zip archive that PyTorch did not",
+                "random": "unknown kind: it begins with c8 c9", "a.pkl": "begins with 80 04", "a.zip": "zip archive that PyTorch did not",
                 "tensor": "holds a Tensor", "number": "entry 'epoch' is not a tensor", "nothing": "holds a dict that is no state dict",
                 "ints": "is not a tensor of floating point", "resnet": "ResNet CLIP; only the ViT family",
                 ".": "is a folder", "absent": "does not exist", "empty/below": "does not exist"}
@@ -203,14 +195,14 @@ def test_nothing_is_executed(weights, tmp_path):
         archive.writestr("a/data.pkl", program)
         archive.writestr("a/constants.pkl", b"\x80\x02).")
     for name in ("zip", "legacy", "torchscript"):
-        assert "posix.mkdir" in refusal(tmp_path / name)
+        assert "other things than weights" in refusal(tmp_path / name)
     (tmp_path / "plain").write_bytes(program)
     refusal(tmp_path / "plain")
     assert not marker.exists()
     pickle.loads(program)
     assert marker.exists(), "the trap does not work"
     torch.save({"args": argparse.Namespace(lr=1), "state_dict": weights}, tmp_path / "namespace")
-    assert "argparse.Namespace" in refusal(tmp_path / "namespace")
+    assert "other things than weights" in refusal(tmp_path / "namespace")
 
 
 @pytest.mark.parametrize("form", WRITERS)

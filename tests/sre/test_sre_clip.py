@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,6 @@ from torch.testing import assert_close
 
 from tests.helpers import Width, tiny_state_dict
 from ucdr_ref.clip.model import CLIP
-from ucdr_ref.metrics import zero_shot_accuracy
 from ucdr_ref.sre import adapter as sre_clip
 from ucdr_ref.sre import losses
 from ucdr_ref.sre.adapter import SRECLIP, Batch, TargetBank
@@ -27,8 +25,6 @@ def small_method(seed: int = 0, bank: int = 10, **options: object) -> SRECLIP:
     small = type("Small", (Options,), {"sre_bank": bank})(sre_hidden=8, **options)
     return SRECLIP(Width(e), [f"class {k}" for k in range(c)], vectors, normalized_adjacency(edges, nodes), [1, 5], small)
 
-
-# the careful reading
 
 def test_prediction_depends_neither_on_the_batch_nor_on_its_order() -> None:
     method = small_method().eval()
@@ -83,8 +79,6 @@ def test_what_trains_and_which_gradients_flow_where() -> None:
         "gcn.w1", "gcn.b1", "gcn.w2", "gcn.b2"}
     assert {id(p) for group in method.optimizer("sre").param_groups for p in group["params"]} == {
         id(p) for p in trained.values()}
-    for group in method.optimizer("sre").param_groups:
-        assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 1e-4)
     method.target_step(torch.randn(4, 6))
     terms = method.target_step(torch.randn(4, 6))
     for name, adapter, gcn in (("entropy", True, False), ("diversity", False, True), ("bias", True, True)):
@@ -92,15 +86,6 @@ def test_what_trains_and_which_gradients_flow_where() -> None:
         gradients = torch.autograd.grad(terms[name], weights, retain_graph=True, allow_unused=True)
         assert [g is not None and bool(g.abs().sum() > 0) for g in gradients] == [adapter, gcn]
 
-
-def test_learning_rate() -> None:
-    method = small_method()
-    assert method.learning_rate("sre", 0, 0) == method.learning_rate("sre", 6, 0) == 1e-3
-    assert method.learning_rate("sre", 16, 0) == pytest.approx(1e-3 * 2 ** -0.75)
-    assert method.learning_rate("sre", 15, 99) == pytest.approx(1e-3 * 1.999 ** -0.75)
-
-
-# bank
 
 @pytest.mark.parametrize("seed", range(8))
 def test_bank_equals_a_list_for_any_batch_and_size(seed: int) -> None:
@@ -133,8 +118,6 @@ def test_released_bank_leaves_rows_stale() -> None:
     assert int(bank.pointer) == 2
 
 
-# bad input
-
 def test_unseen_classes_are_checked() -> None:
     names = ["killer_whale", "cow", "horse"]
     for unseen, message in (([], "0 of 3 classes are unseen"), ([0, 1, 2], "3 of 3 classes are unseen"), ([3], r"\[3\]: expected"),
@@ -144,35 +127,6 @@ def test_unseen_classes_are_checked() -> None:
     for vectors, nodes in ((torch.eye(3), 4), (torch.eye(2), 2)):
         with pytest.raises(ValueError, match=f"{len(vectors)} class vectors, {nodes} graph nodes"):
             SRECLIP(Width(4), names, vectors, normalized_adjacency([], nodes), [0], Options(sre_hidden=4))
-
-
-# metrics and CLIP
-
-def test_accuracies_equal_a_slow_loop() -> None:
-    torch.manual_seed(3)
-    logits, labels, unseen = torch.randn(60, 6), torch.randint(0, 5, (60,)), [1, 4]
-    labels[labels == 2] = 3  # class 2 and class 5 have no image
-    logits[torch.arange(60), labels] += 1
-    hits: dict[str, dict[int, list[bool]]] = {"zsl": {}, "unseen": {}, "seen": {}}
-    for row, y in zip(logits.tolist(), labels.tolist()):
-        right = max(range(6), key=row.__getitem__) == y
-        hits["unseen" if y in unseen else "seen"].setdefault(y, []).append(right)
-        if y in unseen:
-            hits["zsl"].setdefault(y, []).append(max(unseen, key=row.__getitem__) == y)
-    result = zero_shot_accuracy(logits, labels, unseen)
-    for name, classes in hits.items():
-        assert result["instance"][name] == pytest.approx(np.mean([hit for one in classes.values() for hit in one]))
-        assert result["class"][name] == pytest.approx(np.mean([np.mean(one) for one in classes.values()]))
-    assert result["instance"]["seen"] != pytest.approx(result["class"]["seen"])
-    for values in result.values():
-        assert values["h"] == pytest.approx(2 / (1 / values["unseen"] + 1 / values["seen"]))
-
-
-def test_accuracies_without_hits_or_images() -> None:
-    wrong = zero_shot_accuracy(torch.eye(3)[[1, 0]], torch.tensor([0, 2]), [2])
-    assert wrong["class"] == {"zsl": 1.0, "unseen": 0.0, "seen": 0.0, "h": 0.0}
-    none = zero_shot_accuracy(torch.eye(3), torch.tensor([0, 1, 0]), [2])
-    assert np.isnan(none["instance"]["unseen"]) and np.isnan(none["class"]["h"]) and none["class"]["seen"] == 0.75
 
 
 def test_images_are_encoded_through_clip() -> None:
@@ -186,32 +140,14 @@ def test_images_are_encoded_through_clip() -> None:
     assert_close(method.logits(clip.encode_image(images)), features @ method.class_embeddings().T / 0.05)
 
 
-def test_state_round_trip_resumes_the_bank() -> None:
-    method, other = small_method(seed=0), small_method(seed=1)
-    for _ in range(3):
-        method.target_step(torch.randn(4, 6))
-    other.load_state_dict(method.state_dict())
-    x = torch.randn(4, 6)
-    torch.manual_seed(0)
-    expected = method.target_step(x)
-    torch.manual_seed(0)
-    found = other.target_step(x)
-    assert expected["diversity"] != 0
-    for name in expected:
-        assert_close(found[name], expected[name])
-
-
 def test_a_checkpoint_does_not_overwrite_the_caller_s_class_vectors() -> None:
-    vectors = F.normalize(torch.randn(9, 5), dim=1)
-    before = vectors.clone()
-    edges = [(k, 7) for k in range(7)]
-    method = SRECLIP(Width(6), [f"class {k}" for k in range(7)], vectors, normalized_adjacency(edges, 9), [1], Options(sre_hidden=8))
-    method.class_vectors.zero_()
-    assert torch.equal(vectors, before)
+    vectors = torch.ones(3, 5)
+    SRECLIP(Width(6), ["a", "b", "c"], vectors, torch.eye(3), [1], Options(sre_hidden=8)).class_vectors.zero_()
+    assert torch.equal(vectors, torch.ones(3, 5))
 
 
-@pytest.mark.parametrize("p", [0.3, 0.5])
-def test_dropout_is_pytorch_s_own_on_a_cpu(p: float) -> None:
+def test_dropout_is_pytorch_s_own_on_a_cpu() -> None:
+    p = 0.3
     gcn, x = sre_clip.GCN(5, 8, p), torch.randn(40, 5)
     torch.manual_seed(1)
     expected, state = F.dropout(x, p, True), torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""Linear layers of frozen weights: on a CPU by oneDNN, which PyTorch brings along."""
+"""Linear layers of frozen weights, on a CPU by oneDNN, which comes with PyTorch."""
 from __future__ import annotations
 
 from typing import Any
@@ -37,9 +37,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     On a CPU PyTorch's float32 products go to MKL, which leaves up to half of the speed of AMD's processors
     unused. Where weight and bias are frozen, this takes oneDNN: the same within rounding.
     """
-    here = ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    plain = not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-    if here and plain and not (weight.requires_grad or bias.requires_grad):
+    frozen = not (weight.requires_grad or bias.requires_grad)
+    float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if ONEDNN and frozen and float32 and x.device.type == "cpu":
         return OneDNNLinear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 

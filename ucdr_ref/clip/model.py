@@ -1,7 +1,7 @@
-"""CLIP's two transformer towers (Radford et al. 2021), under the parameter names of OpenAI's released files.
+"""CLIP's two transformer towers (Radford et al. 2021), under the parameter names of OpenAI's files.
 
-Pre-norm blocks with QuickGELU. The shapes of the weights give the architecture: ViT-B/32, B/16, L/14,
-L/14@336px or a small one. Between `embed`, `blocks` and `pool` of the vision tower a method inserts tokens.
+The shapes of the weights give the architecture. Between `embed`, `blocks` and `pool` of the vision tower a
+method inserts tokens.
 """
 from __future__ import annotations
 
@@ -38,16 +38,12 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = Linear(width, width)
 
-    def split(self, x: Tensor) -> Tensor:
-        """[b, L, w] -> [b, heads, L, w / heads]"""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
     def forward(self, x: Tensor, at: int | None = None, causal: bool = False) -> Tensor:
         """x [b, L, w] -> [b, L, w]; with `at`, only that token's output [b, 1, w]."""
         w = x.shape[-1]
         q = linear(select(x, at), self.in_proj_weight[:w], self.in_proj_bias[:w])
         k, v = linear(x, self.in_proj_weight[w:], self.in_proj_bias[w:]).chunk(2, dim=-1)
-        q, k, v = self.split(q), self.split(k), self.split(v)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
         # A process may hold no image, which PyTorch's flash attention long refused.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=causal) if len(x) else q
         return self.out_proj(y.transpose(1, 2).flatten(2))
@@ -105,14 +101,11 @@ class VisionTower(nn.Module):
         self.proj = nn.Parameter(torch.empty(width, embed_dim))
 
     def embed(self, images: Tensor) -> Tensor:
-        """images [b, 3, H, W] -> patch tokens [b, n, d] with their positions, no class token.
-
-        Raises ValueError for images of another size or kind.
-        """
-        size = (3, self.image_size, self.image_size)
-        if images.shape[1:] != size or not images.is_floating_point():
+        """images [b, 3, H, W] -> patch tokens [b, n, d] with their positions; ValueError for another size."""
+        size = self.image_size
+        if images.shape[1:] != (3, size, size) or not images.is_floating_point():
             raise ValueError(f"images are {images.dtype} {list(images.shape)}, expected floating-point "
-                             f"[b, 3, {size[1]}, {size[1]}], as clip.preprocess({size[1]}) gives them")
+                             f"[b, 3, {size}, {size}], as clip.preprocess({size}) gives them")
         images = images.to(self.conv1.weight.dtype)
         return self.conv1(images).flatten(2).transpose(1, 2) + self.positional_embedding[1:]
 
@@ -174,17 +167,16 @@ class CLIP(nn.Module):
 
     def require_text(self) -> None:
         if not self.has_text:
-            raise ValueError("these weights hold CLIP's image tower alone, so text cannot be encoded; use a "
-                             "full CLIP file (weights/README.md) or, for UCDR-Adapter, "
-                             "--class-features prototypes")
+            raise ValueError("these weights hold CLIP's image tower alone: use a full CLIP file "
+                             "(weights/README.md) or, for UCDR-Adapter, --class-features prototypes")
 
     @classmethod
-    def from_state_dict(cls, sd: Mapping[str, Tensor], heads: int | tuple[int, int] | None = None,
+    def from_state_dict(cls, sd: Mapping[str, Tensor], heads: int | None = None,
                         dtype: torch.dtype = torch.float32) -> CLIP:
         """The model that the shapes describe, frozen, with the weights `sd` cast to `dtype`.
 
-        heads: of both towers, or (vision, text); width / 64 when None.
-        Raises ValueError for a ResNet CLIP, shapes that fit no ViT, and missing or unexpected keys (listed).
+        heads: of both towers; width / 64 when None. Raises ValueError for a ResNet CLIP and for missing or
+        unexpected keys and shapes, which it lists.
         """
         with torch.device("meta"):
             model = cls(**infer_architecture(sd, heads))
@@ -198,37 +190,26 @@ class CLIP(nn.Module):
         return model.eval().requires_grad_(False)
 
 
-def infer_architecture(sd: Mapping[str, Tensor], heads: int | tuple[int, int] | None) -> dict[str, int]:
+def infer_architecture(sd: Mapping[str, Tensor], heads: int | None = None) -> dict[str, int]:
     """The arguments of `CLIP` that the shapes of OpenAI's names tell; ValueError if they fit no ViT."""
-    if any(key.startswith("visual.layer1.") for key in sd):
+    if "visual.layer1.0.conv1.weight" in sd:
         raise ValueError("this is a ResNet CLIP; only the ViT family is supported (ViT-B/32, B/16, L/14)")
     for key in ("visual.conv1.weight", "visual.positional_embedding", "visual.proj"):
         if key not in sd:
             raise ValueError(f"not a ViT CLIP: {key} is missing")
-    vision_heads, text_heads = heads if isinstance(heads, tuple) else (heads, heads)
+
+    def head_count(width: int) -> int:
+        if heads is None and width % 64:
+            raise ValueError(f"a width of {width} is no multiple of 64: give the number of `heads`")
+        return heads or width // 64
+
+    layers = [key.split(".")[0] for key in sd if key.endswith(".ln_1.weight")]  # "visual" or "transformer"
     width, _, _, patch = sd["visual.conv1.weight"].shape
-    positions, _ = sd["visual.positional_embedding"].shape
-    grid = math.isqrt(positions - 1)
-    if grid < 1 or grid * grid != positions - 1:
-        raise ValueError(f"not a ViT CLIP: {positions} vision positions, expected 1 + a square of patches")
+    grid = math.isqrt(len(sd["visual.positional_embedding"]) - 1)
     arch = dict(image_size=grid * patch, patch=patch, embed_dim=sd["visual.proj"].shape[1],
-                vision_width=width, vision_layers=layer_count(sd, "visual."),
-                vision_heads=head_count(width, vision_heads))
-    if "positional_embedding" in sd and "token_embedding.weight" in sd:
-        length, width = sd["positional_embedding"].shape
-        arch.update(context_length=length, vocab_size=len(sd["token_embedding.weight"]), text_width=width,
-                    text_layers=layer_count(sd, ""), text_heads=head_count(width, text_heads))
+                vision_width=width, vision_layers=layers.count("visual"), vision_heads=head_count(width))
+    if "token_embedding.weight" in sd:
+        vocabulary, width = sd["token_embedding.weight"].shape
+        arch.update(context_length=len(sd["positional_embedding"]), vocab_size=vocabulary, text_width=width,
+                    text_layers=layers.count("transformer"), text_heads=head_count(width))
     return arch
-
-
-def layer_count(sd: Mapping[str, Tensor], tower: str) -> int:
-    prefix = f"{tower}transformer.resblocks."
-    return max(1, len({key.removeprefix(prefix).split(".")[0] for key in sd if key.startswith(prefix)}))
-
-
-def head_count(width: int, given: int | None) -> int:
-    count = width // 64 if given is None else given
-    if count < 1 or width % (64 if given is None else count):
-        wanted = "heads of 64; give `heads`" if given is None else f"{given} heads"
-        raise ValueError(f"a tower of width {width} does not divide into {wanted}")
-    return count

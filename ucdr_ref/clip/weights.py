@@ -6,7 +6,6 @@ import json
 import mmap
 import os
 import pickle
-import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -25,14 +24,12 @@ OPENAI_SHA256 = {  # published: also part of OpenAI's download addresses
     "ViT-L-14-336px.pt": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"}
 EXPECTED = ("expected ViT CLIP weights: OpenAI's TorchScript archive, a state dict saved by torch.save, or "
             "safetensors (weights/README.md says where to get them)")
-OTHER_KINDS = {b"\x89PNG": "a PNG image", b"<": "a web page or XML",
-               b"version https://git-lfs": "a Git LFS pointer, not the file itself"}
-SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-               "I64": torch.int64}
+OTHER_KINDS = {b"\x89PNG": "a PNG image", b"<": "a web page", b"version https://git-lfs": "a Git LFS pointer"}
+SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 KNOWN = {  # all that a TorchScript archive's pickle may ask for besides its modules
-    "torch.DoubleStorage": torch.float64, "torch.FloatStorage": torch.float32,
-    "torch.HalfStorage": torch.float16, "torch.BFloat16Storage": torch.bfloat16,
-    "torch.LongStorage": torch.int64, "collections.OrderedDict": OrderedDict,
+    "torch.FloatStorage": torch.float32, "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16, "torch.LongStorage": torch.int64,
+    "collections.OrderedDict": OrderedDict,
     "torch._utils._rebuild_tensor_v2":
         lambda storage, offset, size, stride, *_: storage.as_strided(size, stride, offset)}
 CONSTANTS = ("input_resolution", "context_length", "vocab_size")  # that some writers keep
@@ -45,33 +42,31 @@ HUGGING_FACE = {  # part of a name -> OpenAI's, in this order
     "self_attn.": "attn.", "mlp.fc1.": "mlp.c_fc.", "mlp.fc2.": "mlp.c_proj."}
 
 
-def load_clip(path: str | os.PathLike[str], heads: int | tuple[int, int] | None = None,
+def load_clip(path: str | os.PathLike[str], heads: int | None = None,
               dtype: torch.dtype = torch.float32) -> CLIP:
     """CLIP, frozen, from OpenAI's TorchScript archive, a state dict of torch.save, or safetensors.
 
-    heads: of both towers, or (vision, text); width / 64 when None. dtype: of the parameters (files are often
-    float16). Raises FileNotFoundError, or ValueError that says what the file is, what was expected and where
-    to get it; also for a file that bears the name of one of OpenAI's and has another digest.
+    heads: of both towers; width / 64 when None. dtype: of the parameters (files are often float16). Raises
+    FileNotFoundError, or ValueError that says what the file is, what was expected and where to get it; also
+    for a file that bears the name of one of OpenAI's and has another digest.
     """
     file = check_file(path, f"; {EXPECTED}")
-    expected = OPENAI_SHA256.get(file.name)
-    if expected is not None and (found := file_digest(file)) != expected:
-        raise ValueError(f"{file} is not OpenAI's {file.name}: its sha256 is {found}, not {expected}; "
+    digest = OPENAI_SHA256.get(file.name)
+    if digest is not None and (found := file_digest(file)) != digest:
+        raise ValueError(f"{file} is not OpenAI's {file.name}: its sha256 is {found}, not {digest}; "
                          "download it again (weights/README.md), or rename it if it is another model")
     try:
         model = CLIP.from_state_dict(openai_names(read_tensors(file)), heads, dtype)
+        for key, value in model.state_dict().items():
+            if not value.isfinite().all() or value.dim() > 1 and not value.any():
+                raise ValueError(f"{key} is all zero or not finite in {dtype}: an unfinished download?")
     except Exception as error:  # whatever a broken file makes a parser do is a fact about the file
         reason = one_line(error)
-        if isinstance(error, pickle.UnpicklingError):  # PyTorch's message goes on to advise to trust the file
-            asked = re.search(r"GLOBAL [\w.]+", reason)
-            reason = f"a pickle of other things than weights ({asked[0] if asked else 'damaged'})"
+        if isinstance(error, pickle.UnpicklingError):  # PyTorch's message advises to trust the file
+            reason = "a damaged pickle, or one of other things than weights"
         elif type(error) is not ValueError:  # not a sentence of ours
             reason = f"truncated or damaged ({type(error).__name__}: {reason})"
         raise ValueError(f"{file}: {reason}; {EXPECTED}") from error
-    for key, value in model.state_dict().items():
-        if not value.isfinite().all() or value.dim() > 1 and not value.any():
-            raise ValueError(f"{file}: {key} is all zero or not finite in {dtype}, as after an unfinished "
-                             "download; get the file again (weights/README.md)")
     return model
 
 
@@ -79,7 +74,7 @@ def read_tensors(file: Path) -> Any:
     """What a weight file of any kind holds: usually a dict of tensors by name."""
     with open(file, "rb") as stream:
         head = stream.read(64)
-    if head.startswith(b"PK\x03\x04"):
+    if head.startswith(b"PK"):
         with zipfile.ZipFile(file) as archive:
             members = {name.partition("/")[2]: name for name in archive.namelist()}
             if "constants.pkl" in members:
@@ -91,9 +86,10 @@ def read_tensors(file: Path) -> Any:
         return torch.load(file, "cpu", weights_only=True)
     if head[8:9] == b"{":
         return read_safetensors(file)
-    kinds = [kind for start, kind in OTHER_KINDS.items() if head.startswith(start)]
-    unknown = f"of an unknown kind (its first bytes are {head[:8].hex(' ')})" if head else "an empty file"
-    raise ValueError(kinds[0] if kinds else unknown)
+    for start, kind in OTHER_KINDS.items():
+        if head.startswith(start):
+            raise ValueError(kind)
+    raise ValueError(f"of an unknown kind: it begins with {head[:8].hex(' ')}" if head else "an empty file")
 
 
 def read_torchscript(archive: zipfile.ZipFile, members: Mapping[str, str]) -> dict[str, Tensor]:
@@ -108,7 +104,7 @@ def read_torchscript(archive: zipfile.ZipFile, members: Mapping[str, str]) -> di
             if module == "torch.jit._pickle":  # typed lists
                 return lambda value, *_: value
             if f"{module}.{name}" not in KNOWN:
-                raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+                raise pickle.UnpicklingError(f"{module}.{name}")
             return KNOWN[f"{module}.{name}"]
 
         def persistent_load(self, claim: Any) -> Tensor:
@@ -136,8 +132,10 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
+        if start + end > len(content):
+            raise ValueError(f"truncated: {name!r} ends at byte {start + end} of {len(content)}")
         flat = torch.frombuffer(content[start + begin : start + end], dtype=SAFETENSORS[entry["dtype"]])
-        tensors[name] = flat.view(entry["shape"])  # RuntimeError when the data is too short or too long
+        tensors[name] = flat.view(entry["shape"])  # RuntimeError for data of another size
     return tensors
 
 
@@ -149,11 +147,11 @@ def openai_names(content: Any) -> dict[str, Tensor]:
     for name in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
-    if not (isinstance(content, dict) and content and all(isinstance(key, str) for key in content)):
+    if not isinstance(content, dict) or not content:
         raise ValueError(f"it holds a {type(content).__name__} that is no state dict of tensors by name")
     weights = {}
     for key, value in content.items():
-        name = key.removeprefix("module.")
+        name = str(key).removeprefix("module.")
         if name in CONSTANTS or name.endswith(("position_ids", "attn_mask")):
             continue
         if not (isinstance(value, Tensor) and value.is_floating_point()):

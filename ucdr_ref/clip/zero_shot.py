@@ -1,4 +1,4 @@
-"""CLIP as it is: its image transform, its text for a class, and zero-shot CLIP behind a method's `encode`."""
+"""Zero-shot CLIP: its image transform, its text for a class, and its features behind a method's `encode`."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -68,7 +68,7 @@ def class_text_features(clip: CLIP, class_names: Sequence[str], chunk: int = 256
 
 
 class ZeroShot(nn.Module):
-    """CLIP as it is, behind a method's `encode`: the baseline."""
+    """CLIP without any training, behind a method's `encode`: the baseline."""
 
     PHASES: tuple[str, ...] = ()
 

@@ -108,8 +108,8 @@ class TargetBank(nn.Module):
             pointer = end % size
         else:  # S7
             self.store[start:end] = x
-            room = end + len(x) <= size if self.full else end < size
-            pointer = end if room else 0
+            latest = size - len(x) if self.full else size - 1  # start of the next batch
+            pointer = end if end <= latest else 0
         self.count.fill_(max(int(self.count), min(end, len(self.store))))
         self.pointer.fill_(pointer)
 

@@ -66,15 +66,16 @@ def load_graph(path: str | Path) -> Graph:
 def parse_graph(fields: dict[str, Any]) -> Graph:
     """A Graph from its JSON object; raises KeyError, TypeError or ValueError with the reason."""
     graph = Graph(**{**fields, "edges": [(child, parent) for child, parent in fields["edges"]]})
-    texts, numbers = chain(graph.ids, graph.names, *graph.lemmas), chain([graph.classes], *graph.edges)
-    if not all(isinstance(text, str) for text in texts) or not all(type(number) is int for number in numbers):
-        raise TypeError("expected text in ids, names and lemmas, whole numbers in edges and classes")
-    nodes = len(graph.ids)
+    nodes, ends = len(graph.ids), [*chain(*graph.edges)]
+    if not all(isinstance(text, str) for text in chain(graph.ids, graph.names, *graph.lemmas)):
+        raise TypeError("ids, names and lemmas must be text")
+    if not all(type(number) is int for number in [graph.classes, *ends]):
+        raise TypeError("classes and edges must be whole numbers")
     if not nodes == len(graph.names) == len(graph.lemmas) >= graph.classes > 0:
         raise ValueError(f"{nodes} ids, {len(graph.names)} names, {len(graph.lemmas)} lists of lemmas, "
                          f"{graph.classes} classes")
-    if outside := [edge for edge in graph.edges if not 0 <= min(edge) <= max(edge) < nodes]:
-        raise ValueError(f"edge {list(outside[0])} leaves the {nodes} nodes")
+    if ends and not 0 <= min(ends) <= max(ends) < nodes:
+        raise ValueError(f"edges between nodes {min(ends)} to {max(ends)} of {nodes}")
     return graph
 
 
@@ -107,23 +108,31 @@ def node_vectors(graph: Graph, clip: CLIP, source: str = "clip") -> Tensor:
     if missing := [name for name, norm in zip(names, norms) if not 0 < norm < torch.inf]:
         raise ValueError(f"graph nodes without a class vector: {', '.join(missing)}; the file needs a line "
                          "under the name or the WordNet id of each")
+    parents = parents_of(graph)
     for i, j in (x[:c] @ x[:c].T > 1 - 1e-6).triu(1).nonzero().tolist():
-        parents_i, parents_j = ({parent for child, parent in graph.edges if child == k} for k in (i, j))
-        if parents_i == parents_j:  # no image could ever be told to be of the second
+        if parents[i] == parents[j]:  # no image could ever be predicted as the second
             raise ValueError(f"classes {names[i]!r} and {names[j]!r} have identical vectors, which tell none "
                              "of their images apart; give one of them another name or vector")
     return x
 
 
+def parents_of(graph: Graph) -> list[set[int]]:
+    parents: list[set[int]] = [set() for _ in graph.ids]
+    for child, parent in graph.edges:
+        parents[child].add(parent)
+    return parents
+
+
 def with_ancestors(vectors: Tensor, graph: Graph) -> Tensor:
     """Class vectors [c, w] -> X [N, w]: an ancestor's is the normalised mean over the classes below it."""
-    below = [{k} if k < graph.classes else set() for k in range(len(graph.ids))]
-    count = 0
-    while count != (count := sum(map(len, below))):  # until nothing more is passed up
-        for child, parent in graph.edges:
-            below[parent] |= below[child]
-    means = [vectors[sorted(classes)].mean(dim=0) for classes in below[graph.classes:]]
-    return torch.cat([vectors, F.normalize(torch.stack(means), dim=1)]) if means else vectors
+    parents, below = parents_of(graph), [list[int]() for _ in graph.ids]
+    for k in range(graph.classes):
+        above = [k]
+        for node in above:  # grows: the class and all its ancestors
+            above += [parent for parent in parents[node] if parent not in above]
+            below[node].append(k)
+    means = [vectors[classes].mean(dim=0, keepdim=True) for classes in below[graph.classes:]]
+    return torch.cat([vectors, *(F.normalize(mean, dim=1) for mean in means)])
 
 
 def read_vectors(path: str | Path, graph: Graph) -> Tensor:
@@ -146,7 +155,7 @@ def read_vectors(path: str | Path, graph: Graph) -> Tensor:
         for number, line in enumerate(lines, start=1):
             word, _, values = line.partition(" ")
             if word in wanted:
-                width = width or len(values.split())
+                width = width or len(values.split()) or 1
                 try:
                     table[word] = torch.tensor([float(value) for value in values.split()]).view(width)
                 except (ValueError, RuntimeError):
@@ -155,9 +164,11 @@ def read_vectors(path: str | Path, graph: Graph) -> Tensor:
 
     rows = []
     for synset, lemmas in zip(graph.ids, graph.lemmas):
-        found = [table[synset]] if synset in table else []
-        for whole, words in map(spellings, [] if found else lemmas):
+        found = []
+        for whole, words in map(spellings, lemmas):
             known = [table[key] for key in ([whole] if whole in table else words) if key in table]
-            found += [torch.stack(known).mean(dim=0)] if known else []
-        rows.append(torch.stack(found).mean(dim=0) if found else torch.zeros(width))
+            if known:
+                found.append(torch.stack(known).mean(dim=0))
+        of_lemmas = torch.stack(found).mean(dim=0) if found else torch.zeros(width)
+        rows.append(table.get(synset, of_lemmas))
     return F.normalize(torch.stack(rows), dim=1)

@@ -67,9 +67,6 @@ class WordNet:
         self.hypernyms["n" + offset] = [  # `@`; an instance's `@i` does not count
             "n" + target for symbol, target in zip(pointers[::4], pointers[1::4]) if symbol == "@"]
 
-    def first_lemma(self, synset: str) -> tuple[str, str]:
-        return self.lemmas[synset][0].lower() + ".", synset
-
     def find(self, line: ClassLine) -> list[str]:
         """The id of a class, or else the ids of its name's senses."""
         return [line.id] if line.id else self.senses.get(canonical(line.name).replace(" ", "_"), [])
@@ -97,7 +94,7 @@ def read_classes(path: str | Path) -> list[ClassLine]:
 
 
 def build_graph(wordnet: WordNet, classes: Sequence[ClassLine]) -> Graph:
-    """The classes in their order, then their ancestors breadth-first, hypernyms by their first lemma.
+    """The classes in their order, then their ancestors breadth-first, hypernyms in the order of their lemmas.
 
     A class without an id is its name's first sense, one without a name gets its synset's first lemma. Raises
     ValueError that lists the classes not found and those whose first sense has no hypernym (for `crane` the
@@ -119,14 +116,15 @@ def build_graph(wordnet: WordNet, classes: Sequence[ClassLine]) -> Graph:
     number = {synset: k for k, synset in enumerate(ids)}
     edges = []
     for child, synset in enumerate(ids):  # grows while it is walked
-        for parent in sorted(wordnet.hypernyms[synset], key=wordnet.first_lemma):
+        for parent in sorted(wordnet.hypernyms[synset], key=lambda synset: (wordnet.lemmas[synset], synset)):
             if parent not in number:
                 number[parent] = len(ids)
                 ids.append(parent)
             edges.append((child, number[parent]))
     lemmas = [[word.replace("_", " ") for word in wordnet.lemmas[synset]] for synset in ids]
-    names = [re.sub("[_+]+", " ", line.name) for line in classes] + [""] * (len(ids) - len(classes))
-    names = [name or words[0] for name, words in zip(names, lemmas)]
+    names = [words[0] for words in lemmas]
+    for k, line in enumerate(classes):
+        names[k] = re.sub("[_+]+", " ", line.name) or names[k]
     return Graph(ids, names, lemmas, edges, len(classes), wordnet.notice)
 
 
