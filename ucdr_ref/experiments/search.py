@@ -66,11 +66,13 @@ def load_model(run: Path | None, overrides: Mapping[str, Any], force: bool = Fal
 
 
 def own_gallery(config: Config) -> Path:
-    """The folder that a run's own tests search; ValueError where the config does not name it."""
+    """The folder that a run's own tests search; ValueError where the config names none that is here."""
     domain = config.gallery or ("real" if config.dataset in ("toy", "domainnet") else "")
-    if not config.target and not (domain and config.data_root):
-        raise ValueError("which images should be searched? give their folder as --gallery DIR")
-    return Path(config.target or os.path.join(config.data_root, domain))
+    folder = config.target or (os.path.join(config.data_root, domain) if domain and config.data_root else "")
+    if not os.path.isdir(folder):
+        missing = f" ({folder} is no folder)" if folder else ""
+        raise ValueError(f"which images should be searched{missing}? give their folder as --gallery DIR")
+    return Path(folder)
 
 
 def search(model: Model, gallery: Path, images: Sequence[str], texts: Sequence[str], k: int, cache: Path,
