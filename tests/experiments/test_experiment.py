@@ -248,6 +248,8 @@ def test_the_schedule_for_any_size(smallest, domains):
         assert steps >= wanted and domains <= found[f"{phase}_batch"] <= largest
 
 
-def test_forgetting_the_dataset_says_to_add_it(world, tmp_path, capsys):
-    refused(capsys, train.main(["--data-root", str(world / "data"), "--run", str(tmp_path / "run")]), "add --dataset folder")
+@pytest.mark.parametrize("dataset", ["toy", "domainnet"])
+def test_forgetting_the_dataset_says_to_add_it(world, tmp_path, capsys, dataset):
+    given = ["--dataset", dataset, "--data-root", str(world / "data"), "--weights", str(world / "clip.pt")]
+    refused(capsys, train.main([*given, "--run", str(tmp_path / "run")]), "--dataset folder")
     assert not (tmp_path / "run").exists()

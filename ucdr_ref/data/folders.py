@@ -15,6 +15,7 @@ ENDINGS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".webp", 
                      ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico"))
 AUGMENTED = "tx_000000000000"  # Sketchy's unchanged images, beside folders of shifted and scaled copies
 DEEP = "did the archive unpack one level too deep?"
+OWN = "images of your own need --dataset folder"
 
 
 def walk(root: str, runs: list[str]) -> Iterator[tuple[str, list[str], list[str], list[str]]]:
@@ -77,7 +78,7 @@ def scan(root: str, domains: Mapping[str, Sequence[str]], notes: list[str]) -> T
         place = next((path for name in names if os.path.isdir(path := os.path.join(root, name))), "")
         if not place:
             raise ValueError(f"{root}: no domain folder {' or '.join(map(repr, names))}; there are "
-                             f"{abbreviate(present) or 'none'}; {DEEP}")
+                             f"{abbreviate(present) or 'none'}; {DEEP} ({OWN})")
         if os.path.isdir(unchanged := os.path.join(place, AUGMENTED)):
             if copies := sorted({*os.listdir(place)} - {AUGMENTED}):
                 notes.append(f"note     {domain}: only {AUGMENTED} is used, not {abbreviate(copies)}")
@@ -190,7 +191,7 @@ def match(tree: Tree, notes: list[str], expected: Sequence[str] = (), title: str
                 other.setdefault(folder, f"{folder!r} ({domain}) = {name!r}")
         matched[domain] = {name: classes[found[key]] for key, name in names.items() if key in found}
     if problems:
-        raise ValueError(". ".join(problems) + ("" if all(matched.values()) else f"; {DEEP}"))
+        raise ValueError(". ".join(problems) + ("" if all(matched.values()) else f"; {DEEP} ({OWN})"))
     if other:
         notes.append("note     class folders spelt in two ways are one class each: "
                      f"{abbreviate(other.values())}")
