@@ -9,10 +9,10 @@ import torch
 
 from ucdr_ref.clip.weights import load_clip
 from ucdr_ref.config import resolve
+from ucdr_ref.data.benchmarks import build_protocol
 from ucdr_ref.demo import pretrain
 from ucdr_ref.demo.drawing import CLASSES, DOMAINS, SPLIT, draw, write_dataset
 from ucdr_ref.demo.pretrain import CAPTIONS, SHAPE, colour, random_clip, sample_pair
-from ucdr_ref.experiments.protocols import build
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights" / "demo-clip.pt"
 
@@ -53,7 +53,7 @@ def test_pretraining_never_draws_a_benchmark_image(monkeypatch):
 def test_training_and_selection_see_nothing_of_the_query_side(tmp_path_factory, held_out):
     root = tmp_path_factory.getbasetemp() / "toy-honest"
     write_dataset(root, per_class=2, size=32)
-    protocol = build(resolve({"data_root": str(root), "held_out": held_out}))
+    protocol = build_protocol(resolve({"data_root": str(root), "held_out": held_out}))
     ucdr = protocol.tests[0]
     assert set(ucdr.query.classes) == set(SPLIT["test"]) and set(ucdr.query.domains) == {held_out}
     validation = protocol.validation

@@ -176,16 +176,11 @@ def test_the_advice_for_a_lost_model_leads_out(world, finished, run, tmp_path, c
     else:
         path.unlink()
     refused(capsys, evaluate.main(call(run)), "best.pt", f"delete results.json and last.pt in {run}")
+    refused(capsys, evaluate.main(call(tmp_path / "no")), "holds no best.pt; train first")
     (run / "results.json").unlink()
     (run / "last.pt").unlink()
     assert train.main(flags(world, run, *LONGER)) == 0
     same_runs(finished, run)
-
-
-def test_no_run_at_all(run, tmp_path, monkeypatch, capsys):
-    refused(capsys, evaluate.main(call(tmp_path / "no")), "holds no best.pt; train first")
-    monkeypatch.chdir(tmp_path)
-    refused(capsys, evaluate.main([]), "no --run was given", "python train.py")
 
 
 @pytest.mark.parametrize("name", ["config.json", "run.json", "log.jsonl", "results.json", "last.pt"])
