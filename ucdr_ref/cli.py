@@ -71,10 +71,10 @@ def report_errors(run: Callable[[list[str] | None], None], argv: list[str] | Non
     except KeyboardInterrupt as stop:
         status, text = 130, f"stopped by {str(stop) or 'SIGINT'}: run the same command to go on"
     except RuntimeError as error:
-        if "memory" not in str(error):
+        if "memory" not in str(error) and "DataLoader worker" not in str(error):  # most often killed for it
             raise
         status, text = 2, (f"error: {one_line(error)[:200]}; take smaller batches (--micro-batch, "
-                           "--source-batch) or --precision bf16")
+                           "--source-batch), --workers 0 or --precision bf16")
     except (ValueError, OSError) as error:
         status, text = 2, f"error: {one_line(error)}"
     print(text, file=sys.stderr)

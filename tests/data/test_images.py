@@ -1,7 +1,9 @@
 """Reading images of every kind, transforms, stroke inversion, processes that read, the domain-balanced order."""
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision import transforms
 
+from ucdr_ref.cli import run_command
 from ucdr_ref.clip.zero_shot import normalize, preprocess, resize_crop
 from ucdr_ref.data import images as module
 from ucdr_ref.data.images import (
@@ -236,6 +239,17 @@ def fatal(image: Image.Image) -> torch.Tensor:
 def test_a_killed_reader_ends_in_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="a process that reads images failed .*--workers 0"):
         list(load_batches(dataset(tmp_path, fatal), [[0], [1]], 1, CPU))
+
+
+def test_a_reader_killed_while_a_step_is_computed_is_one_line(tmp_path, capsys):
+    def run(argv: object) -> None:
+        for _ in load_batches(dataset(tmp_path, resize_crop(8)), [[0]] * 100, 1, CPU):
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            time.sleep(5)  # PyTorch's handler interrupts the step
+
+    assert run_command(run, []) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: DataLoader worker") and "--workers 0" in error and error.count("\n") == 1
 
 
 SMALL = """
