@@ -31,7 +31,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def run_command(run: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
-    """Runs an entry point, in all processes of torchrun; its exit status.
+    """Runs an entry point, in all processes of torchrun; its exit status. argv None: of the whole process.
 
     0 when it is done, 1 when its output could not be printed, 2 after one line about a mistake, 130 after one
     line about SIGINT or SIGTERM.
@@ -53,7 +53,7 @@ def run_command(run: Callable[[list[str] | None], None], argv: list[str] | None)
         output.flush()
         sys.stdout, sys.stderr = streams
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if argv is not None else signal.SIG_IGN)
 
 
 def report_errors(run: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
