@@ -28,7 +28,6 @@ from ucdr_ref.data.images import (
     is_strokes,
     load_batches,
     open_image,
-    split_indices,
 )
 from ucdr_ref.demo.drawing import draw
 
@@ -293,13 +292,7 @@ def test_batches_are_balanced_and_as_many_as_the_smallest_domain_allows(sizes, b
     assert groups != balanced_batches(domain_ids, batch, seed=4, epoch=0)
 
 
-def test_a_batch_must_hold_every_domain():
-    with pytest.raises(ValueError, match="batch of 2 cannot hold the 3 source domains"):
-        balanced_batches([0, 1, 2, 0, 1, 2], 2, 0, 0)
-
-
-def test_small_helpers():
-    assert [list(part) for part in split_indices(5, 2)] == [[0, 1], [2, 3], [4]]
+def test_lists_of_files():
     files = Files(["r/x.png", "r/y.png"], ["a", "b"], ["s", "s"])
     assert (files + files).keep([3]) == Files(["r/y.png"], ["b"], ["s"])
     assert files.digest("r") != files.keep([1, 0]).digest("r")
