@@ -37,10 +37,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    import os
-    import signal
     import sys
 
-    # Until `run_command` listens. An exception would meet Python in its imports, which print tracebacks.
-    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"stopped by SIGINT\n"), os._exit(130)))
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # before `run_command` listens
+        print("stopped by SIGINT", file=sys.stderr)
+        sys.exit(130)

@@ -38,7 +38,7 @@ def outcome(error: BaseException | None, capsys: pytest.CaptureFixture) -> tuple
         if error:
             raise error
 
-    return run_command(run, None), capsys.readouterr().err
+    return run_command(run, []), capsys.readouterr().err
 
 
 def test_every_mistake_is_one_line_and_a_status(capsys):
@@ -55,7 +55,7 @@ def test_every_mistake_is_one_line_and_a_status(capsys):
 
 def test_handlers_and_streams_are_given_back():
     before = sys.stdout, sys.stderr, signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    assert run_command(lambda argv: signal.raise_signal(signal.SIGTERM), None) == 130
+    assert run_command(lambda argv: signal.raise_signal(signal.SIGTERM), []) == 130
     assert before == (sys.stdout, sys.stderr, signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
 
 

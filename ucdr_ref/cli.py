@@ -31,7 +31,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def run_command(run: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
-    """Runs an entry point, in all processes of torchrun; its exit status.
+    """Runs an entry point, in all processes of torchrun; its exit status. argv None: of the whole process.
 
     0 when it is done, 1 when its output could not be printed, 2 after one line about a mistake, 130 after one
     line about SIGINT or SIGTERM.
@@ -53,7 +53,7 @@ def run_command(run: Callable[[list[str] | None], None], argv: list[str] | None)
         output.flush()
         sys.stdout, sys.stderr = streams
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if argv is not None else signal.SIG_IGN)
 
 
 def report_errors(run: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
@@ -71,10 +71,10 @@ def report_errors(run: Callable[[list[str] | None], None], argv: list[str] | Non
     except KeyboardInterrupt as stop:
         status, text = 130, f"stopped by {str(stop) or 'SIGINT'}: run the same command to go on"
     except RuntimeError as error:
-        if "memory" not in str(error):
+        if "memory" not in str(error) and "DataLoader worker" not in str(error):  # most often killed for it
             raise
         status, text = 2, (f"error: {one_line(error)[:200]}; take smaller batches (--micro-batch, "
-                           "--source-batch) or --precision bf16")
+                           "--source-batch), --workers 0 or --precision bf16")
     except (ValueError, OSError) as error:
         status, text = 2, f"error: {one_line(error)}"
     print(text, file=sys.stderr)

@@ -138,9 +138,14 @@ def load_index(folder: str | os.PathLike[str], extractor: Extractor, key: str, c
     found = [file for file in files if file in row]
     if not found:
         raise ValueError(f"none of the {len(files)} images below {root} could be read: {unreadable[0]}")
-    rows = torch.cat(parts)[[row[file] for file in found]]
+    rows = take(torch.cat(parts) if new else parts[0], [row[file] for file in found])
     return Index(root, [name for name, *_ in found], rows[:, :-1], rows[:, -1] > 0, unreadable,
                  len(new) - len(unreadable))
+
+
+def take(rows: Tensor, order: list[int]) -> Tensor:
+    """Rows in this order; as they are on the disk, not in memory, where it is theirs."""
+    return rows if order == list(range(len(rows))) else rows[order]
 
 
 def save_rows(path: Path, row: dict[File, int], parts: list[Tensor]) -> None:
@@ -159,7 +164,8 @@ def load_rows(path: Path, files: Collection[File]) -> tuple[dict[File, int], lis
         names, state = content["names"].split("\0"), content["state"].tolist()
         stored = {(name, *values): i for i, (name, values) in enumerate(zip(names, state, strict=True))}
         kept = [file for file in files if file in stored]
-        return {file: i for i, file in enumerate(kept)}, [content["rows"][[stored[file] for file in kept]]]
+        rows = take(content["rows"], [stored[file] for file in kept])
+        return {file: i for i, file in enumerate(kept)}, [rows]
     except Exception as error:  # whatever is wrong with it, it can be made anew
         print(f"{path}: broken index ({one_line(error)}); the images are encoded again", file=sys.stderr)
         return {}, []

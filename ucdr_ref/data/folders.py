@@ -56,8 +56,8 @@ def list_images(root: str, notes: list[str]) -> list[File]:
         others += more
         for path in filter(os.path.isfile, images):
             status = os.stat(path)
-            times = status.st_mtime_ns, status.st_ctime_ns
-            found.append((os.path.relpath(path, root), status.st_size, *times))
+            name = os.path.relpath(path, root)
+            found.append((name, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
     if not found:
         raise ValueError(f"{root}: no images below this folder{formats(others)}")
     note(notes, runs, "folders of runs are not used")
@@ -177,18 +177,17 @@ def match(tree: Tree, notes: list[str], expected: Sequence[str] = (), title: str
             if before != folder:
                 raise ValueError(f"domain {domain}: the folders {before!r} and {folder!r} are one class, as "
                                  "case and punctuation do not tell classes apart; join or rename them")
-        missing = sorted(name for key, name in names.items() if expected and key not in found)
-        strange = sorted(folder for key, folder in found.items() if expected and key not in names)
-        if missing:
-            problems.append(f"{title}, domain {domain}: no folder for {abbreviate(missing, 100)}; folders "
-                            f"that are no class: {abbreviate(strange, 100) or 'none'}")
+        if not expected:
+            for key, folder in found.items():
+                if names.setdefault(key, folder) != folder:
+                    other.setdefault(folder, f"{folder!r} ({domain}) = {names[key]!r}")
+        missing = abbreviate(sorted(name for key, name in names.items() if key not in found), 100)
+        strange = abbreviate(sorted(folder for key, folder in found.items() if key not in names), 100)
+        if expected and missing:
+            problems.append(f"{title}, domain {domain}: no folder for {missing}; folders that are no class: "
+                            f"{strange or 'none'}")
         elif strange:
-            notes.append(f"note     {domain}: folders that are no class of {title} are not used: "
-                         f"{abbreviate(strange, 100)}")
-        for key, folder in found.items():
-            name = folder if expected else names.setdefault(key, folder)
-            if name != folder:
-                other.setdefault(folder, f"{folder!r} ({domain}) = {name!r}")
+            notes.append(f"note     {domain}: folders that are no class of {title} are not used: {strange}")
         matched[domain] = {name: classes[found[key]] for key, name in names.items() if key in found}
     if problems:
         raise ValueError(". ".join(problems) + ("" if all(matched.values()) else f"; {DEEP} ({OWN})"))
