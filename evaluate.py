@@ -25,13 +25,15 @@ def run(argv: list[str] | None) -> None:
     add_arguments(parser, (*MACHINE, "data_root", "target", "class_split", "weights"))
     args = parse(parser, argv)
 
-    from ucdr_ref.experiments import experiment  # PyTorch: seconds
+    from ucdr_ref.distributed import processes  # PyTorch: seconds
+    from ucdr_ref.experiments import experiment
 
     if args.compare:
         experiment.compare(*args.compare)
         return
     overrides = {name: value for name, value in vars(args).items() if name in FIELDS}
-    experiment.evaluate(args.run or experiment.newest_run(), overrides, args.out, args.cache, args.force)
+    with processes():
+        experiment.evaluate(args.run or experiment.newest_run(), overrides, args.out, args.cache, args.force)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,11 +23,13 @@ def run(argv: list[str] | None) -> None:
     args = parse(parser, argv)
     config = resolve(vars(args), args.preset, args.fast)
 
-    from ucdr_ref.experiments import experiment  # PyTorch: seconds
+    from ucdr_ref.distributed import processes  # PyTorch: seconds
+    from ucdr_ref.experiments import experiment
 
     fast = args.fast or str(args.preset).endswith("fast")
     folder = args.run or experiment.default_run(config.method, fast)
-    experiment.train(config, folder, args.cache, args.dry_run, given=FIELDS.keys() & vars(args).keys())
+    with processes():
+        experiment.train(config, folder, args.cache, args.dry_run, given=FIELDS.keys() & vars(args).keys())
 
 
 def main(argv: list[str] | None = None) -> int:

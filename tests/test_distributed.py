@@ -139,7 +139,10 @@ def test_shares_are_the_whole_in_order(monkeypatch, world):
 
 
 def test_sre_clip_and_a_search_want_one_process(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed.dist, "rendezvous", lambda *_, **__: iter([(None, 0, 2)]))
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
     refused(capsys, train.main(["--method", "sre-clip", "--run", str(tmp_path / "sre"), "--data-root", str(tmp_path / "data")]), "without torchrun")
     weights = str(ROOT / "weights" / "demo-clip.pt")
     refused(capsys, retrieve.main(["--weights", weights, "--gallery", str(tmp_path), "--query", "a.png"]), "a search needs one process")

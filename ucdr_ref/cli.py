@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
@@ -31,7 +31,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def run_command(run: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
-    """Runs an entry point, in all processes of torchrun; its exit status. argv None: of the whole process.
+    """Runs an entry point; its exit status. argv None: it is the whole process.
 
     0 when it is done, 1 when its output could not be printed, 2 after one line about a mistake, 130 after one
     line about SIGINT or SIGTERM.
@@ -59,11 +59,7 @@ def run_command(run: Callable[[list[str] | None], None], argv: list[str] | None)
 def report_errors(run: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
     """Exit status of `run`, with one line on stderr where that is not 0."""
     try:
-        processes: Any = nullcontext
-        if several_processes():
-            from .distributed import processes
-        with processes():
-            run(argv)
+        run(argv)
         sys.stdout.flush()
         return 0
     except Stopped as stopped:

@@ -136,8 +136,8 @@ def main_first() -> Iterator[None]:
 
 def one_process(what: str) -> None:
     """ValueError where there are more."""
-    if world_size() > 1:
-        raise ValueError(f"{what} needs one process: start it without torchrun")
+    if several_processes():
+        raise ValueError(f"{what} needs one process: start it without torchrun, or unset WORLD_SIZE")
 
 
 def pick_device(name: str) -> torch.device:

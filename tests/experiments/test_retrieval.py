@@ -22,6 +22,7 @@ from ucdr_ref.clip.zero_shot import preprocess
 from ucdr_ref.config import PRESETS, from_dict
 from ucdr_ref.data.benchmarks import DATASETS, Test, class_list
 from ucdr_ref.data.images import Files, open_image
+from ucdr_ref.experiments import report
 from ucdr_ref.experiments import retrieval as experiment
 from ucdr_ref.metrics import retrieval
 from ucdr_ref.ucdr import closed_form
@@ -76,7 +77,7 @@ def test_zero_shot_rows_equal_a_separate_computation(run, world):
     names = json.loads((world / "split.json").read_text())["test"]
     expected = retrieval(*encode(world, "sketch", names), *encode(world, "photo", names))
     row = rows(run)["zero-shot", "unseen"]
-    for name in experiment.COLUMNS:
+    for name in report.METRICS:
         assert row[name] == pytest.approx(expected[name], abs=1e-6)
 
 
@@ -105,13 +106,13 @@ def test_the_table_fits_80_columns_and_says_its_conditions(run, form_run):
 
 def test_published_numbers_stand_beside_what_they_describe_alone(tmp_path, monkeypatch):
     row = dict(protocol="UCDR", query_domain="sketch", gallery_name="unseen", method="zero-shot", transductive=False, queries=9,
-               gallery=9, no_relevant=0, k=200, k_used=200, query_classes=9, **dict.fromkeys(experiment.COLUMNS, 0.5))
+               gallery=9, no_relevant=0, k=200, k_used=200, query_classes=9, **dict.fromkeys(report.METRICS, 0.5))
     config = from_dict(PRESETS["domainnet/sketch"])
-    monkeypatch.setattr(experiment, "file_digest", lambda path: OPENAI_SHA256["ViT-B-32.pt"])
-    assert "65.91" in "\n".join(experiment.table([row], config)) and max(map(len, experiment.table([row], config))) <= 80
-    assert "published" not in "\n".join(experiment.table([row], from_dict({**PRESETS["domainnet/sketch"], "gallery": "clipart"})))
-    monkeypatch.setattr(experiment, "file_digest", lambda path: "another")
-    assert "published" not in "\n".join(experiment.table([row], config))
+    monkeypatch.setattr(report, "file_digest", lambda path: OPENAI_SHA256["ViT-B-32.pt"])
+    assert "65.91" in "\n".join(report.retrieval_table([row], config)) and max(map(len, report.retrieval_table([row], config))) <= 80
+    assert "published" not in "\n".join(report.retrieval_table([row], from_dict({**PRESETS["domainnet/sketch"], "gallery": "clipart"})))
+    monkeypatch.setattr(report, "file_digest", lambda path: "another")
+    assert "published" not in "\n".join(report.retrieval_table([row], config))
 
 
 def test_centred_rows_need_queries_of_several_classes_that_differ():

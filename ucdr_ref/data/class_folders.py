@@ -1,4 +1,4 @@
-"""Folders of SRE-CLIP's sources and target, `<root>/<class>/*`: which class each image is of."""
+"""Folders of SRE-CLIP's sources and target, `<root>/<class>/*`: the class and the features of each image."""
 from __future__ import annotations
 
 import os
@@ -6,7 +6,15 @@ import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
+from ..distributed import derive_seed
+from .features import Extractor, load_index
 from .folders import abbreviate, folder_key, list_images
 from .images import Files
 
@@ -65,3 +73,41 @@ def scan_class_folder(flag: str, root: str, names: Sequence[str], ids: Sequence[
     files = Files([os.path.join(real, paths[i]) for i in used], [names[k] for k in labels],
                   [os.path.basename(real)] * len(used))
     return ClassFolder(root, files, labels, skipped)
+
+
+class Features(NamedTuple):
+    """Features of the images of one or more class folders."""
+
+    rows: Tensor  # [n, e], on the CPU
+    paths: list[str]
+    labels: Tensor  # [n], class indices
+
+
+def load_features(folders: Sequence[ClassFolder], extractor: Extractor, key: str, cache: Path) -> Features:
+    """All in memory; the rest as `load_index`. ValueError for an unreadable image."""
+    rows, paths, labels = list[Tensor](), list[str](), list[int]()
+    for folder in folders:
+        index = load_index(folder.root, extractor, key, cache, without=folder.skipped)
+        if index.unreadable:
+            raise ValueError(f"{index.unreadable[0]}; replace or remove it")
+        label = dict(zip(folder.files.paths, folder.labels))
+        used = [i for i in range(len(index.paths)) if index.path(i) in label]
+        rows.append(index.features[used])
+        paths += map(index.path, used)
+        labels += [label[index.path(i)] for i in used]
+    return Features(torch.cat(rows), paths, torch.tensor(labels))
+
+
+@lru_cache(maxsize=8)
+def shuffled(n: int, seed: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+def draw_batch(n: int, b: int, iteration: int, *seed: object) -> list[int]:
+    """min(b, n) of n images, a function of iteration and seed: whole batches of shuffled passes.
+
+    What a pass leaves over is another part of the images in every pass.
+    """
+    b = min(b, n)
+    turn, batch = divmod(iteration, n // b)
+    return shuffled(n, derive_seed(*seed, turn))[batch * b:(batch + 1) * b].tolist()

@@ -5,9 +5,8 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,34 +14,23 @@ from torch import Tensor
 
 from ..cli import as_value_error, digest_of, load_state
 from ..clip.model import CLIP
-from ..clip.weights import OPENAI_SHA256, file_digest
+from ..clip.weights import file_digest
 from ..clip.zero_shot import ZeroShot, class_text_features
 from ..config import Config
-from ..data.class_folders import ClassFolder, scan_class_folder
-from ..data.features import Extractor, load_index
+from ..data.class_folders import ClassFolder, Features, draw_batch, load_features, scan_class_folder
+from ..data.features import Extractor
 from ..data.folders import abbreviate
-from ..distributed import derive_seed, one_process
+from ..distributed import one_process
 from ..metrics import predicted_accuracy
-from ..sre.adapter import EPOCH, SRECLIP, Batch, check_unseen
-from ..sre.graph import (
-    Graph,
-    canonical,
-    duplicates,
-    load_graph,
-    node_vectors,
-    normalized_adjacency,
-    parse_graph,
-)
-from ..sre.wordnet import read_classes
+from ..sre.adapter import EPOCH, SRECLIP, Batch, check_unseen, test_batches
+from ..sre.graph import Graph, load_graph, node_vectors, normalized_adjacency, parse_graph
+from ..sre.wordnet import unseen_classes
 from ..training import PhaseData, load_own_state
+from .report import ACCURACIES
 
 SHIPPED = Path(__file__).parent.parent / "sre" / "graphs"
 CHUNK = 4096  # images whose scores are held at once
-TEST_BATCH = 512  # the released code's batch of test images, which attend to each other (S2)
-COLUMNS = {"zsl": "ZSL", "unseen": "unseen", "seen": "seen", "h": "H"}
 PROTOTYPES = "prototypes"  # the baseline of weights without a text tower
-PUBLISHED = {"awa2": "published (I2AwA, instance): unseen 69.7, seen 88.0, H 77.7, an ablation\n"
-                     "line in the released code"}
 
 
 @dataclass(frozen=True)
@@ -58,18 +46,11 @@ class Data:
         """Length and digest of every list of images, and of what the method takes from the graph."""
         graph = self.graph
         content = [graph.ids, graph.names, graph.edges, graph.classes, self.unseen]
-        folders = {**{f"source {i}": folder for i, folder in enumerate(self.sources)}, "target": self.target}
-        return {"graph": (len(graph.ids), digest_of(content)),
-                **{name: (len(folder.files), folder.files.digest(os.path.realpath(folder.root)))
-                   for name, folder in folders.items()}}
-
-
-class Features(NamedTuple):
-    """Frozen CLIP features of the images of one or more folders, not normalised."""
-
-    rows: Tensor  # [n, e], on the CPU
-    paths: list[str]
-    labels: Tensor  # [n], class indices
+        found = {"graph": (len(graph.ids), digest_of(content))}
+        for i, folder in enumerate([self.target, *self.sources]):
+            name = f"source {i}" if i else "target"
+            found[name] = (len(folder.files), folder.files.digest(os.path.realpath(folder.root)))
+        return found
 
 
 def load_data(config: Config) -> tuple[Config, Data]:
@@ -115,45 +96,35 @@ def draw_data(config: Config) -> Config:
 def read_graph(config: Config) -> tuple[Graph, list[int]]:
     """The class graph, and the indices of its unseen classes.
 
-    `--graph` names a shipped graph, which brings its list, or a file. `--unseen` is a file of names or ids,
-    or a whole class list with lines `seen|unseen nXXXXXXXX name`. Raises FileNotFoundError or ValueError,
-    also when no class is unseen.
+    `--graph` names a shipped graph, which brings its list, or a file. Raises FileNotFoundError or
+    ValueError, also when no class is unseen.
     """
     graph_file, unseen_file = config.graph, config.unseen
-    shipped = sorted(path.stem for path in SHIPPED.glob("*.json"))
-    if graph_file in shipped:
+    if (SHIPPED / f"{graph_file}.json").exists():
         unseen_file = unseen_file or str(SHIPPED / f"{graph_file}.txt")
         graph_file = str(SHIPPED / f"{graph_file}.json")
     if not graph_file or not unseen_file:
-        raise ValueError("which classes, and which of them are unseen? give --graph FILE (python -m "
-                         "ucdr_ref.sre.wordnet builds one) and --unseen FILE, a name a line, or --graph "
-                         + " or ".join(shipped))
-    graph, lines = load_graph(graph_file), read_classes(unseen_file)
-    names = [canonical(name) for name in graph.names[:graph.classes]]
-    index = {name: k for k, name in enumerate(names) if names.count(name) == 1}
-    index |= {synset: k for k, synset in enumerate(graph.ids[:graph.classes])}
-    keys = {line.id or canonical(line.name): line.split for line in lines}
-    if missing := [key for key in keys if key not in index]:
-        raise ValueError(f"{unseen_file}: not the name of one of the graph's {graph.classes} classes: "
-                         f"{abbreviate(missing)}; where several have it, give an id, `nXXXXXXXX name`")
-    whole = "seen" in keys.values()
-    unseen = sorted(index[key] for key, split in keys.items() if split == "unseen" or not whole)
+        raise ValueError("which classes, and which of them are unseen? give --graph awa2, or --graph FILE "
+                         "(python -m ucdr_ref.sre.wordnet builds one) and --unseen FILE, a name a line")
+    graph = load_graph(graph_file)
+    unseen = unseen_classes(graph, unseen_file)
     check_unseen(torch.tensor(unseen, dtype=torch.long), graph.names[:graph.classes])
     return graph, unseen
 
 
 def describe(config: Config, data: Data, method: SRECLIP) -> list[str]:
     """Counts of nodes, classes, images and steps, and what is left out, a line each."""
-    graph = data.graph
+    graph, known = data.graph, set(data.unseen)
     lines = [f"graph    {graph.classes} classes ({len(data.unseen)} unseen), {len(graph.ids)} nodes, "
              f"{len(graph.edges)} edges"]
     for part, folder in [*(("source", folder) for folder in data.sources), ("target", data.target)]:
-        classes = len(set(folder.labels))
-        lines.append(f"{part}   {len(folder.files)} images, {classes} classes ({folder.root})")
+        classes = set(folder.labels)
+        lines.append(f"{part}   {len(folder.files)} images, {len(classes)} classes ({folder.root})")
+        if part == "source":
+            known |= classes
         if folder.skipped:
             lines.append(f"note     {len(folder.skipped)} folders of other than seen classes are not used: "
                          f"{abbreviate(folder.skipped, 100)}")
-    known = {*data.unseen, *(label for folder in data.sources for label in folder.labels)}
     if bare := [name for k, name in enumerate(graph.names[:graph.classes]) if k not in known]:
         lines.append(f"note     seen classes without a source image: {abbreviate(bare)}")
     count = sum(parameter.numel() for parameter in method.trainable("sre").values())
@@ -161,15 +132,13 @@ def describe(config: Config, data: Data, method: SRECLIP) -> list[str]:
                     f"images; {count:,} trainable parameters"]
 
 
-def build_method(config: Config, clip: CLIP, graph: Graph, unseen: list[int], vectors: Tensor) -> SRECLIP:
+def build_method(config: Config, clip: CLIP, graph: Graph, unseen: list[int],
+                 vectors: Tensor | None = None) -> SRECLIP:
+    """The method before training, drawn from torch's global generator; vectors [N, w] of the nodes."""
+    vectors = node_vectors(graph, clip, config.class_vectors) if vectors is None else vectors
     adjacency = normalized_adjacency(graph.edges, len(graph.ids))
-    return SRECLIP(clip, graph.names[:graph.classes], vectors, adjacency, unseen, config)
-
-
-def new_method(config: Config, clip: CLIP, data: Data) -> SRECLIP:
-    """The method before training, drawn from torch's global generator."""
-    vectors = node_vectors(data.graph, clip, config.class_vectors)
-    return build_method(config, clip, data.graph, data.unseen, vectors)
+    method = SRECLIP(clip, graph.names[:graph.classes], vectors, adjacency, unseen, config)
+    return method.to(next(clip.parameters()).device)
 
 
 def restore_method(config: Config, clip: CLIP, state: dict[str, Any], path: Path) -> SRECLIP:
@@ -178,35 +147,22 @@ def restore_method(config: Config, clip: CLIP, state: dict[str, Any], path: Path
         graph, vectors = parse_graph(state["graph"]), state["method"]["class_vectors"]
         method = build_method(config, clip, graph, state["unseen_ids"], vectors)
     load_own_state(method, state["method"], path)
-    return method.to(next(clip.parameters()).device).eval()
+    return method.eval()
 
 
-def load_features(folders: Sequence[ClassFolder], clip: CLIP, config: Config, cache: Path) -> Features:
-    """Features of the folders' images by the frozen tower, in memory; `cache` keeps them for all runs.
-
-    Raises ValueError for an unreadable image.
-    """
+def features_of(folders: Sequence[ClassFolder], clip: CLIP, config: Config, cache: Path) -> Features:
+    """Frozen CLIP's, not normalised; `cache` keeps them for all runs."""
     device = next(clip.parameters()).device
     extractor = Extractor(ZeroShot(clip, normalized=False), device, config.precision, config.workers,
                           config.stroke_domains)
     key = digest_of(["image features", file_digest(config.weights)])
-    rows, paths, labels = list[Tensor](), list[str](), list[int]()
-    for folder in folders:
-        index = load_index(folder.root, extractor, key, cache, without=folder.skipped)
-        if index.unreadable:
-            raise ValueError(f"{index.unreadable[0]}; replace or remove it")
-        label = dict(zip(folder.files.paths, folder.labels))
-        used = [i for i in range(len(index.paths)) if index.path(i) in label]
-        rows.append(index.features[used])
-        paths += map(index.path, used)
-        labels += [label[index.path(i)] for i in used]
-    return Features(torch.cat(rows), paths, torch.tensor(labels))
+    return load_features(folders, extractor, key, cache)
 
 
 def training(config: Config, data: Data, method: SRECLIP, folder: Path,
              cache: Path) -> tuple[dict[str, PhaseData], Callable[[], float] | None, dict[str, Any]]:
     """Batches, the score of the evaluations on test images (S6), and what goes into the checkpoints."""
-    source, target = (load_features(folders, method.clip, config, cache)
+    source, target = (features_of(folders, method.clip, config, cache)
                       for folders in (data.sources, [data.target]))
     name, anchors = baseline(method.clip, data.graph, source)
     learned: dict[str, Any] = {
@@ -216,28 +172,13 @@ def training(config: Config, data: Data, method: SRECLIP, folder: Path,
         learned["evaluations"] = load_state(folder / "last.pt")["evaluations"]
 
     def validate() -> float:
-        """H (instance) on the test images, as the released code chooses by (S6)."""
+        """H (instance) on the test images, by which the released code chooses (S6)."""
         found = accuracies(predict(method, target), target.labels, data.unseen, data.graph.classes)
         learned["evaluations"].append(found)
         return found["instance"]["h"] or 0.0
 
     phases = {"sre": phase_data(source, target, config, method.unseen_ids.device)}
     return phases, validate if config.sre_report == "best-test" else None, learned
-
-
-@lru_cache(maxsize=8)
-def shuffled(n: int, seed: int) -> Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-
-
-def draw_batch(n: int, b: int, iteration: int, *seed: object) -> Tensor:
-    """Indices [min(b, n)] of an iteration, a function of it and the seed: whole batches of shuffled passes.
-
-    What a pass over the n images leaves over is another part of them in every pass.
-    """
-    b = min(b, n)
-    turn, batch = divmod(iteration, n // b)
-    return shuffled(n, derive_seed(*seed, turn))[batch * b:(batch + 1) * b]
 
 
 def phase_data(source: Features, target: Features, config: Config, device: torch.device) -> PhaseData:
@@ -249,11 +190,11 @@ def phase_data(source: Features, target: Features, config: Config, device: torch
 
     def load(epoch: int, left: Sequence[int]) -> Iterator[tuple[Batch, list[str]]]:
         for i in left:
-            s = draw_batch(len(source.paths), b, i, config.seed, "source")
-            t = draw_batch(len(target.paths), b, i, config.seed, "target")
-            features, labels, unlabelled = source.rows[s], source.labels[s], target.rows[t]
-            files = [source.paths[k] for k in s.tolist()] + [target.paths[k] for k in t.tolist()]
-            yield Batch(features.to(device), labels.to(device), unlabelled.to(device), i), files
+            s, t = (draw_batch(len(part.paths), b, i, config.seed, name)
+                    for part, name in ((source, "source"), (target, "target")))
+            parts = [rows.to(device) for rows in (source.rows[s], source.labels[s], target.rows[t])]
+            files = [source.paths[k] for k in s] + [target.paths[k] for k in t]
+            yield Batch(parts[0], parts[1], parts[2], i), files
 
     def validates(epochs: int) -> bool:
         """S6: as released, where a multiple of a tenth of the iterations is passed, but not at the end
@@ -295,23 +236,9 @@ def predict_baseline(anchors: Tensor, target: Features, unseen: Sequence[int]) -
     return torch.cat([best_classes(scores.masked_fill(without, -torch.inf), unseen) for scores in parts])
 
 
-def test_batches(labels: Tensor, unseen: Sequence[int], released: bool, size: int) -> Sequence[Tensor]:
-    """Which rows pass at once.
-
-    Released (S2): images of unseen and of seen classes apart, class by class, 512 at once; else `size` in the
-    order of the rows, which makes no difference to an image that attends to itself.
-    """
-    if not released:
-        return torch.arange(len(labels)).split(size)
-    by_class = labels.argsort(stable=True)
-    of_unseen = torch.isin(labels[by_class], torch.tensor(unseen))
-    parts = by_class[of_unseen].split(TEST_BATCH) + by_class[~of_unseen].split(TEST_BATCH)
-    return [part for part in parts if len(part)]
-
-
 @torch.no_grad()
 def predict(method: SRECLIP, target: Features) -> Tensor:
-    """`best_classes` [n, 2] by the method's test-time logits."""
+    """`best_classes` [n, 2] by the method's test-time cosines."""
     training, options, unseen = method.training, method.options, method.unseen_ids.tolist()
     method.eval()
     classes, predicted = method.class_embeddings().T, torch.empty(len(target.labels), 2, dtype=torch.long)
@@ -335,10 +262,10 @@ def accuracies(predicted: Tensor, labels: Tensor, unseen: Sequence[int],
 def evaluate(config: Config, data: Data, method: SRECLIP, state: dict[str, Any], folder: Path,
              cache: Path) -> list[dict[str, Any]]:
     """Rows of baseline and method: accuracies in 0..1 under `instance` and `class`, `details` for files."""
-    graph, unseen, names = data.graph, data.unseen, data.graph.names[:data.graph.classes]
-    twice = set(duplicates(names))  # WebVision has two cranes
-    names = [f"{name} ({synset})" if name in twice else name for name, synset in zip(names, graph.ids)]
-    target = load_features([data.target], method.clip, config, cache)
+    unseen, names = data.unseen, data.graph.names[:data.graph.classes]
+    names = [f"{name} ({synset})" if names.count(name) > 1 else name  # WebVision has two cranes
+             for name, synset in zip(names, data.graph.ids)]
+    target = features_of([data.target], method.clip, config, cache)
     about = {"images": len(target.paths), "classes": len(target.labels.unique())}
     rows: list[dict[str, Any]] = []
     for name, predicted in ((state["baseline"], predict_baseline(state["anchors"], target, unseen)),
@@ -352,27 +279,6 @@ def evaluate(config: Config, data: Data, method: SRECLIP, state: dict[str, Any],
     if config.sre_report == "best-test":  # S6: each metric's own maximum over the test evaluations
         tried = load_state(folder / "last.pt")["evaluations"]
         best = {average: {name: max((found[average][name] or 0 for found in tried), default=None)
-                          for name in COLUMNS} for average in ("instance", "class")}
+                          for name in ACCURACIES} for average in ("instance", "class")}
         rows.append({"method": "best-test", **about, "evaluations": len(tried), **best})
     return rows
-
-
-def table(rows: Sequence[dict[str, Any]], config: Config) -> list[str]:
-    """The rows as lines of at most 80 columns, in %."""
-    lines = [f"{rows[0]['images']} target images of {rows[0]['classes']} classes",
-             f"{'in %':<14}{'mean over':<10}" + "".join(f"{title:>9}" for title in COLUMNS.values())]
-    for row in rows:
-        for average, things in (("instance", "images"), ("class", "classes")):
-            found = [row[average][name] for name in COLUMNS]
-            values = "".join(f"{'-':>9}" if value is None else f"{100 * value:9.2f}" for value in found)
-            lines.append(f"{row['method']:<14}{things:<10}{values}")
-        if row["method"] == PROTOTYPES:
-            lines.append("  (no text tower: nearest mean of source images, which knows no unseen class)")
-        if "evaluations" in row:
-            count = row["evaluations"]
-            lines.append(f"  (each metric's maximum over {count} evaluations on the test images, S6)")
-    # Published numbers stand beside the whole target alone, and OpenAI's weights.
-    whole = config.graph in PUBLISHED and rows[0]["classes"] == 50
-    if whole and file_digest(config.weights) in OPENAI_SHA256.values():
-        lines.append(PUBLISHED[config.graph])
-    return lines

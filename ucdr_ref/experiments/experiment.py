@@ -69,7 +69,7 @@ def train(config: Config, folder: Path, cache: Path = CACHE, dry_run: bool = Fal
     clip = load_clip(config.weights).to(device)
     torch.manual_seed(derive_seed(config.seed, "initial values"))
     if is_classification(config):
-        method = classification.new_method(config, clip, data).to(device)
+        method = classification.build_method(config, clip, data.graph, data.unseen)
         lines = classification.describe(config, data, method)
     else:
         method = retrieval.new_method(config, clip, data, device)
@@ -159,10 +159,10 @@ def evaluate(folder: Path, overrides: Mapping[str, Any], out: Path | None = None
         remarks.append("of the best epoch so far: the training has not finished")
     if is_classification(config):
         rows = classification.evaluate(config, data, method, state, folder, cache)
-        lines, write = classification.table(rows, config), report.write_classification
+        lines, write = report.classification_table(rows, config), report.write_classification
     else:
         rows = retrieval.evaluate(config, data, method)
-        lines, write = retrieval.table(rows, config), report.write_retrieval
+        lines, write = report.retrieval_table(rows, config), report.write_retrieval
     if "strength" in state:
         lines.append(f"closed form: lambda = {state['strength']:g}")
     text = "\n".join([*lines, *remarks])

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: results.json, per_class.csv, a contact sheet and report.html."""
+"""What an evaluation leaves: a table, results.json, per_class.csv, a contact sheet and report.html."""
 from __future__ import annotations
 
 import base64
@@ -7,10 +7,13 @@ import io
 import json
 import math
 import os
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from ..cli import as_value_error, write_atomic, write_text_atomic
+from ..clip.weights import OPENAI_SHA256, file_digest
+from ..config import Config
 from ..data.folders import folder_key
 from ..data.images import open_image
 from ..metrics import class_means, search
@@ -41,6 +46,22 @@ div { overflow: auto }
 td, th { text-align: left; white-space: nowrap; padding-right: 14px }
 i { display: inline-block; height: 10px; margin-right: 6px; background: #0072b2 }
 """
+CENTER_CLASSES = 5  # of queries, for a centred row: the mean of one class is that class
+METRICS = ("mAP@200", "Prec@200", "mAP@all", "Prec@100")
+# As published (ViT-B/32), by dataset, protocol and gallery.
+PUBLISHED = {
+    ("domainnet", "UCDR", "unseen"):
+        "mean of 5 query domains: CLIP mAP@200 44.35 Prec@200 38.40, ProS 60.52 56.26, UCDR-Adapter 60.71 "
+        "56.55; query sketch: UCDR-Adapter mAP@200 65.91",
+    ("domainnet", "UCDR", "mixed"):
+        "mean of 5 query domains: ProS mAP@200 55.46 Prec@200 51.95, UCDR-Adapter 56.60 53.11",
+    ("domainnet", "UdCDR", "seen"): "mean of 5 query domains: ProS mAP@200 63.32, UCDR-Adapter 63.70",
+    ("sketchy", "UcCDR", "unseen"): "ProS mAP@200 69.91, UCDR-Adapter 72.85",
+    ("tuberlin", "UcCDR", "unseen"): "ProS mAP@all 66.75, UCDR-Adapter 65.81"}
+ACCURACIES = {"zsl": "ZSL", "unseen": "unseen", "seen": "seen", "h": "H"}
+# Beside the whole AwA2 (50 classes) and OpenAI's weights alone.
+PUBLISHED_AWA2 = ["published (I2AwA, instance): unseen 69.7, seen 88.0, H 77.7, an ablation",
+                  "line in the released code"]
 Row = Mapping[str, Any]
 
 
@@ -55,6 +76,56 @@ class Shown:
 
 
 Sheet = Sequence[tuple[Shown, Sequence[Shown]]]  # a query, or a class, and the images beside it
+
+
+def published(config: Config, protocol: str, gallery: str) -> list[str]:
+    """The published numbers beside a row; none unless it is of the usual protocol and OpenAI's ViT-B/32."""
+    text = PUBLISHED.get((config.dataset, protocol, gallery))
+    unusual = config.gallery not in ("", "real", "extended_photo", "images") or (
+        protocol == "UdCDR" and config.ud_gallery != "trained")  # D7
+    if text is None or unusual or file_digest(config.weights) != OPENAI_SHA256["ViT-B-32.pt"]:
+        return []
+    return textwrap.wrap(f"published (ViT-B/32): {text}", 80, initial_indent="  ", subsequent_indent="  ")
+
+
+def retrieval_table(rows: Sequence[dict[str, Any]], config: Config) -> list[str]:
+    """The rows as lines of at most 80 columns, in %, the paper's numbers under those they belong to."""
+    lines = [f"{'in %':<28}" + "".join(f"{name:>10}" for name in METRICS)]
+    tests = itemgetter("protocol", "query_domain", "gallery_name", "queries", "gallery", "no_relevant")
+    for (protocol, domain, gallery, q, g, alone), group in groupby(rows, tests):
+        lines.append(f"{protocol}: {q} queries ({domain}), {g} images in the {gallery} gallery")
+        for row in group:
+            lines.append(f"  {row['method']:<26}" + "".join(f"{100 * row[name]:10.2f}" for name in METRICS))
+        if alone:
+            lines.append(f"  {alone} queries have no relevant image here, and count as 0")
+        lines += published(config, protocol, gallery)
+    if any(row["k_used"] < row["k"] for row in rows):
+        lines.append("@200 of a smaller gallery: all of it")
+    if any(row["transductive"] for row in rows):
+        lines += ["centred: queries and gallery have each lost their own mean (transductive;",
+                  "supposes a query set that is balanced over many classes)"]
+    if any(row["query_classes"] < CENTER_CLASSES for row in rows):
+        lines.append(f"no centred row for queries of fewer than {CENTER_CLASSES} classes")
+    return lines
+
+
+def classification_table(rows: Sequence[dict[str, Any]], config: Config) -> list[str]:
+    """The rows as lines of at most 80 columns, in %."""
+    images, classes = rows[0]["images"], rows[0]["classes"]
+    lines = [f"{images} target images of {classes} classes",
+             f"{'in %':<14}{'mean over':<10}" + "".join(f"{title:>9}" for title in ACCURACIES.values())]
+    for row in rows:
+        for average, things in (("instance", "images"), ("class", "classes")):
+            found = [row[average][name] for name in ACCURACIES]
+            values = "".join(f"{'-':>9}" if value is None else f"{100 * value:9.2f}" for value in found)
+            lines.append(f"{row['method']:<14}{things:<10}{values}")
+        if row["method"] == "prototypes":
+            lines.append("  (no text tower: nearest mean of source images, which knows no unseen class)")
+        if "evaluations" in row:
+            lines.append(f"  (each metric's maximum over {row['evaluations']} test evaluations, S6)")
+    if config.graph == "awa2" and classes == 50 and file_digest(config.weights) in OPENAI_SHA256.values():
+        lines += PUBLISHED_AWA2
+    return lines
 
 
 def write_retrieval(rows: Sequence[Row], folder: Path, about: Row) -> None:

@@ -2,13 +2,11 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import groupby, product
-from operator import itemgetter
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from torch import Tensor
 
 from ..cli import as_value_error
 from ..clip.model import CLIP
-from ..clip.weights import OPENAI_SHA256, file_digest
 from ..clip.zero_shot import ZeroShot, normalize
 from ..config import FIELDS, Config
 from ..data.benchmarks import Protocol, Test, build_protocol
@@ -38,22 +35,11 @@ from ..metrics import retrieval
 from ..training import PhaseData, load_own_state
 from ..ucdr.adapter import Batch, UCDRAdapter
 from ..ucdr.closed_form import ClosedForm, ClosedFormAdapter, center, choose_strength, measure
+from .report import CENTER_CLASSES
 
 CPU_PART = 10  # images of phase 2 at once: on a CPU no slower than a batch of 50, in a third of the memory
 SOURCE_LR, TARGET_LR = 1e-3, 3e-3  # of a training on an own folder
 STRENGTH = 3.0  # lambda of the closed form where no validation classes choose it
-CENTER_CLASSES = 5  # of queries, for a centred row: the mean of one class is that class
-COLUMNS = ("mAP@200", "Prec@200", "mAP@all", "Prec@100")
-# As published (ViT-B/32), by dataset, protocol and gallery.
-PUBLISHED = {
-    ("domainnet", "UCDR", "unseen"):
-        "mean of 5 query domains: CLIP mAP@200 44.35 Prec@200 38.40, ProS 60.52 56.26, UCDR-Adapter 60.71 "
-        "56.55; query sketch: UCDR-Adapter mAP@200 65.91",
-    ("domainnet", "UCDR", "mixed"):
-        "mean of 5 query domains: ProS mAP@200 55.46 Prec@200 51.95, UCDR-Adapter 56.60 53.11",
-    ("domainnet", "UdCDR", "seen"): "mean of 5 query domains: ProS mAP@200 63.32, UCDR-Adapter 63.70",
-    ("sketchy", "UcCDR", "unseen"): "ProS mAP@200 69.91, UCDR-Adapter 72.85",
-    ("tuberlin", "UcCDR", "unseen"): "ProS mAP@all 66.75, UCDR-Adapter 65.81"}
 Encode = Callable[[Files], Tensor]  # n files -> features [n, e] on the device
 
 
@@ -301,34 +287,3 @@ def rank(methods: Mapping[str, Encode], tests: Sequence[Test]) -> list[dict[str,
                     "details": {"metrics": metrics, "names": names, "queries": queries, "gallery": files,
                                 "query_features": q.cpu(), "gallery_features": g.cpu()}})
     return rows
-
-
-def published(config: Config, protocol: str, gallery: str) -> list[str]:
-    """The published numbers beside a row; none unless it is of the usual protocol and OpenAI's ViT-B/32."""
-    text = PUBLISHED.get((config.dataset, protocol, gallery))
-    unusual = config.gallery not in ("", "real", "extended_photo", "images") or (
-        protocol == "UdCDR" and config.ud_gallery != "trained")  # D7
-    if text is None or unusual or file_digest(config.weights) != OPENAI_SHA256["ViT-B-32.pt"]:
-        return []
-    return textwrap.wrap(f"published (ViT-B/32): {text}", 80, initial_indent="  ", subsequent_indent="  ")
-
-
-def table(rows: Sequence[dict[str, Any]], config: Config) -> list[str]:
-    """The rows as lines of at most 80 columns, in %, the paper's numbers under those they belong to."""
-    lines = [f"{'in %':<28}" + "".join(f"{name:>10}" for name in COLUMNS)]
-    tests = itemgetter("protocol", "query_domain", "gallery_name", "queries", "gallery", "no_relevant")
-    for (protocol, domain, gallery, q, g, alone), group in groupby(rows, tests):
-        lines.append(f"{protocol}: {q} queries ({domain}), {g} images in the {gallery} gallery")
-        for row in group:
-            lines.append(f"  {row['method']:<26}" + "".join(f"{100 * row[name]:10.2f}" for name in COLUMNS))
-        if alone:
-            lines.append(f"  {alone} queries have no relevant image here, and count as 0")
-        lines += published(config, protocol, gallery)
-    if any(row["k_used"] < row["k"] for row in rows):
-        lines.append("@200 of a smaller gallery: all of it")
-    if any(row["transductive"] for row in rows):
-        lines += ["centred: queries and gallery have each lost their own mean (transductive;",
-                  "supposes a query set that is balanced over many classes)"]
-    if any(row["query_classes"] < CENTER_CLASSES for row in rows):
-        lines.append(f"no centred row for queries of fewer than {CENTER_CLASSES} classes")
-    return lines

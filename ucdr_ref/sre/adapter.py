@@ -19,6 +19,7 @@ from . import losses
 from .options import Options
 
 EPOCH = 100  # iterations that the training loop calls an epoch
+TEST_BATCH = 512  # the released code's batch of test images, which attend to each other (S2)
 
 
 class Batch(NamedTuple):
@@ -240,3 +241,15 @@ def check_unseen(unseen: Tensor, class_names: Sequence[str]) -> None:
         raise ValueError(f"{len(ids)} of {c} classes are unseen; expected at least one, and not all")
     if len(set(ids) & set(range(c))) < len(ids):
         raise ValueError(f"unseen class indices {ids}: expected different numbers from 0 to {c - 1}")
+
+
+def test_batches(labels: Tensor, unseen: Sequence[int], released: bool, size: int) -> Sequence[Tensor]:
+    """Which rows pass at once: `size` in their order, which makes no difference to an image that attends to
+    itself; released (S2), images of unseen and of seen classes apart, class by class, 512 at once.
+    """
+    if not released:
+        return torch.arange(len(labels)).split(size)
+    by_class = labels.argsort(stable=True)
+    of_unseen = torch.isin(labels[by_class], torch.tensor(unseen))
+    parts = by_class[of_unseen].split(TEST_BATCH) + by_class[~of_unseen].split(TEST_BATCH)
+    return [part for part in parts if len(part)]

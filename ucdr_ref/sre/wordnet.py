@@ -93,6 +93,21 @@ def read_classes(path: str | Path) -> list[ClassLine]:
     return lines
 
 
+def unseen_classes(graph: Graph, path: str | Path) -> list[int]:
+    """The indices of the graph's classes in a file's lines, but for those that are marked `seen`.
+
+    Raises as `read_classes`, and ValueError for what is no class, or the name of several.
+    """
+    lines = {line.id or canonical(line.name): line.split for line in read_classes(path)}
+    names = [canonical(name) for name in graph.names[:graph.classes]]
+    index = {name: k for k, name in enumerate(names) if names.count(name) == 1}
+    index |= {synset: k for k, synset in enumerate(graph.ids[:graph.classes])}
+    if missing := [key for key in lines if key not in index]:
+        raise ValueError(f"{path}: not the name of one of the graph's {graph.classes} classes: "
+                         f"{', '.join(missing)[:300]}; where several have it, give an id, `nXXXXXXXX name`")
+    return sorted(index[key] for key, split in lines.items() if split != "seen")
+
+
 def build_graph(wordnet: WordNet, classes: Sequence[ClassLine]) -> Graph:
     """The classes in their order, then their ancestors breadth-first, hypernyms in the order of their lemmas.
 
