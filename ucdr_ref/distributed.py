@@ -94,15 +94,7 @@ def batch_offset(count: int) -> tuple[int, int]:
 
 def gather_rows(rows: Tensor) -> Tensor:
     """[count, ...] of all processes joined, [total, ...], on each one's device; counts may differ."""
-    if world_size() == 1:
-        return rows
-    counts = all_gather([len(rows)])
-    padded = rows.new_zeros(max(counts), *rows.shape[1:])
-    padded[:len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in counts]
-    with exchange():
-        dist.all_gather(parts, padded)
-    return torch.cat([part[:count] for part, count in zip(parts, counts)])
+    return rows if world_size() == 1 else torch.cat(all_gather([rows.detach().cpu()])).to(rows.device)
 
 
 @torch.no_grad()
@@ -142,16 +134,18 @@ def one_process(what: str) -> None:
 
 def pick_device(name: str) -> torch.device:
     """cpu, cuda, ... or auto; a GPU without a number is the process's own. ValueError when there is none."""
-    if name.startswith("cuda:") and world_size() > 1:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and world_size() > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    elif name.startswith("cuda:") and world_size() > 1:
         raise ValueError(f"--device {name}: each process needs a GPU of its own: give --device cuda")
     try:
-        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        if device.type == "cuda":
-            own = int(os.environ["LOCAL_RANK"]) if world_size() > 1 else torch.cuda.current_device()
-            device = torch.device("cuda", own if device.index is None else device.index)
-            torch.cuda.set_device(device)  # for what names no device, such as the peak memory or NCCL
+        device = torch.device(name)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # for what names no device, such as NCCL
         torch.ones(1, dtype=torch.float64, device=device).item()  # evaluation needs it; Apple's GPU has none
-    except (RuntimeError, AssertionError, ImportError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # drivers raise whatever comes up
         raise ValueError(f"--device {name} is not usable ({shorten(one_line(error), 200)}); try --device "
                          "cpu") from None
     return device
@@ -166,18 +160,6 @@ def set_precision(precision: str) -> None:
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """bf16 inside the block, where --precision asks for it."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def memory_gib(device: torch.device) -> float:
-    """Peak memory: of the GPU where `device` is one, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on a Mac, else in KiB
-    return peak / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
 def derive_seed(*parts: object) -> int:

@@ -30,7 +30,7 @@ from .cli import (
     writing,
 )
 from .config import PATHS, differences, from_dict
-from .distributed import all_gather, autocast, average, barrier, derive_seed, memory_gib, world_size
+from .distributed import all_gather, autocast, average, barrier, derive_seed, world_size
 
 SAVE_EVERY = 50  # steps between two checkpoints
 ADVICE = "delete the run folder to start again, or name another --run"
@@ -139,8 +139,7 @@ def fit(method: Any, phase: str, data: PhaseData, validate: Callable[[], float] 
             checkpointer.log({"phase": phase, "epoch": progress.epoch, "step": progress.step, **values})
             line.update((progress.epoch * len(order) + progress.step) * data.batch_size,
                         f"epoch {progress.epoch + 1}/{data.epochs} | "
-                        + " ".join(f"{name} {value:.3f}" for name, value in values.items())
-                        + f" | {memory_gib(run.device):.1f} GiB")
+                        + " ".join(f"{name} {value:.3f}" for name, value in values.items()))
             checkpointer.save(method, optimizer, phase, progress.step % SAVE_EVERY == 0)
         progress.epoch, progress.step = progress.epoch + 1, 0
         line.close()
