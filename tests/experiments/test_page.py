@@ -140,7 +140,7 @@ def test_a_retrieval_page_is_whole_and_harmless(tmp_path: Path) -> None:
     text = retrieval_page(rows, LOG, about("ucdr-adapter"))
     page = check(text)
     words = "\n".join(page.texts)
-    for part in (SCRIPT, FORMULA, "\\x1b[31mred", "Precision at rank", "Map of queries", "Best queries", "Worst queries",
+    for part in (SCRIPT, FORMULA, "\\x1b[31mred", "Map of queries", "Best queries", "Worst queries",
                  "source: loss, by step", "mAP@200 of the validation queries"):
         assert part in words, part
     assert page.tags.count("img") == 2 * 3 * 2 and "NaN" not in text and "nan" not in page.texts

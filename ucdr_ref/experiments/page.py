@@ -45,14 +45,10 @@ def retrieval_page(rows: Sequence[Row], log: Iterable[Row], about: Row) -> str:
     for (protocol, domain, gallery), group in tests:
         members = list(group)
         compared = before_and_after(members, about)
-        precision = {row["method"]: [(k, 100 * value) for k, value in enumerate(
-            row["details"]["metrics"]["precision"].tolist(), 1)] for row in members}
-        box = (1, len(precision[members[0]["method"]]), 0, 100)
         classes = [{details["names"][k]: ap for k, ap in details["metrics"]["per_class"].items()}
                    for details in (row["details"] for row in compared)]
         title = f"{protocol}: queries from {domain}, gallery {gallery}"
         parts += [f"<h2>{escape(title)}</h2>",
-                  chart("Precision at rank, mean over queries, in per cent", precision, (), box, 640, 240),
                   class_table("mAP@200 by query class", compared, classes)]
         if members[0] is rows[0]:  # one test has examples enough
             parts += [maps(compared), examples(compared, about["config"]["stroke_domains"])]
