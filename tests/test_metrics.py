@@ -15,7 +15,14 @@ from torch import Tensor
 
 from tests.helpers import fill
 from ucdr_ref import metrics
-from ucdr_ref.metrics import average_precision, class_means, retrieval, search, squared_norms, zero_shot_accuracy
+from ucdr_ref.metrics import (
+    average_precision,
+    class_means,
+    retrieval,
+    search,
+    squared_norms,
+    zero_shot_accuracy,
+)
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "map_released.json").read_text())
 
@@ -233,3 +240,30 @@ def test_wrong_shapes_are_an_error() -> None:
 def test_accuracy_of_what_is_no_classification_is_refused(logits: Tensor, labels: list[int], unseen: Any) -> None:
     with pytest.raises(ValueError, match=r"expected logits \[b, 3\] without NaN, and labels and unseen_ids of 0 to 2"):
         zero_shot_accuracy(logits, labels, unseen)
+
+
+def test_accuracies_equal_a_slow_loop() -> None:
+    torch.manual_seed(3)
+    logits, labels, unseen = torch.randn(60, 6), torch.randint(0, 5, (60,)), [1, 4]
+    labels[labels == 2] = 3  # class 2 and class 5 have no image
+    logits[torch.arange(60), labels] += 1
+    hits: dict[str, dict[int, list[bool]]] = {"zsl": {}, "unseen": {}, "seen": {}}
+    for row, y in zip(logits.tolist(), labels.tolist()):
+        right = max(range(6), key=row.__getitem__) == y
+        hits["unseen" if y in unseen else "seen"].setdefault(y, []).append(right)
+        if y in unseen:
+            hits["zsl"].setdefault(y, []).append(max(unseen, key=row.__getitem__) == y)
+    result = zero_shot_accuracy(logits, labels, unseen)
+    for name, classes in hits.items():
+        assert result["instance"][name] == pytest.approx(np.mean([hit for one in classes.values() for hit in one]))
+        assert result["class"][name] == pytest.approx(np.mean([np.mean(one) for one in classes.values()]))
+    assert result["instance"]["seen"] != pytest.approx(result["class"]["seen"])
+    for values in result.values():
+        assert values["h"] == pytest.approx(2 / (1 / values["unseen"] + 1 / values["seen"]))
+
+
+def test_accuracies_without_hits_or_images() -> None:
+    wrong = zero_shot_accuracy(torch.eye(3)[[1, 0]], torch.tensor([0, 2]), [2])
+    assert wrong["class"] == {"zsl": 1.0, "unseen": 0.0, "seen": 0.0, "h": 0.0}
+    none = zero_shot_accuracy(torch.eye(3), torch.tensor([0, 1, 0]), [2])
+    assert np.isnan(none["instance"]["unseen"]) and np.isnan(none["class"]["h"]) and none["class"]["seen"] == 0.75

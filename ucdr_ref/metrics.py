@@ -2,12 +2,12 @@
 
 Conventions (the evaluation protocol of UCDR-Adapter, shared with ProS and SnMpNet):
 
-- Ranking is by squared Euclidean distance, |q|^2 + |g|^2 - 2 q.g in float64 rounded to float32; equal distances
-  keep the gallery's order. Copies of one vector so tie by index, unless the last float64 digits of the matrix
-  product fall on both sides of a rounding limit (about once in 10^8 pairs).
+- Ranking is by |q|^2 + |g|^2 - 2 q.g in float64, rounded to float32; equal distances keep the gallery's
+  order. So copies of one vector tie, but for about one pair in 10^8 where the last float64 digits of the
+  matrix product decide a rounding.
 - AP@k is divided by the number of hits within the first k (`mAP@k`), as published tables are; the textbook
   divisor min(relevant, k) is reported beside it (`mAP@k/relevant`). A query without hit scores 0 and counts.
-- A gallery smaller than k: k is its size. The keys keep the k that was asked for, `k_used` tells the cut.
+- A gallery smaller than k: k is its size (`k_used`); the keys keep the k that was asked for.
 """
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def retrieval(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labe
               k: int = 200) -> dict[str, Any]:
     """Rank the gallery for every query, on the queries' device, and score the ranks.
 
-    query [q, e], query_labels [q], gallery [g, e], gallery_labels [g]; labels are integers. Returns, for k = 200:
+    query [q, e], query_labels [q], gallery [g, e], gallery_labels [g]; labels are integers.
+    Returns, for k = 200:
       `mAP@200`, `mAP@200/relevant`, `Prec@200`, `mAP@all`, `Prec@100`: means over all queries, in 0..1
       `AP`, `AP@all`: AP@k and AP@g of each query, float64 tensors [q] on the CPU
       `per_class`, `per_class@all`: {label: mean of `AP` / of `AP@all` over that class's queries}
@@ -64,8 +65,8 @@ def retrieval(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labe
 def _rank(distances: Tensor) -> Tensor:
     """Gallery indices by (distance, index), of float32 distances [q, g], none negative.
 
-    On a CPU numpy's sort of integers is several times as fast as a stable sort of floats. A key is the bits of
-    the distance, which are ordered like the numbers, above the 32 bits of the index.
+    On a CPU numpy's sort of integers is several times as fast as a stable sort of floats. A key is the bits
+    of the distance, which are ordered like the numbers, above the 32 bits of the index.
     """
     if distances.device.type != "cpu":
         return distances.sort(dim=1, stable=True).indices
@@ -96,12 +97,12 @@ def search(query: Tensor, gallery: Tensor | np.ndarray, k: int,
            norms: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The k nearest gallery rows of each query, on the CPU, reading the gallery in chunks.
 
-    query [q, e]; gallery [g, e], a tensor or an array such as a memory map; k is cut to g; norms [g], the
-    `squared_norms(gallery)`, may be kept between searches. Returns (Euclidean distances [q, k] float32, gallery
+    query [q, e]; gallery [g, e], a tensor or an array such as a memory map; k is cut to g; norms [g],
+    `squared_norms(gallery)`, may be kept between searches. Returns (Euclidean distances [q, k] float32,
     indices [q, k]), nearest first, equal distances by index. Raises ValueError as `retrieval`.
 
-    A float32 scan keeps k + 16 candidates and their float64 distances decide: exact, unless more than 16 other
-    rows (copies among them) are as near as the k-th within float32's rounding of |g|^2 - 2 q.g.
+    A float32 scan keeps k + 16 candidates and their float64 distances decide: exact, unless more than 16
+    other rows (copies count) are as near as the k-th within float32's rounding of |g|^2 - 2 q.g.
     """
     query, gallery = (x.cpu() for x in _checked(query, gallery, k))
     squared_norms(query, "query")
