@@ -49,7 +49,7 @@ class Run:
 
 @dataclass
 class PhaseData:
-    """What a phase iterates over: `load` yields (batch, its files) for what is left of an epoch's order."""
+    """What a phase iterates over; `load` yields (batch, its files) for what is left of an epoch's order."""
 
     epochs: int
     order: Callable[[int], Sequence[Any]]
@@ -128,7 +128,7 @@ def fit(method: Any, phase: str, data: PhaseData, validate: Callable[[], float] 
             *numbers, size = torch.cat([losses, norm[None]]).tolist()  # where a step waits for the device
             values = dict(zip(terms, numbers))
             if not all(map(math.isfinite, [*numbers, size])):
-                raise not_finite({**values, "gradient": size}, phase, progress, files, run)
+                checkpointer.refuse({**values, "gradient": size}, phase, files)
             optimizer.step()
             progress.step += 1
             checkpointer.log({"phase": phase, "epoch": progress.epoch, "step": progress.step, **values})
@@ -150,20 +150,9 @@ def fit(method: Any, phase: str, data: PhaseData, validate: Callable[[], float] 
         checkpointer.save(method, optimizer, phase, due=True)
 
 
-def not_finite(values: dict[str, float], phase: str, progress: Progress, files: list[str],
-               run: Run) -> ValueError:
-    """The error that ends a run; nonfinite.json names the files of the batch."""
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
-    path = run.folder / "nonfinite.json"
-    write_text_atomic(path, json.dumps({"values": repr(values), "files": all_gather(files)}, indent=2) + "\n")
-    return ValueError(f"{', '.join(bad)} not finite in phase {phase}, epoch {progress.epoch + 1}, step "
-                      f"{progress.step + 1}; {path} names the batch's files: look at them, or lower "
-                      "the learning rate")
-
-
 @contextmanager
 def open_checkpointer(run: Run, method: Any) -> Iterator[Checkpointer]:
-    """The checkpoints and log of a run; the method takes over the weights of last.pt, if there is one."""
+    """Of a run; the method takes over the weights of last.pt, if there is one."""
     progress, optimizer_state, last = Progress(), None, run.folder / "last.pt"
     if last.exists():
         state = load_state(last)
@@ -186,7 +175,7 @@ class Checkpointer:
     stopping: list[int]  # signals received
 
     def resume(self, optimizer: torch.optim.Optimizer, phase: str) -> None:
-        """The interrupted phase's moments go into its optimizer; rates stay the config's."""
+        """The interrupted phase's moments go into its optimizer."""
         if self.optimizer_state is not None:
             optimizer.load_state_dict({**optimizer.state_dict(), "state": self.optimizer_state})
             print(f"resumed from phase {phase}, epoch {self.progress.epoch + 1}, step {self.progress.step}")
@@ -205,7 +194,7 @@ class Checkpointer:
                 self.progress.log_bytes = file.tell()
 
     def save(self, method: Any, optimizer: torch.optim.Optimizer, phase: str, due: bool) -> None:
-        """Writes last.pt where it is due or a process was told to stop; then it raises Stopped."""
+        """Writes last.pt where it is due or a process was told to stop, which raises Stopped."""
         stop = all_gather([*self.stopping])  # the signals of all processes
         if due or stop:
             state = {"progress": asdict(self.progress), "method": own_state(method),
@@ -217,12 +206,20 @@ class Checkpointer:
             raise Stopped(f"stopped by {reason} in phase {phase}, epoch {self.progress.epoch + 1}, step "
                           f"{self.progress.step}; all is saved: run the same command to go on")
 
+    def refuse(self, values: dict[str, float], phase: str, files: list[str]) -> None:
+        """Raises ValueError for numbers that are not finite; nonfinite.txt names the files of the batch."""
+        bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
+        path = self.run.folder / "nonfinite.txt"
+        write_text_atomic(path, "\n".join(all_gather(files)) + "\n")
+        raise ValueError(f"{bad} not finite in phase {phase}, epoch {self.progress.epoch + 1}, step "
+                         f"{self.progress.step + 1}; look at the files in {path}, or lower the learning rate")
+
     def save_best(self, method: Any) -> None:
         save_atomic({"method": own_state(method), **self.run.extra}, self.run.folder / "best.pt")
 
 
 def own_state(method: Any) -> dict[str, Tensor]:
-    """The method's state without CLIP's frozen weights, which stay in their own file."""
+    """The method's state without CLIP's frozen weights."""
     return {name: value for name, value in method.state_dict().items() if not name.startswith("clip.")}
 
 
@@ -236,7 +233,7 @@ def load_own_state(method: Any, state: Mapping[str, Tensor], path: Path) -> None
 
 
 def check_config(state: Mapping[str, Any], extra: Mapping[str, Any], path: Path) -> None:
-    """ValueError where a checkpoint's config is not the run's, as in a file copied from another."""
+    """ValueError where a checkpoint's config is not the run's."""
     with as_value_error(path, "holds no config", ADVICE):
         ours, theirs = (from_dict(part["config"]) for part in (extra, state))
     if different := differences(ours, theirs, also=PATHS):
@@ -246,7 +243,7 @@ def check_config(state: Mapping[str, Any], extra: Mapping[str, Any], path: Path)
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM, so that a step can be finished; a second SIGINT ends the process."""
+    """Collects SIGINT and SIGTERM, for a step to be finished; a second SIGINT ends the process."""
     received: list[int] = []
 
     def receive(number: int, _: Any) -> None:
