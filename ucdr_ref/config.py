@@ -26,7 +26,7 @@ class Shared:
         Literal["ucdr-adapter", "zero-shot", "sre-clip", "closed-form"], "what to train"] = "ucdr-adapter"
     dataset: Annotated[
         Literal["toy", "domainnet", "sketchy", "sketchy-random", "tuberlin", "folder"],
-        "protocol; sketchy: 21 test classes (ECCV 2018), sketchy-random: 25"] = "toy"
+        "sketchy: 21 test classes (ECCV 2018), sketchy-random: 25"] = "toy"
     data_root: Annotated[
         str, "DIR", "<domain>/<class>/* lie here; the drawn data is made there when absent"] = "data/toy"
     weights: Annotated[
@@ -146,12 +146,11 @@ def add_arguments(parser: argparse.ArgumentParser, names: Sequence[str] = ()) ->
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments; of a flag that only trainings have it is said so."""
     args, unknown = parser.parse_known_args(argv)
-    for flag in {text.partition("=")[0] for text in unknown} & set(map(flag_of, FIELDS)):
-        parser.error(f"{flag} is the run's own: it needs a training (train.py)")
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        own = unknown[0].partition("=")[0] in map(flag_of, FIELDS)
+        why = "the run's own: it needs a training" if own else "no flag of this command; see --help"
+        parser.error(f"{' '.join(unknown)}: {why}")
     return args
 
 
@@ -162,13 +161,13 @@ def flag_of(name: str) -> str:
 def resolve(flags: Mapping[str, Any], preset: str | None = None, fast: bool = False) -> Config:
     """Defaults < preset < variant < flags. fast: the short demonstration.
 
-    Raises ValueError for an unknown preset, or one that is not for the flags' dataset or method, or not fast.
+    Raises ValueError for an unknown preset, or one of another dataset or method, or not fast.
     """
     name = preset or default_preset(flags, fast)
     if name not in PRESETS:
         raise ValueError(f"--preset {name}: no such preset; there are {', '.join(PRESETS)}")
     if fast and not name.endswith("fast"):
-        raise ValueError(f"--fast is short for the demonstration alone, and this is {name}; leave it out")
+        raise ValueError(f"--fast is for the demonstration alone, and this is {name}; leave it out")
     values = {"method": "ucdr-adapter", **PRESETS[name]}
     if not preset:
         values.pop("seen", None)  # of the table's rows
@@ -176,8 +175,8 @@ def resolve(flags: Mapping[str, Any], preset: str | None = None, fast: bool = Fa
     if values["method"] == "sre-clip":
         variant.pop("stroke_domains", None)  # D14 is the other method's
     merged = {**values, **variant, **{key: value for key, value in flags.items() if key in FIELDS}}
-    same_task = (merged["method"] == "sre-clip") == (values["method"] == "sre-clip")
-    if merged["dataset"] != values["dataset"] or not same_task:
+    other_task = (merged["method"] == "sre-clip") != (values["method"] == "sre-clip")
+    if other_task or merged["dataset"] != values["dataset"]:
         raise ValueError(f"--preset {name} is for --dataset {values['dataset']} and --method "
                          f"{values['method']}, not {merged['dataset']} and {merged['method']}")
     other_sets = merged["dataset"] in ("sketchy", "sketchy-random", "tuberlin")
@@ -213,7 +212,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 
 def check(name: str, value: Any) -> Any:
-    """The value as the field's type; ValueError in one sentence when it is no value of that field."""
+    """The value as the field's type; ValueError when it is no value of that field."""
     kind, choices, (low, high), *_ = FIELDS[name]
     if kind is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
         return tuple(value)

@@ -90,7 +90,8 @@ def train(method: Any, phases: Mapping[str, PhaseData], validate: Callable[[], f
         for phase in method.PHASES[checkpointer.progress.phase:]:
             selecting = validate if phase == method.PHASES[-1] else None
             fit(method, phase, phases[phase], selecting, checkpointer)
-            checkpointer.next_phase()
+            progress = checkpointer.progress
+            checkpointer.progress = Progress(progress.phase + 1, log_bytes=progress.log_bytes)
     if validate is None or not phases[method.PHASES[-1]].epochs:
         checkpointer.save_best(method)
 
@@ -171,18 +172,15 @@ class Checkpointer:
 
     run: Run
     progress: Progress
-    optimizer_state: dict[Any, Any] | None  # of last.pt, until the phase has ended
+    optimizer_state: dict[Any, Any] | None  # of last.pt, until a phase takes it
     stopping: list[int]  # signals received
 
     def resume(self, optimizer: torch.optim.Optimizer, phase: str) -> None:
         """The interrupted phase's moments go into its optimizer."""
         if self.optimizer_state is not None:
             optimizer.load_state_dict({**optimizer.state_dict(), "state": self.optimizer_state})
+            self.optimizer_state = None
             print(f"resumed from phase {phase}, epoch {self.progress.epoch + 1}, step {self.progress.step}")
-
-    def next_phase(self) -> None:
-        self.progress = Progress(self.progress.phase + 1, log_bytes=self.progress.log_bytes)
-        self.optimizer_state = None
 
     def log(self, values: dict[str, Any]) -> None:
         """A line of JSON in log.jsonl; lines of steps that are done again are cut off."""
@@ -195,7 +193,7 @@ class Checkpointer:
 
     def save(self, method: Any, optimizer: torch.optim.Optimizer, phase: str, due: bool) -> None:
         """Writes last.pt where it is due or a process was told to stop, which raises Stopped."""
-        stop = all_gather([*self.stopping])  # the signals of all processes
+        stop = all_gather([*self.stopping])  # of all processes; a copy: the next signal waits
         if due or stop:
             state = {"progress": asdict(self.progress), "method": own_state(method),
                      "optimizer": optimizer.state_dict()}
