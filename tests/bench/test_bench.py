@@ -157,8 +157,8 @@ def test_search_and_faiss_find_the_same():
     index = faiss.IndexFlatL2(32)
     index.add(gallery.numpy())
     expected = index.search(query.numpy(), 10)[1].tolist()
-    for lengths in (None, metrics.row_lengths(gallery)):
-        assert metrics.search(query, gallery, 10, lengths=lengths)[1].tolist() == expected
+    for norms in (None, metrics.squared_norms(gallery)):
+        assert metrics.search(query, gallery, 10, norms)[1].tolist() == expected
 
 
 def test_search_without_faiss(capsys, monkeypatch):

@@ -41,7 +41,7 @@ def timed(work: Callable[[], Any], steps: int, device: torch.device,
 
 def measure_search(g: int, e: int) -> dict[str, Any]:
     """`metrics.search` and FAISS's flat index in turns, k = 10: median seconds and CPU-seconds of each, per
-    case, and FAISS's version. The row lengths are kept between searches, as FAISS keeps its copy of the
+    case, and FAISS's version. The squared norms are kept between searches, as FAISS keeps its copy of the
     gallery; `once` is a search without them. `faiss` is the index as it comes, which scans the gallery row by
     row for few queries; `blas` makes it multiply matrices for any number of them.
     """
@@ -50,7 +50,7 @@ def measure_search(g: int, e: int) -> dict[str, Any]:
     query, _, gallery, _ = random_features(max(q for _, q in SEARCH_CASES), g, e)
     index = faiss.IndexFlatL2(e)
     index.add(gallery.numpy())
-    lengths = metrics.row_lengths(gallery)
+    norms = metrics.squared_norms(gallery)
     cpu, results = torch.device("cpu"), []
     before = torch.get_num_threads(), faiss.omp_get_max_threads()
 
@@ -68,7 +68,7 @@ def measure_search(g: int, e: int) -> dict[str, Any]:
             faiss.omp_set_num_threads(threads)
             rows = query[:q].contiguous()
             work: dict[str, Callable[[], Any]] = {
-                "ours": partial(metrics.search, rows, gallery, 10, lengths=lengths),
+                "ours": partial(metrics.search, rows, gallery, 10, norms),
                 "faiss": partial(index.search, rows.numpy(), 10),
                 "blas": partial(by_blas, rows.numpy()),
                 "once": partial(metrics.search, rows, gallery, 10)}
