@@ -1,4 +1,4 @@
-"""How often `--invert-query auto` takes images of each domain for dark strokes on a light ground.
+"""How often `retrieve.py --invert auto` takes images of each domain for dark strokes on a light ground.
 
     python -m ucdr_ref.bench.strokes --data data/toy
 
@@ -6,12 +6,12 @@ DIR holds `<domain>/<class>/<image>`. Prints a Markdown table, in per cent of th
 """
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from ..images.batches import is_strokes, open_image
-from ..machine.command import command, place
+from ..cli import folder_path, run_command
+from ..data.images import is_strokes, open_image
+from .record import markdown, parser_of
 
 
 def taken_for_strokes(root: Path) -> dict[str, tuple[int, float]]:
@@ -27,19 +27,16 @@ def taken_for_strokes(root: Path) -> dict[str, tuple[int, float]]:
 
 
 def run(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m ucdr_ref.bench.strokes", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=place, required=True, metavar="DIR")
+    parser = parser_of("ucdr_ref.bench.strokes", __doc__)
+    parser.add_argument("--data", type=folder_path, required=True, metavar="DIR")
     found = taken_for_strokes(parser.parse_args(argv).data)
-    rows = [["", *found], ["---"] * (len(found) + 1),
-            ["images", *(f"{images:,}" for images, _ in found.values())],
-            ["taken for strokes, %", *(f"{100 * share:.1f}" for _, share in found.values())]]
-    for cells in rows:
-        print("| " + " | ".join(cells) + " |")
+    print(markdown(["", *found], [
+        ["images", *(f"{images:,}" for images, _ in found.values())],
+        ["taken for strokes, %", *(f"{100 * share:.1f}" for _, share in found.values())]]))
 
 
 def main(argv: list[str] | None = None) -> int:
-    return command(run, argv)
+    return run_command(run, argv)
 
 
 if __name__ == "__main__":
