@@ -13,12 +13,12 @@ PACKAGE = ROOT / "ucdr_ref"
 PATHS = sorted(PACKAGE.rglob("*.py"))
 OUTSIDE = {"torch", "torchvision", "PIL", "numpy"} | set(sys.stdlib_module_names)
 PEERS = {"open_clip", "faiss", "tests"}  # measured beside, by bench alone and only inside functions
-# What a wing may import of the package besides itself; bench is imported by nobody, demo by experiments, lazily.
-MAY = {"clip": set(), "metrics": set(), "ucdr": {"clip"}, "sre": {"clip"}, "machine": {"clip"},
-       "images": {"clip", "machine", "metrics"}, "training": {"clip", "machine"}, "config": {"machine", "ucdr", "sre"},
-       "experiments": {"clip", "metrics", "ucdr", "sre", "machine", "images", "training", "config", "demo"},
-       "demo": {"clip", "machine", "images"},
-       "bench": {"clip", "metrics", "ucdr", "sre", "machine", "images", "training", "config", "experiments", "demo"}}
+# What a part may import of the package besides itself; bench is imported by nobody, demo by experiments, lazily.
+MAY = {"clip": set(), "metrics": set(), "cli": set(), "ucdr": {"clip"}, "sre": {"clip"}, "config": {"ucdr", "sre"},
+       "distributed": {"cli"}, "data": {"clip", "cli", "config", "distributed"}, "training": {"cli", "config", "distributed"},
+       "experiments": {"clip", "metrics", "ucdr", "sre", "cli", "config", "distributed", "data", "training", "demo"},
+       "demo": {"clip", "cli", "config", "data", "distributed"}}
+MAY["bench"] = {*MAY} - {"bench"}
 
 
 def module(path: Path) -> str:
@@ -46,7 +46,8 @@ def test_a_wing_imports_what_it_may(path):
     wing = module(path).split(".")[0]
     for name, statement, _ in imports(path):
         other = name.split(".")[0]
-        assert not other or other == wing or other in MAY[wing], f"{module(path)}: {ast.unparse(statement)}"
+        allowed = {wing, *MAY.get(wing, ())}
+        assert not other or other in allowed, f"{module(path)}: {ast.unparse(statement)}"
 
 
 @pytest.mark.parametrize("path", PATHS, ids=module)
@@ -92,12 +93,12 @@ def test_every_wing_has_a_door_that_says_what_it_is():
         text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
         assert len(text) > 80 and ("Read" in text or "python -m" in text), folder.name
     legend = ast.get_docstring(ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))) or ""
-    assert all(re.search(rf"^ +(\w+, )?{wing}\b", legend, re.MULTILINE) for wing in MAY), "the map of the wings"
+    assert all(re.search(rf"^ +(\w+, )*{wing}\b", legend, re.MULTILINE) for wing in MAY), "the map of the parts"
 
 
 def test_files_are_short():
     product = [path for path in PATHS if path.parent.name != "demo"]
     lines = {path: path.read_text(encoding="utf-8").splitlines() for path in [*PATHS, *ROOT.glob("*.py")]}
-    assert not [str(path) for path in product if len(lines[path]) > (400 if path.name == "metrics.py" else 360)]
+    assert not [str(path) for path in product if len(lines[path]) > (300 if path.parent.name != "bench" else 360)]
     for name, most in (("train.py", 60), ("evaluate.py", 60), ("retrieve.py", 90)):
         assert len(lines[ROOT / name]) <= most, name
