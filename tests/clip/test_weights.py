@@ -94,9 +94,8 @@ def test_every_format_gives_the_same_model(form, stored, weights, tmp_path):
 def test_wrapped_state_dicts(wrap, prefix, names, weights, tmp_path):
     sd = {prefix + key: value for key, value in names(weights).items()}
     content = sd if wrap is None else {"epoch": 3, wrap: sd, "optimizer": {"state": {0: torch.zeros(3)}, "lr": [0.1]}}
-    for writer in (torch.save, save_legacy):
-        writer(content, tmp_path / "model.pt")
-        assert equal(load_clip(tmp_path / "model.pt"), weights)
+    torch.save(content, tmp_path / "model.pt")
+    assert equal(load_clip(tmp_path / "model.pt"), weights)
 
 
 def test_constants_and_parameters(weights, tmp_path):
