@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.helpers import files_of_at_most
-from ucdr_ref.cli import WriteError, load_state
+from ucdr_ref.cli import load_state
 from ucdr_ref.clip.zero_shot import CLIP_MEAN, CLIP_STD
 from ucdr_ref.data import features as module
 from ucdr_ref.data.features import Extractor, FeatureCache, Index, load_index
@@ -189,15 +188,6 @@ def test_strange_names_survive(gallery):
         index, encoded = build(gallery)
         assert encoded == expected and set(map(os.fsdecode, names)) <= set(index.paths)
         expect_right(index, gallery)
-
-
-def test_a_full_disk_and_a_blocked_cache(gallery, tmp_path):
-    with files_of_at_most(100), pytest.raises(WriteError, match="could not write .*cache"):
-        build(gallery)
-    assert not [*(tmp_path / "cache").iterdir()]
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="could not write .*file/cache"):
-        load_index(gallery, extractor(), "model", tmp_path / "file" / "cache")
 
 
 def test_features_that_are_not_finite_are_refused(gallery):

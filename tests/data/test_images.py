@@ -171,14 +171,6 @@ def test_drawn_strokes_are_told_from_pictures():
         assert sum(flags) == (6 if domain in ("sketch", "quickdraw") else 0), domain
 
 
-def test_light_strokes_on_a_dark_ground_stay():
-    for ink, paper, expected in (("black", "white", True), ("white", "black", False), ("grey", "white", False),
-                                 ("red", "white", False), ("white", "white", False)):
-        image = Image.new("RGB", (200, 150), paper)
-        ImageDraw.Draw(image).line((20, 20, 150, 120), fill=ink, width=5)
-        assert is_strokes(image) == expected, (ink, paper)
-
-
 # batches
 
 def test_augmentation_follows_from_seed_and_index_alone(tmp_path):

@@ -141,20 +141,15 @@ def abbreviate(names: Iterable[str], count: int = 8) -> str:
 
 
 def compare_counts(tree: Tree, published: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """Lines of each domain's images beside {version: {domain: images}}; they inform and never refuse."""
+    """Lines of each domain's images beside {version: {domain: images}}; never an error."""
     found = {domain: sum(map(len, classes.values())) for domain, classes in tree.items()}
     lines = []
     for domain, images in [*found.items(), ("total", sum(found.values()))]:
-        line = f"data     {domain:<14} {images:>7,} images"
-        line += f", {len(tree[domain])} classes" if domain in tree else ""
-        counts = {name: version.get(domain, sum(version.values())) for name, version in published.items()}
-        same = [name for name, count in counts.items() if count == images]
-        others = [f"{name} {count:,} ({images - count:+,})" for name, count in counts.items()]
-        if same:
-            line += f"; as published ({', '.join(same)})"
-        elif others:
-            line += f"; differs from {', '.join(others)}"
-        lines.append(line)
+        classes = f", {len(tree[domain])} classes" if domain in tree else ""
+        counts = [f"{name} {version.get(domain, sum(version.values())):,}"
+                  for name, version in published.items()]
+        beside = f"; published: {', '.join(counts)}" if counts else ""
+        lines.append(f"data     {domain:<14} {images:>7,} images{classes}{beside}")
     return lines
 
 

@@ -60,7 +60,7 @@ class Files:
 def open_image(path: str) -> Image.Image:
     """An image as RGB: first frame, upright, transparency over white, deep grey scaled to 8 bits.
 
-    Raises ValueError that names the file when it is not a readable image.
+    ValueError for a file that is no readable image.
     """
     try:
         Image.init()
@@ -114,8 +114,8 @@ Item = tuple[int, np.ndarray, bool] | str
 class ImageDataset(Dataset):
     """Item i: i, the transformed image and whether it was inverted; or a sentence why it cannot be read.
 
-    invert: "domain" inverts the colours of images of the stroke domains, by `folder_key` (D14); "auto" also
-    what looks like strokes (`is_strokes`), which evaluation never does; "none" nothing.
+    invert: "domain" inverts the colours of stroke domains (D14); "auto" also of what looks like strokes
+    (`is_strokes`), which evaluation never does; "none" nothing.
     """
 
     def __init__(self, files: Files, transform: Transform, stroke_domains: Sequence[str], seed: int = 0,
