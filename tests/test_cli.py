@@ -15,7 +15,6 @@ import torch
 
 import evaluate
 import train
-from tests.helpers import files_of_at_most
 from ucdr_ref import cli
 from ucdr_ref.cli import (
     ProgressLine,
@@ -23,7 +22,6 @@ from ucdr_ref.cli import (
     load_state,
     read_json,
     run_command,
-    save_atomic,
     write_atomic,
     write_text_atomic,
 )
@@ -114,8 +112,7 @@ def test_ctrl_c_in_the_first_seconds_is_one_line(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_thirty_shots(script, tmp_path):
-    own = ["--run", str(tmp_path / "run")]
-    made = ["--fast", "--data-root", str(tmp_path / "data")]
+    own, made = ["--run", str(tmp_path / "run")], ["--fast", "--data-root", str(tmp_path / "data")]
     if script != "train.py":
         assert train.main([*own, *made]) == 0
     more = {"train.py": made, "retrieve.py": ["--text", "a dog", "--cache", str(tmp_path / "cache")]}
@@ -162,17 +159,9 @@ def test_a_file_is_the_old_or_the_new_one(tmp_path, monkeypatch):
         assert path.read_text() == text
     for size in ("", "1"):  # of a shell, not of torchrun
         monkeypatch.setenv("WORLD_SIZE", size)
-        assert cli.is_main() and not cli.several_processes()
+        assert not cli.several_processes()
     with pytest.raises(WriteError, match="name another folder"):
         cli.make_folder(path / "below")
-
-
-@pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
-def test_a_full_disk_is_noticed_by_checkpoints_too(tmp_path):
-    save_atomic({"a": torch.zeros(10)}, tmp_path / "a.pt")
-    with files_of_at_most(2000), pytest.raises(WriteError):
-        save_atomic({"a": torch.zeros(10000)}, tmp_path / "a.pt")
-    assert load_state(tmp_path / "a.pt")["a"].shape == (10,)
 
 
 class Evil:
@@ -209,11 +198,9 @@ def test_the_progress_line_fits_and_says_what_is_left(monkeypatch, live):
         line.update(done, "loss 1.234 and much more that does not fit into this terminal")
         now[0] += 1
     line.close()
-    first = "target 20/1000 | 10 img/s | eta 1m38s | loss 1.234"
+    shown = screen.getvalue().lstrip("\r").split("\r" if live else "\n")
+    assert shown[0].startswith("target 20/1000 | 10 img/s | eta 1m38s | loss 1.234")
     if live:
-        shown = screen.getvalue().split("\r")[1:]
-        assert len(shown) == 29 and shown[0].startswith(first) and {len(text.rstrip("\n")) for text in shown} == {59}
-        assert screen.getvalue().endswith("\n")
+        assert len(shown) == 29 and {len(text.rstrip("\n")) for text in shown} == {59}
     else:
-        assert [text.split(" | ")[0] for text in screen.getvalue().splitlines()] == ["target 20/1000", "target 170/1000"]
-        assert screen.getvalue().startswith(first)
+        assert shown[1].startswith("target 170/1000 ") and len(shown) == 3

@@ -1,6 +1,6 @@
 """What every command does around its work: errors in one line, Ctrl-C, progress, files written whole.
 
-Importing it does not import PyTorch, so that `--help` is quick and Ctrl-C is heard from the start.
+No PyTorch is imported here, so that `--help` is quick and Ctrl-C is heard from the start.
 """
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -23,45 +22,25 @@ from typing import Any, BinaryIO
 
 
 class WriteError(OSError, ValueError):
-    """A file could not be written; the message names it, and what stood there before is intact."""
+    """A file could not be written; what stood there before is intact."""
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM arrived; the step was finished and saved, in every process."""
+    """SIGINT or SIGTERM arrived; the step was finished and saved."""
 
 
 def run_command(run: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
     """Runs an entry point; its exit status. argv None: it is the whole process.
 
-    0 when it is done, 1 when its output could not be printed, 2 after one line about a mistake, 130 after one
-    line about SIGINT or SIGTERM.
+    0 when it is done, 1 when its output could not be printed; after one line on stderr 2 for a mistake, 130
+    for SIGINT or SIGTERM.
     """
-    for number in range(3):  # else the first file that is opened would take the place of a closed stream
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-    streams = sys.stdout, sys.stderr
-    output = Output(sys.stdout)
+    streams, output = (sys.stdout, sys.stderr), Output(sys.stdout)
     sys.stdout, sys.stderr = output, Output(sys.stderr)  # type: ignore[assignment]
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.signal(number, interrupt)
-                for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread}
-    try:
-        return report_errors(run, argv) or int(output.failed)
-    finally:
-        output.flush()
-        sys.stdout, sys.stderr = streams
-        for number, handler in handlers.items():
-            signal.signal(number, handler if argv is not None else signal.SIG_IGN)
-
-
-def report_errors(run: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
-    """Exit status of `run`, with one line on stderr where that is not 0."""
+    handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    status, text = 0, ""
     try:
         run(argv)
-        sys.stdout.flush()
-        return 0
     except Stopped as stopped:
         status, text = 130, str(stopped)
     except KeyboardInterrupt as stop:
@@ -70,15 +49,21 @@ def report_errors(run: Callable[[list[str] | None], None], argv: list[str] | Non
         if "memory" not in str(error) and "DataLoader worker" not in str(error):  # most often killed for it
             raise
         status, text = 2, (f"error: {one_line(error)[:200]}; take smaller batches (--micro-batch, "
-                           "--source-batch), --workers 0 or --precision bf16")
+                           "--source-batch) or --workers 0")
     except (ValueError, OSError) as error:
         status, text = 2, f"error: {one_line(error)}"
-    print(text, file=sys.stderr)
-    return status
+    finally:
+        if text:
+            print(text, file=sys.stderr)
+        output.flush()
+        sys.stdout, sys.stderr = streams
+        for number, handler in handlers.items():
+            signal.signal(number, handler if argv is not None else signal.SIG_IGN)
+    return status or int(output.failed)
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """SIGINT and SIGTERM raise KeyboardInterrupt, so that nothing half-written stays; the next one kills."""
+    """The first SIGINT or SIGTERM raises KeyboardInterrupt, so that all is cleaned up; the next kills."""
     signal.signal(number, signal.SIG_DFL)
     name = signal.Signals(number).name
     if any("importlib" in caller.f_code.co_filename for caller, _ in traceback.walk_stack(frame)):
@@ -99,19 +84,16 @@ class Output:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
-    def write(self, text: str) -> int:
-        self.attempt(lambda: self.stream.write(text))
-        return len(text)
-
-    def flush(self) -> None:
-        self.attempt(self.stream.flush)
-
-    def attempt(self, action: Callable[[], object]) -> None:
+    def write(self, text: str = "") -> int:
         try:
-            action()
+            self.stream.write(text)
+            self.stream.flush()
         except OSError:
             self.failed = True
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return len(text)
+
+    flush = write
 
 
 def several_processes() -> bool:
@@ -125,7 +107,7 @@ def is_main() -> bool:
 
 
 def folder_path(text: str) -> Path:
-    """A flag's path; an empty one, as of a shell variable that is not set, would be the current folder."""
+    """A flag's path; an empty one would be the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
     return Path(text)
@@ -141,23 +123,24 @@ class ProgressLine:
     `target 6000/24000 | 812 img/s | eta 3m12s | epoch 2/10 | loss 1.234 align 0.980`
     """
 
-    def __init__(self, label: str, total: int, unit: str = "img") -> None:
-        self.label, self.total, self.unit, self.live = label, total, unit, sys.stderr.isatty()
+    def __init__(self, label: str, total: int) -> None:
+        self.label, self.total, self.live = label, total, sys.stderr.isatty()
         self.first: tuple[float, int] | None = None  # time and count of the first update, which pays start-up
         self.shown = 0.0  # when a line was printed
 
     def update(self, done: int, extra: str = "") -> None:
-        """`done` of the total are finished; `extra` is printed behind the rate and the time that is left."""
+        """`done` images of the total are finished; `extra` is printed behind the time that is left."""
         now = time.monotonic()
         start, count = self.first = self.first or (now, done)
         if not is_main() or done == count or now - self.shown < (0.5 if self.live else 15):
             return
         self.shown, rate = now, (done - count) / (now - start)
-        left = int((self.total - done) / rate)
-        text = (f"{self.label} {done}/{self.total} | {rate:.0f} {self.unit}/s | "
-                f"eta {left // 60}m{left % 60:02d}s" + f" | {extra}" * bool(extra))
-        width = shutil.get_terminal_size().columns - 1
-        text = "\r" + text[:width].ljust(width) if self.live else text + "\n"
+        minutes, seconds = divmod(int((self.total - done) / rate), 60)
+        text = (f"{self.label} {done}/{self.total} | {rate:.0f} img/s | eta {minutes}m{seconds:02d}s | "
+                f"{extra}\n")
+        if self.live:
+            width = shutil.get_terminal_size().columns - 1
+            text = "\r" + text[:-1][:width].ljust(width)
         print(text, end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
@@ -167,45 +150,39 @@ class ProgressLine:
         self.shown = 0.0
 
 
-# Files
-
-
 @contextmanager
 def writing(what: object, advice: str) -> Iterator[None]:
     """Around writes: makes of a full disk, a read-only folder, ... a WriteError that names `what`."""
     try:
         yield
-    except WriteError:
-        raise
     except OSError as error:
         raise WriteError(f"could not write {what} ({error.strerror or error}); {advice}") from error
 
 
-def write_atomic(path: str | os.PathLike[str], fill: Callable[[BinaryIO], object]) -> None:
+def write_atomic(path: str | Path, fill: Callable[[BinaryIO], object]) -> None:
     """`path` is the old file or the whole new one, whatever happens. Only the main process writes.
 
     `fill` writes into a temporary file beside it, which is then renamed. Raises WriteError.
     """
     if not is_main():
         return
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with writing(target, "what stood there before is untouched: free space or choose another folder"):
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    with writing(path, "what stood there before is untouched: free space or choose another folder"):
         try:
             with open(temporary, "wb") as file:
                 fill(file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, target)
+            os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
 
-def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
+def write_text_atomic(path: str | Path, text: str) -> None:
     write_atomic(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
-def save_atomic(obj: Any, path: str | os.PathLike[str]) -> None:
+def save_atomic(obj: Any, path: str | Path) -> None:
     """torch.save, as `write_atomic` does."""
     import torch
 
@@ -214,11 +191,8 @@ def save_atomic(obj: Any, path: str | os.PathLike[str]) -> None:
     write_atomic(path, lambda file: file.write(content.getbuffer()))
 
 
-def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The dict that `save_atomic` wrote, on the CPU; nothing in the file is executed.
-
-    Raises FileNotFoundError, or ValueError when the file is broken or another one.
-    """
+def load_state(path: str | Path) -> dict[str, Any]:
+    """The dict that `save_atomic` wrote, on the CPU; FileNotFoundError, or ValueError for another file."""
     import torch
 
     if not os.path.exists(path):
@@ -227,7 +201,7 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
 
 
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_json(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file; ValueError where there is none."""
     with as_value_error(path, "is not readable as a JSON object", "bring it back, or name another folder"):
         return dict(json.loads(Path(path).read_text(encoding="utf-8")))
@@ -235,7 +209,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 @contextmanager
 def as_value_error(path: object, what: str, advice: str) -> Iterator[None]:
-    """Around reading a file of our own: whatever a broken one raises becomes one sentence."""
+    """Around reading a file: whatever a broken one raises becomes one sentence."""
     try:
         yield
     except Exception as error:
@@ -244,7 +218,6 @@ def as_value_error(path: object, what: str, advice: str) -> Iterator[None]:
 
 
 def make_folder(path: Path) -> None:
-    """With all above it. Raises WriteError."""
     with writing(path, "name another folder"):
         path.mkdir(parents=True, exist_ok=True)
 

@@ -1,16 +1,15 @@
 """One frozen Config of both methods' options: presets named after table rows, flags and JSON.
 
-A field's type holds its choices (`Literal`); `Annotated` adds the closed range of a number, or the name of
-what a text stands for, and the help. Importing this imports no PyTorch.
+A field's type holds its choices (`Literal`); `Annotated` adds a number's closed range, or the name of what a
+text stands for, and the help. No PyTorch is imported.
 """
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -42,8 +41,8 @@ class Shared:
         str, "DOMAIN", "source domain of validation and U^cCDR queries; empty: the protocol's"] = ""
     gallery: Annotated[str, "DOMAIN", "gallery domain; empty: the protocol's"] = ""
     domains: Annotated[
-        tuple[str, ...], "DOMAIN", "own folders: domains to use, gallery and held-out one included (the "
-        "smallest decides how long an epoch is); empty: all"] = ()
+        tuple[str, ...], "DOMAIN", "own folders: domains to use, gallery and held-out one included; "
+        "empty: all"] = ()
     class_split: Annotated[
         str, "FILE", "own folders: JSON with train, val and test class names; empty: drawn"] = ""
     stroke_domains: Annotated[
@@ -51,7 +50,7 @@ class Shared:
         "sketch", "quickdraw", "sketches")
     toy_images: Annotated[int, (1, 10_000), "images drawn per domain and class for --dataset toy"] = 20
 
-    # machine: none of these changes what is computed beyond rounding
+    # machine
     device: Annotated[str, "DEVICE", "cpu, cuda, cuda:1, ...; auto: a GPU when there is one"] = "auto"
     workers: Annotated[int, (0, 256), "processes that read images; 0: the main process does"] = 2
     precision: Annotated[
@@ -63,10 +62,10 @@ class Shared:
 
 @dataclass(frozen=True)
 class Config(sre.Options, ucdr.Options, Shared):
-    """Every option of a run. Defaults are the paper's, or a careful reading's; a dataset's own: PRESETS."""
+    """Every option of a run. Defaults are the paper's, or a careful reading's."""
 
 
-# May differ when a run is resumed: what changes nothing beyond rounding, and what is compared by its digest.
+# May differ when a run is resumed: what changes nothing beyond rounding, and paths, compared by digests.
 MACHINE = ("device", "workers", "precision", "micro_batch")
 PATHS = ("data_root", "class_split", "weights", "source", "target", "graph", "unseen")
 
@@ -80,19 +79,17 @@ class Field(NamedTuple):
     default: Any
 
 
-def read_fields() -> Iterator[tuple[str, Field]]:
-    """What the option classes contain, Shared's first."""
-    hints = typing.get_type_hints(Config, include_extras=True)
-    for field in fields(Config):
-        hint, kind = hints[field.name], type(field.default)
-        *about, text = hint.__metadata__
-        choices = () if about else typing.get_args(hint.__origin__)
-        limits = about[0] if kind in (int, float) and about else (-inf, inf)
-        metavar = None if choices else {int: "N", float: "X"}.get(kind, about[0])
-        yield field.name, Field(kind, choices, limits, metavar, text, field.default)
+def read_field(hint: Any, default: Any) -> Field:
+    """A field from its annotation."""
+    *about, text = hint.__metadata__
+    choices = () if about else typing.get_args(hint.__origin__)
+    limits = about[0] if about and type(default) in (int, float) else (-inf, inf)
+    metavar = None if choices else {int: "N", float: "X"}.get(type(default), about[0])
+    return Field(type(default), choices, limits, metavar, text, default)
 
 
-FIELDS = dict(read_fields())
+HINTS = typing.get_type_hints(Config, include_extras=True)
+FIELDS = {field.name: read_field(HINTS[field.name], field.default) for field in fields(Config)}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -107,17 +104,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 DOMAINNET = dict(dataset="domainnet", data_root="data/DomainNet", weights="weights/ViT-B-32.pt")
 SKETCHY = dict(dataset="sketchy", data_root="data/Sketchy", weights="weights/ViT-B-32.pt", held_out="none",
                prompt_length=4, context_vectors=8)
-# The drawn data and its CLIP are small: larger steps, fewer of them, a shorter context than the paper's.
+# The drawn data and its CLIP are small: larger and fewer steps, a shorter context than the paper's.
 TOY = dict(dataset="toy", context_vectors=4, source_batch=50, source_lr=1e-3, target_epochs=2, target_lr=1e-2,
            micro_batch=50)
-# D14 is the other method's: SRE-CLIP inverts no image unless --stroke-domains says so.
+# D14 is the other method's: SRE-CLIP inverts no image by itself.
 SRE = dict(method="sre-clip", dataset="folder", data_root="", weights="weights/ViT-B-32.pt",
            stroke_domains=())
-# Its small CLIP has read no words but the 60 class names and bears less dropout in 64 text dimensions.
+# The small CLIP knows no words but the 60 class names.
 SRE_TOY = dict(SRE, dataset="toy", data_root="data/toy-sre", weights="weights/demo-clip.pt", graph="toy",
                class_vectors="clip-classes", sre_hidden=256, sre_dropout=0.3, sre_iterations=1000,
                sre_warmup=100)
-# Named after the rows of the paper's tables; `seen` is the source domain its runs validate on.
+# Named after the rows of the paper's tables; `seen` is the source domain of validation.
 PRESETS: dict[str, dict[str, Any]] = {
     "toy": TOY,
     "toy/fast": dict(TOY, data_root="data/toy-fast", toy_images=8, target_epochs=1),
@@ -136,7 +133,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> None:
-    """A flag for each named field, or all; one that is not given leaves no trace, so presets show through."""
+    """A flag for each named field, or all; one that is not given leaves no trace."""
     for options in (Shared, ucdr.Options, sre.Options):
         group = parser.add_argument_group(str(options.__doc__).split(".")[0])
         for name in (field.name for field in fields(options) if not names or field.name in names):
@@ -149,11 +146,10 @@ def add_arguments(parser: argparse.ArgumentParser, names: Sequence[str] = ()) ->
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments; a flag of a training that this command does not take is said to be one."""
+    """The arguments; of a flag that only trainings have it is said so."""
     args, unknown = parser.parse_known_args(argv)
-    for flag in (text.partition("=")[0] for text in unknown):
-        if flag in map(flag_of, FIELDS):
-            parser.error(f"{flag} is the run's own: it needs a training (train.py)")
+    for flag in {text.partition("=")[0] for text in unknown} & set(map(flag_of, FIELDS)):
+        parser.error(f"{flag} is the run's own: it needs a training (train.py)")
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return args
@@ -188,24 +184,25 @@ def resolve(flags: Mapping[str, Any], preset: str | None = None, fast: bool = Fa
     if variant and other_sets and merged["selection"] != "validation":
         # D10: the released code holds the validation classes out of training on DomainNet alone.
         merged.setdefault("train_classes", "train+val")
-    config = from_dict(merged)
-    return replace(config, weights=locate_weights(config.weights))
+    merged["weights"] = locate_weights(merged.get("weights", Config.weights))
+    return from_dict(merged)
 
 
 def default_preset(flags: Mapping[str, Any], fast: bool) -> str:
-    """The preset of a command that names none: its method's and dataset's own."""
-    dataset, own_folders = flags.get("dataset", "toy"), bool(flags.get("source") or flags.get("target"))
+    """The preset of a command that names none."""
+    dataset = flags.get("dataset", "toy")
     if flags.get("method") == "sre-clip":
-        return "sre" if own_folders or dataset != "toy" else "sre/toy-fast" if fast else "sre/toy"
+        own_folders = dataset != "toy" or flags.get("source") or flags.get("target")
+        return "sre" if own_folders else "sre/toy-fast" if fast else "sre/toy"
     if fast and dataset == "toy":
         return "toy/fast"
     return next(name for name in PRESETS if PRESETS[name]["dataset"] == dataset)
 
 
 def locate_weights(path: str) -> str:
-    """The path of weights; one beside the scripts where the current folder has no such file."""
+    """The path of weights; beside the scripts where the current folder has no such file."""
     beside = Path(__file__).parents[1] / path
-    return str(beside) if os.path.exists(beside) and not os.path.exists(path) else path
+    return str(beside) if beside.exists() and not Path(path).exists() else path
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
@@ -238,7 +235,7 @@ def to_json(config: Config) -> str:
 
 
 def differences(ours: Config, theirs: Config, also: Sequence[str] = ()) -> list[str]:
-    """`name: theirs -> ours` where two configs differ; machine fields, and those in `also`, do not count."""
+    """`name: theirs -> ours` where two configs differ, but for machine fields and those in `also`."""
     old, new = asdict(theirs), asdict(ours)
     return [f"{name}: {old[name]!r} -> {new[name]!r}" for name in FIELDS
             if name not in (*MACHINE, *also) and old[name] != new[name]]

@@ -1,6 +1,6 @@
 """Device, precision, seeds, and several processes, started by `torchrun`, that compute what one would.
 
-Each takes its share of every batch; rows are joined in the order of the ranks. One process does nothing here.
+Each takes its share of every batch; rows are joined in the order of the ranks.
 """
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from textwrap import shorten
 from typing import Any, TypeVar
 
 import torch
@@ -19,13 +18,11 @@ from torch import Tensor
 
 from .cli import Stopped, is_main, one_line, several_processes
 
-__all__ = ["Stopped", "is_main"]
 Items = TypeVar("Items", bound=Sequence[Any])
 JOIN_SECONDS = 60  # that the processes have to find each other
 
 
 def world_size() -> int:
-    """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -48,7 +45,7 @@ def processes() -> Iterator[None]:
         dist.init_process_group(backend, store=store, rank=number, world_size=total)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"WORLD_SIZE is {count}, but no {count} processes met in {JOIN_SECONDS} s ("
-                         f"{shorten(one_line(error), 150)}); start with torchrun, or unset it") from None
+                         f"{one_line(error)[:150]}); start with torchrun, or unset it") from None
     if not is_main():
         sys.stdout = open(os.devnull, "w")
     try:
@@ -61,17 +58,17 @@ def processes() -> Iterator[None]:
 
 @contextmanager
 def exchange() -> Iterator[None]:
-    """Around every exchange: says that another process is gone before torchrun ends this one too."""
+    """Around every exchange: says that another process is gone."""
     try:
         yield
     except RuntimeError as error:
-        print(f"error: process {rank()} lost another one ({one_line(error)}); what was saved is intact: run "
-              "the same command to go on", file=sys.stderr)
+        print(f"error: process {rank()} lost another one ({one_line(error)}); run the same command to go on",
+              file=sys.stderr)
         sys.exit(2)
 
 
 def local_shard(items: Items) -> Items:
-    """This process's part of a list: contiguous, as even as can be."""
+    """This process's part of a list, contiguous."""
     start, end = (len(items) * n // world_size() for n in (rank(), rank() + 1))
     return items[start:end]  # type: ignore[return-value]
 
@@ -87,19 +84,19 @@ def all_gather(items: list[Any]) -> list[Any]:
 
 
 def batch_offset(count: int) -> tuple[int, int]:
-    """For `count` rows in this process: the rows of the processes before it, and the rows of all."""
+    """For `count` rows in this process: those of the processes before it, and of all."""
     counts = all_gather([count])
     return sum(counts[:rank()]), sum(counts)
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """[count, ...] of all processes joined, [total, ...], on each one's device; counts may differ."""
+    """[count, ...] of all processes joined, [total, ...]; counts may differ."""
     return rows if world_size() == 1 else torch.cat(all_gather([rows.detach().cpu()])).to(rows.device)
 
 
 @torch.no_grad()
 def average(tensors: Sequence[Tensor], weight: int) -> None:
-    """Puts the processes' mean, each counted `weight` times, in place of the tensors, by one exchange."""
+    """Puts the processes' mean, each counted `weight` times, in place of the tensors."""
     if world_size() == 1:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors] + [tensors[0].new_ones(1)])
@@ -118,7 +115,7 @@ def barrier() -> None:
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """The block runs in the writing process, and then, when its files are there, in the others."""
+    """The block runs in the writing process, and then in the others."""
     if not is_main():
         barrier()
     yield
@@ -146,19 +143,19 @@ def pick_device(name: str) -> torch.device:
             torch.cuda.set_device(device)  # for what names no device, such as NCCL
         torch.ones(1, dtype=torch.float64, device=device).item()  # evaluation needs it; Apple's GPU has none
     except Exception as error:  # drivers raise whatever comes up
-        raise ValueError(f"--device {name} is not usable ({shorten(one_line(error), 200)}); try --device "
+        raise ValueError(f"--device {name} is not usable ({one_line(error)[:200]}); try --device "
                          "cpu") from None
     return device
 
 
 def set_precision(precision: str) -> None:
-    """TF32 on or off for the whole process, as --precision says; once, at the start."""
+    """TF32 on or off for the whole process, as --precision says."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """bf16 inside the block, where --precision asks for it."""
+    """bf16, where --precision asks for it."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 

@@ -1,7 +1,7 @@
 """The training loop of both papers (`fit` is the whole of it), its checkpoints and its log.
 
-All randomness of a step follows from (seed, phase, epoch, step), so a run that is started again by the same
-command equals one that was never interrupted.
+All randomness of a step follows from (seed, phase, epoch, step), so an interrupted run that is started again
+equals one that was not.
 """
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import json
 import math
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -34,46 +33,41 @@ from .distributed import all_gather, autocast, average, barrier, derive_seed, wo
 
 SAVE_EVERY = 50  # steps between two checkpoints
 ADVICE = "delete the run folder to start again, or name another --run"
-INTACT = "the last checkpoint is intact: free space, then run the same command to go on"
 
 
 @dataclass(frozen=True)
 class Run:
-    """The folder a run writes into, how it trains, and what goes with its weights into every checkpoint."""
+    """Where and how a method is trained."""
 
     folder: Path
     seed: int
     precision: str
     device: torch.device
-    extra: dict[str, Any]  # among it "config", a dict
+    extra: dict[str, Any]  # into every checkpoint; among it "config", a dict
     patience: int  # epochs without a better score before the last phase stops
 
 
 @dataclass
 class PhaseData:
-    """What a phase iterates over: `load` yields (batch, its files) for what is left of an epoch's order.
-
-    `microbatches` gives what passes at once of a batch, to save memory, each with its share of the images.
-    `validates` says after how many epochs a score is taken. `batch_size`: images of a whole batch.
-    """
+    """What a phase iterates over; `load` yields (batch, its files) for what is left of an epoch's order."""
 
     epochs: int
     order: Callable[[int], Sequence[Any]]
     load: Callable[[int, Sequence[Any]], Iterator[tuple[Any, list[str]]]]
+    # What passes at once of a batch, to save memory, each part with its share of the images.
     microbatches: Callable[[Any], list[tuple[Any, float]]] = lambda batch: [(batch, 1.0)]
-    validates: Callable[[int], bool] = lambda epochs: True
-    batch_size: int = 1
+    validates: Callable[[int], bool] = lambda epochs: True  # whether to take a score after that many epochs
+    batch_size: int = 1  # images of a whole batch
 
     def plan(self) -> str:
-        """Such as `57 steps of 20 images`, with a note where they are too few to learn much."""
         steps = self.epochs * len(self.order(0))
-        few = " (few: take smaller batches or more epochs)" if 0 < steps < 20 else ""
+        few = " (few: take smaller batches or more epochs)" * (0 < steps < 20)
         return f"{steps} steps of {self.batch_size} images{few}"
 
 
 @dataclass
 class Progress:
-    """Where a run stands; with the weights and the optimizer, all that a resumed run needs."""
+    """Where a run stands."""
 
     phase: int = 0
     epoch: int = 0
@@ -89,8 +83,8 @@ def train(method: Any, phases: Mapping[str, PhaseData], validate: Callable[[], f
 
     method: a module with PHASES, trainable(phase) (parameters by name), start(phase), optimizer(phase),
     learning_rate(phase, epoch, step) and step(batch, phase) (loss terms by name).
-    validate: gives the score by which the last phase keeps its best epoch and stops early; None keeps the
-    last. Raises Stopped after SIGINT or SIGTERM, ValueError at a non-finite loss.
+    validate: the score by which the last phase keeps its best epoch and stops early; None keeps the last.
+    Raises Stopped after SIGINT or SIGTERM, ValueError at a non-finite loss.
     """
     with open_checkpointer(run, method) as checkpointer:
         for phase in method.PHASES[checkpointer.progress.phase:]:
@@ -133,7 +127,8 @@ def fit(method: Any, phase: str, data: PhaseData, validate: Callable[[], float] 
             norm = torch.stack([gradient.norm() for gradient in gradients]).sum()
             *numbers, size = torch.cat([losses, norm[None]]).tolist()  # where a step waits for the device
             values = dict(zip(terms, numbers))
-            stop_if_not_finite(values, size, {**asdict(progress), "phase": phase, "files": files}, run)
+            if not all(map(math.isfinite, [*numbers, size])):
+                checkpointer.refuse({**values, "gradient": size}, phase, files)
             optimizer.step()
             progress.step += 1
             checkpointer.log({"phase": phase, "epoch": progress.epoch, "step": progress.step, **values})
@@ -151,41 +146,20 @@ def fit(method: Any, phase: str, data: PhaseData, validate: Callable[[], float] 
                 checkpointer.save_best(method)
             checkpointer.log({"phase": phase, "epoch": progress.epoch, "score": score})
             if is_main():
-                print(f"{phase} {progress.epoch}/{data.epochs} | score {score:.4f} (best "
-                      f"{progress.best:.4f})", file=sys.stderr, flush=True)
+                print(f"{phase} epoch {progress.epoch}/{data.epochs} | score {score:.4f}", file=sys.stderr)
         checkpointer.save(method, optimizer, phase, due=True)
-
-
-def stop_if_not_finite(values: dict[str, float], gradient: float, where: dict[str, Any], run: Run) -> None:
-    """ValueError before a non-finite loss or gradient reaches the weights; nonfinite.json names the batch."""
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
-    if not bad and math.isfinite(gradient):
-        return
-    bad = bad or ["gradient"]
-    where["files"] = all_gather(where["files"])
-    path = run.folder / "nonfinite.json"
-    shown = {name: repr(value) for name, value in values.items()}  # JSON has no word for NaN
-    write_text_atomic(path, json.dumps({"terms": bad, "values": shown, **where}, indent=2) + "\n")
-    raise ValueError(f"{', '.join(bad)} not finite in phase {where['phase']}, epoch {where['epoch'] + 1}, "
-                     f"step {where['step'] + 1}; {path} names the batch's files: look at them or lower the "
-                     "learning rate (the last checkpoint is intact)")
-
-
-# Checkpoints and the log
 
 
 @contextmanager
 def open_checkpointer(run: Run, method: Any) -> Iterator[Checkpointer]:
-    """The checkpoints and log of a run; the method takes over the weights of last.pt, if there is one."""
+    """Of a run; the method takes over the weights of last.pt, if there is one."""
     progress, optimizer_state, last = Progress(), None, run.folder / "last.pt"
     if last.exists():
         state = load_state(last)
         check_config(state, run.extra, last)
         with as_value_error(last, "is no checkpoint of a training", ADVICE):
-            weights, optimizer_state = dict(state["method"]), dict(state["optimizer"])
-            progress = Progress(**{name: type(value)(state["progress"][name])
-                                   for name, value in asdict(progress).items()})
-            assert progress.phase < len(method.PHASES), f"phase {progress.phase}"
+            progress, optimizer_state = Progress(**state["progress"]), state["optimizer"]["state"]
+            weights = state["method"]
         load_own_state(method, weights, last)
     with stop_signals() as stopping:
         yield Checkpointer(run, progress, optimizer_state, stopping)
@@ -193,19 +167,17 @@ def open_checkpointer(run: Run, method: Any) -> Iterator[Checkpointer]:
 
 @dataclass
 class Checkpointer:
-    """How far a training is, its log and checkpoints, and whether it was told to stop."""
+    """Writes how far a training is, its log and its checkpoints."""
 
     run: Run
     progress: Progress
-    optimizer_state: dict[str, Any] | None  # of last.pt, until a phase has taken it
+    optimizer_state: dict[Any, Any] | None  # of last.pt, until the phase has ended
     stopping: list[int]  # signals received
 
     def resume(self, optimizer: torch.optim.Optimizer, phase: str) -> None:
-        """The interrupted phase's moments go into its optimizer; rates stay the config's."""
+        """The interrupted phase's moments go into its optimizer."""
         if self.optimizer_state is not None:
-            groups = optimizer.state_dict()["param_groups"]
-            with as_value_error(self.run.folder / "last.pt", "does not fit the optimizer", ADVICE):
-                optimizer.load_state_dict({"state": self.optimizer_state["state"], "param_groups": groups})
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": self.optimizer_state})
             print(f"resumed from phase {phase}, epoch {self.progress.epoch + 1}, step {self.progress.step}")
 
     def next_phase(self) -> None:
@@ -213,16 +185,16 @@ class Checkpointer:
         self.optimizer_state = None
 
     def log(self, values: dict[str, Any]) -> None:
-        """One more line of JSON in log.jsonl; what last.pt did not know of is cut off: it is done again."""
+        """A line of JSON in log.jsonl; lines of steps that are done again are cut off."""
         if is_main():
             path = self.run.folder / "log.jsonl"
-            with writing(path, INTACT), open(path, "ab") as file:
+            with writing(path, "free space, then run the same command to go on"), open(path, "ab") as file:
                 file.truncate(min(file.tell(), self.progress.log_bytes))
                 file.write((json.dumps(values) + "\n").encode())
                 self.progress.log_bytes = file.tell()
 
     def save(self, method: Any, optimizer: torch.optim.Optimizer, phase: str, due: bool) -> None:
-        """Writes last.pt where it is due or a process was told to stop, and then raises Stopped."""
+        """Writes last.pt where it is due or a process was told to stop, which raises Stopped."""
         stop = all_gather([*self.stopping])  # the signals of all processes
         if due or stop:
             state = {"progress": asdict(self.progress), "method": own_state(method),
@@ -234,44 +206,44 @@ class Checkpointer:
             raise Stopped(f"stopped by {reason} in phase {phase}, epoch {self.progress.epoch + 1}, step "
                           f"{self.progress.step}; all is saved: run the same command to go on")
 
+    def refuse(self, values: dict[str, float], phase: str, files: list[str]) -> None:
+        """Raises ValueError for numbers that are not finite; nonfinite.txt names the files of the batch."""
+        bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
+        path = self.run.folder / "nonfinite.txt"
+        write_text_atomic(path, "\n".join(all_gather(files)) + "\n")
+        raise ValueError(f"{bad} not finite in phase {phase}, epoch {self.progress.epoch + 1}, step "
+                         f"{self.progress.step + 1}; look at the files in {path}, or lower the learning rate")
+
     def save_best(self, method: Any) -> None:
         save_atomic({"method": own_state(method), **self.run.extra}, self.run.folder / "best.pt")
 
 
 def own_state(method: Any) -> dict[str, Tensor]:
-    """The method's state without CLIP's frozen weights, which stay in their own file."""
+    """The method's state without CLIP's frozen weights."""
     return {name: value for name, value in method.state_dict().items() if not name.startswith("clip.")}
 
 
-class CheckpointMismatch(ValueError):
-    """A checkpoint of another config, or of other weights, classes or domains."""
-
-
 def load_own_state(method: Any, state: Mapping[str, Tensor], path: Path) -> None:
-    """Takes over what `own_state` gave; CheckpointMismatch unless names and shapes are the method's."""
-    there, here = ({name: list(getattr(value, "shape", ["no tensor"])) for name, value in part.items()}
-                   for part in (state, own_state(method)))
-    for name in sorted(there.keys() | here.keys(), key=str):
-        if there.get(name) != here.get(name):
-            raise CheckpointMismatch(
-                f"{path} was trained with other weights, classes or domains: {name} is "
-                f"{there.get(name, 'absent')} there, {here.get(name, 'absent')} here; give the run's own "
-                "--weights and --data-root")
+    """Takes over what `own_state` gave; ValueError unless names and shapes are the method's."""
+    there, here = ({name: value.shape for name, value in part.items()} for part in (state, own_state(method)))
+    if different := sorted(dict(there.items() ^ here.items())):
+        raise ValueError(f"{path} was trained with other weights, classes or domains (other shape of "
+                         f"{different[0]}); give the run's own --weights and --data-root")
     method.load_state_dict(state, strict=False)
 
 
 def check_config(state: Mapping[str, Any], extra: Mapping[str, Any], path: Path) -> None:
-    """CheckpointMismatch where a checkpoint's config is not the run's, as in a file copied from another."""
+    """ValueError where a checkpoint's config is not the run's."""
     with as_value_error(path, "holds no config", ADVICE):
         ours, theirs = (from_dict(part["config"]) for part in (extra, state))
     if different := differences(ours, theirs, also=PATHS):
-        raise CheckpointMismatch(f"{path} is of a run with another config ({'; '.join(different)}); bring "
-                                 "back this run's own, or name another --run")
+        raise ValueError(f"{path} is of a run with another config ({'; '.join(different)}); bring back this "
+                         "run's own, or name another --run")
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM, so that a step can be finished; a second SIGINT ends the process."""
+    """Collects SIGINT and SIGTERM, for a step to be finished; a second SIGINT ends the process."""
     received: list[int] = []
 
     def receive(number: int, _: Any) -> None:
@@ -279,9 +251,7 @@ def stop_signals() -> Iterator[list[int]]:
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
 
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, receive)
-              for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread}
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     except Stopped:
