@@ -1,4 +1,4 @@
-"""The commands that measure on real images: what they would run, what they read back, and zero-shot against open_clip's tower."""
+"""The commands that measure on images: what they would run, what they read back, and their rows without training."""
 from __future__ import annotations
 
 import argparse
@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import statistics
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -14,22 +13,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tests.helpers import tiny_state_dict
-from ucdr_ref.bench import animals, drawn, frozen, real, speed, strokes
-from ucdr_ref.config import Config, add_arguments, resolve
-from ucdr_ref.machine.command import terminated
+from ucdr_ref.bench import animals, drawn, frozen, real
+from ucdr_ref.bench.record import spread
+from ucdr_ref.cli import interrupt
+from ucdr_ref.clip.weights import load_clip
+from ucdr_ref.config import add_arguments, resolve
+from ucdr_ref.metrics import average_precision
 from ucdr_ref.sre.graph import load_graph, read_vectors
 
-CLASSES = {"seen": ["cat", "dog", "cow"], "val_unseen": ["pig", "hen"], "unseen": ["bat", "bee", "fox", "owl"]}
+CLASSES = {"seen": ["cat", "dog", "cow"], "val_unseen": ["pig", "hen"], "unseen": ["bat", "bee", "fox", "owl", "elk"]}
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
-    for domain in ("photo", *real.DOMAINS):
+    for domain in ("photo", *real.DOMAINS, "render3d"):
         for name in sum(CLASSES.values(), []):
             folder = root / domain / name
             folder.mkdir(parents=True)
@@ -47,124 +49,123 @@ def tower(tmp_path_factory) -> Path:
     return path
 
 
-def config(job: real.Job, subset: str) -> Config:
+def test_the_plan_is_ordered_and_a_variant_changes_what_its_name_says():
+    jobs = real.plan()
+    assert [(job.held_out, job.variant, job.seed) for job in jobs[:7]] == [
+        *(("sketch", "paper", seed) for seed in (0, 1, 2)), *((name, "paper", 0) for name in real.DOMAINS[1:]),
+        ("sketch", "no inversion", 0)]
+    assert {job.variant for job in jobs} == set(real.VARIANTS) and len({job.name for job in jobs}) == len(jobs)
+
+    def config(variant):
+        return real.config_of([*real.shared_flags("sketch", Path("data"), Path("w.pt")), *real.SETTINGS,
+                               *real.VARIANTS[variant]])
+
+    paper = config("paper")
+    assert (paper.held_out, paper.seen, paper.gallery, paper.selection) == ("sketch", "quickdraw", "photo", "last")
+    assert paper.domains == ("photo", *real.DOMAINS) and (paper.target_batch, paper.target_epochs) == (16, 1)
+    for variant, expected in {"no mask": {"mask": "none"}, "feature token 1": {"feature_token": 1},
+                              "phase 1 only": {"target_epochs": 0}, "no inversion": {"stroke_domains": ("none",)}}.items():
+        found = config(variant)
+        changed = {name for name in vars(paper) if getattr(found, name) != getattr(paper, name)}
+        assert {name: getattr(found, name) for name in changed} == expected
+
+
+@pytest.mark.parametrize("part", drawn.PARTS)
+def test_every_row_of_the_drawn_tables_is_a_training_that_train_py_takes(part):
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    flags = [*real.shared_flags(job.held_out, Path("data"), Path("w.pt")), "--seed", str(job.seed), *real.SETTINGS[subset],
-             *real.VARIANTS[job.variant]]
-    return resolve(vars(parser.parse_args(flags)))
+    first, *others = (resolve(vars(parser.parse_args(flags))) for flags in drawn.PARTS[part].values())
+    assert all(other != first for other in others) and set(drawn.COLUMNS) == set(drawn.PARTS)
 
 
-def test_plan_covers_every_row_once():
-    everything, cpu = real.plan("all"), real.plan("cpu")
-    assert len(everything) == 3 * 4 * len(real.VARIANTS) and {job for job in cpu if job.seed < 3} < set(everything)
-    assert all(len({job.name for job in jobs}) == len(jobs) for jobs in (everything, cpu))
-    papers = {(job.held_out, job.seed) for job in cpu if job.variant == "paper"}
-    assert papers == {*((domain, 0) for domain in real.DOMAINS), *(("sketch", seed) for seed in (1, 2, 3, 4))}
-    assert {(job.held_out, job.seed) for job in cpu if job.variant != "paper"} == {("sketch", 0)}
-    assert {job.variant for job in cpu} == set(real.VARIANTS)
-
-
-@pytest.mark.parametrize("subset", real.SETTINGS)
-def test_a_variant_changes_what_its_name_says(subset):
-    paper = config(real.Job("sketch", "paper", 2), subset)
-    assert (paper.held_out, paper.seen, paper.gallery, paper.seed) == ("sketch", "quickdraw", "photo", 2)
-    assert (paper.mask, paper.feature_token, paper.class_features, paper.train_normalization) == ("own", 0, "prototypes", "clip")
-    for variant, expected in {"released": {"mask": "none", "feature_token": 1, "selection": "test", "evaluation_features": "raw",
-                                           "class_features": "prototypes", "target_epochs": paper.target_epochs},
-                              "no mask": {"mask": "none"}, "feature token 1": {"feature_token": 1},
-                              "phase 1 only": {"target_epochs": 0}}.items():
-        found = config(real.Job("sketch", variant, 2), subset)
-        assert {name: getattr(found, name) for name in expected} == expected, variant
-        if variant != "released":
-            assert {name for name in vars(paper) if getattr(found, name) != getattr(paper, name)} == set(expected), variant
-
-
-def test_rows_without_training_equal_open_clip_and_encode_once(images, tower, tmp_path, capsys, monkeypatch):
-    pytest.importorskip("open_clip")
-    flags = ["--data", str(images), "--weights", str(tower), "--out", str(tmp_path), "--subset", "all", "--variants",
-             "--held-out", "icon", "--workers", "0", "--machine", "My CPU"]
-    fit, fits = frozen.measured_form, []
-
-    def fit_of_encoded(protocol, table):  # the clock runs: all that it reads has been encoded
-        fits.append(table)
-        validation = protocol.validation
-        for files in (protocol.train, validation.query, *validation.galleries.values()):
-            assert not set(files.paths) - set(table.rows)
-        return fit(protocol, table)
-
-    monkeypatch.setattr(frozen, "measured_form", fit_of_encoded)
-    assert real.main([*flags, "--check-open-clip", "icon"]) == 0
-    assert len(fits) == 2  # with and without inversion; the check needs none
-    path = tmp_path / "all" / "real-my-cpu.json"  # apart from the other subset's runs
+def test_rows_without_training_encode_once_and_equal_open_clip(images, tower, tmp_path, monkeypatch):
+    flags = ["--data", str(images), "--weights", str(tower), "--out", str(tmp_path), "--variants", "--workers", "0",
+             "--machine", "My CPU", "--precision", "fp32"]
+    assert real.main(flags) == 0
+    path = tmp_path / "real-my-cpu.json"
     found = json.loads(path.read_text())
-    strokes, plain = (next(row for row in found["frozen"] if row["inversion"] == name) for name in ("strokes", "none"))
-    twice = len(CLASSES["seen"] + CLASSES["val_unseen"]) * 3  # sketches, which both
-    assert plain["encoded"] >= strokes["encoded"] + twice and {row["precision"] for row in found["frozen"]} == {"fp32"}
-    assert [file.name for file in (tmp_path / "all").glob("*.pt")] == ["clip-fp32.pt"]
-    assert len(found["frozen"]) == 2 * 3 * 2 and {row["inversion"] for row in found["frozen"]} == {"strokes", "none"}
-    first = found["frozen"][0]
-    assert (first["method"], first["transductive"], first["lambda"]) == ("zero-shot", False, None)
-    assert first["unseen"]["mAP@all"] == pytest.approx(found["open_clip"]["icon"]["open_clip"], abs=1e-3)
-    assert 0 < first["mixed"]["mAP@all"] <= first["unseen"]["mAP@all"] < 100
-    assert all(row["lambda"] in (0.3, 1, 3, 10) for row in found["frozen"] if row["method"].endswith("closed form"))
+    assert len(found["frozen"]) == 4 * 2 * (3 * 2 + 1) and found["trained"] == []
     assert str(images) not in json.dumps(found) and str(tmp_path) not in json.dumps(found)
-    capsys.readouterr()
-    monkeypatch.setattr("ucdr_ref.images.features.Extractor.stream", lambda *_: pytest.fail("encoded a second time"))
-    assert real.main([*flags, "--precision", "fp32"]) == 0  # which is this subset's own
-    assert f"| zero-shot | - | - | - | {first['unseen']['mAP@all']:.1f} | - |" in capsys.readouterr().out
-    again = json.loads(path.read_text())
-    assert again["settings"] == found["settings"] + " --precision fp32"
-    assert [(row["method"], row["unseen"], row["mixed"]) for row in again["frozen"]] == [
-        (row["method"], row["unseen"], row["mixed"]) for row in found["frozen"]]
+    forms = [row["lambda"] for row in found["frozen"] if row["method"].endswith("closed form")]
+    assert len(forms) == 16 and None not in forms
+    assert sum(row["method"] == frozen.BY_TRAINING_MEANS and not row["transductive"] for row in found["frozen"]) == 8
+    monkeypatch.setattr("ucdr_ref.data.features.Extractor.stream", lambda *_: pytest.fail("encoded a second time"))
+    assert real.main(flags) == 0
+    assert [row["unseen"] for row in json.loads(path.read_text())["frozen"]] == [row["unseen"] for row in found["frozen"]]
+    for row in found["frozen"]:
+        if row["method"] == "zero-shot" and not row["transductive"]:
+            dark = row["inversion"] == "strokes" and row["held_out"] in real.STROKES
+            assert row["unseen"]["mAP@all"] == pytest.approx(open_clip_score(images, tower, row["held_out"], dark), abs=1e-3)
 
 
-def test_table_holds_means_over_seeds_and_domains():
+def open_clip_score(data: Path, weights: Path, domain: str, dark: bool) -> float:
+    """mAP@all in per cent of open_clip_torch's tower, queries of `domain`, gallery photo, unseen classes."""
+    transforms = pytest.importorskip("open_clip.transform")
+    from open_clip.transformer import QuickGELU, VisionTransformer
+
+    ours = load_clip(weights)
+    width, layers = ours.vision_width, len(ours.visual.transformer.resblocks)
+    peer = VisionTransformer(ours.image_size, ours.patch, width, layers, width // 64, 4.0, output_dim=ours.embed_dim,
+                             act_layer=QuickGELU).eval()
+    peer.load_state_dict(ours.visual.state_dict())
+    transform, rows = transforms.image_transform(ours.image_size, is_train=False), {}
+    for folder in (domain, "photo"):
+        for path in sorted(path for name in CLASSES["unseen"] for path in (data / folder / name).iterdir()):
+            image = Image.open(path).convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+            image = ImageOps.invert(image) if dark and folder == domain else image
+            with torch.inference_mode():
+                rows[path] = torch.nn.functional.normalize(peer(transform(image)[None])[0], dim=0)
+    gallery = [path for path in rows if path.parts[-3] == "photo"]
+    scores = []
+    for query in (path for path in rows if path.parts[-3] == domain):
+        order = sorted(gallery, key=lambda path: float((rows[path] - rows[query]).norm()))
+        scores.append(average_precision(torch.tensor([path.parent.name == query.parent.name for path in order])))
+    return 100 * float(torch.stack(scores).mean())
+
+
+def test_centring_by_other_classes_takes_nothing_from_the_test(images, tower, monkeypatch):
+    """Its row is of training images of photo and of the seen source domain, whatever the query's neighbours."""
+    asked = []
+    mean = frozen.training_mean
+    monkeypatch.setattr(frozen, "training_mean", lambda table, protocol, domain: (
+        asked.append((domain, set(protocol.train.classes))), mean(table, protocol, domain))[1])
+    config = real.config_of([*real.shared_flags("sketch", images, tower), *real.SETTINGS, "--workers", "0"])
+    frozen.frozen_rows(config, images.parent / "out", torch.device("cpu"))
+    assert [domain for domain, _ in asked] == ["quickdraw", "photo"]
+    assert not any(classes & set(CLASSES["unseen"]) for _, classes in asked)
+
+
+def test_tables_hold_sample_deviations_over_seeds_and_means_over_domains():
     def row(domain, method, value, seed=0, transductive=False):
-        numbers = {"mAP@all": value}
-        return {"held_out": domain, "method": method, "transductive": transductive, "seed": seed, "unseen": numbers}
+        return {"held_out": domain, "method": method, "transductive": transductive, "seed": seed,
+                "unseen": {"mAP@all": value}}
 
     rows = [row(domain, "zero-shot", 10.0 * k) for k, domain in enumerate(real.DOMAINS, 1)]
     rows += [row("sketch", "ucdr-adapter", value, seed) for seed, value in enumerate((35.0, 41.0))]
     rows += [row("icon", "zero-shot", 5.0, transductive=True)]
     lines = real.table(rows, "unseen").splitlines()[2:]
-    assert lines[0] == "| zero-shot | 10.0 | 20.0 | 30.0 | 40.0 | 25.0 |"
-    assert lines[1] == f"| UCDR-Adapter | 38.0 ± {statistics.pstdev([35, 41]):.1f} | - | - | - | - |"
-    assert lines[2] == "| zero-shot, centred (transductive) | - | - | - | 5.0 | - |"
+    assert lines == ["| zero-shot | 10.0 | 20.0 | 30.0 | 40.0 | 25.0 |",
+                     f"| UCDR-Adapter | 38.0 ± {statistics.stdev([35, 41]):.1f} (n = 2) | - | - | - | - |",
+                     "| zero-shot, centred (transductive) | - | - | - | 5.0 | - |"]
+    assert spread([1.0, 2.0, 4.0]) == "2.3 ± 1.5" and spread([-0.04]) == "0.0" and spread([]) == "-"
+    runs = [{"variant": "SRE-CLIP", "seed": seed, "numbers": {"prototypes": dict.fromkeys(animals.KEYS, 10.0),
+                                                              "sre-clip": dict.fromkeys(animals.KEYS, value)}}
+            for seed, value in enumerate((40.0, 44.0))]
+    assert "| SRE-CLIP: sre-clip | 2 | 42.0 ± 2.8 |" in animals.table(runs)
+    assert animals.table(runs).count("nearest prototype") == 1
 
 
-def test_attribute_vectors_of_classes_and_ancestors(tmp_path):
+def test_attribute_vectors_are_of_the_graph_s_classes(tmp_path):
     graph = load_graph(animals.SHIPPED / "awa2.json")
     names = list(reversed(graph.names[:graph.classes]))
-    matrix = np.random.default_rng(0).uniform(0, 100, (len(names), 7)).round(2)
-    matrix[3, 2] = -1  # not known
-    lines = (f"{i:6}\t{name.replace(' ', '+')}\n" for i, name in enumerate(names, 1))
-    (tmp_path / "classes.txt").write_text("".join(lines))
+    matrix = np.random.default_rng(0).uniform(-1, 100, (len(names), 7)).round(2)  # below 0: not known
+    (tmp_path / "classes.txt").write_text("".join(
+        f"{i:6}\t{name.replace(' ', '+')}\n" for i, name in enumerate(names, 1)))
     np.savetxt(tmp_path / "predicate-matrix-continuous.txt", matrix)
     vectors = read_vectors(animals.write_attributes(tmp_path, tmp_path / "vectors.txt"), graph).numpy()
     own = matrix[::-1].clip(0)
-    own /= np.linalg.norm(own, axis=1, keepdims=True)
-    np.testing.assert_allclose(vectors[:graph.classes], own, atol=1e-4)
-    children = {node: {child for child, parent in graph.edges if parent == node} for node in range(len(graph.ids))}
-
-    def below(node: int) -> set[int]:
-        return ({node} if node < graph.classes else set()).union(*map(below, children[node]))
-
-    for node in range(graph.classes, len(graph.ids)):
-        mean = own[sorted(below(node))].mean(0)
-        np.testing.assert_allclose(vectors[node], mean / np.linalg.norm(mean), atol=1e-4)
-
-
-def test_animals_table_names_each_method_once():
-    def run(variant, seed, methods):
-        numbers = {name: dict.fromkeys(animals.KEYS, value) for name, value in methods.items()}
-        return {"variant": variant, "seed": seed, "numbers": numbers}
-
-    lines = animals.table([run("SRE-CLIP", 0, {"prototypes": 10.0, "sre-clip": 40.0}),
-                           run("SRE-CLIP", 1, {"prototypes": 10.0, "sre-clip": 44.0}),
-                           run("true share", 0, {"prototypes": 10.0, "ridge": 60.0})]).splitlines()[2:]
-    assert [line.split(" | ")[0] for line in lines] == ["| nearest prototype", "| SRE-CLIP: sre-clip", "| true share: ridge"]
-    assert "| 2 | 42.0 ± 2.0 |" in lines[1]
+    np.testing.assert_allclose(vectors[:graph.classes], own / np.linalg.norm(own, axis=1, keepdims=True), atol=1e-4)
 
 
 CHILD = """
@@ -192,9 +193,9 @@ def test_a_stopped_training_may_save_and_is_counted(tmp_path, monkeypatch):
     def stop():
         while not (folder / "config.json").exists():
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
 
-    before = signal.signal(signal.SIGTERM, terminated)
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
         thread = threading.Thread(target=stop)
         thread.start()
@@ -202,153 +203,27 @@ def test_a_stopped_training_may_save_and_is_counted(tmp_path, monkeypatch):
             real.train(["--run", str(folder)], 0, "My CPU")
     finally:
         thread.join()
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, before)
     assert (folder / "last.pt").read_text() == "saved"
-    found = json.loads((folder / "seconds.json").read_text())
-    assert found["seconds"][0] > 0.5 > found["seconds"][1] > 0 and "--workers" in found["command"]
+    found = real.spent(folder)
+    assert found["seconds"][0] > 0.5 > found["seconds"][1] > 0
     assert (found["machine"], found["precision"]) == ("My CPU", "bf16") and found["date"] == time.strftime("%Y-%m-%d")
-    assert "command" not in real.spent(folder)  # which holds paths
 
 
-def test_seconds_of_every_attempt_and_version(tmp_path, monkeypatch):
-    monkeypatch.setattr(real.subprocess, "Popen", lambda *_, **__: argparse.Namespace(wait=lambda: 1))
-    (tmp_path / "config.json").write_text('{"precision": "fp32"}')
-    assert real.spent(tmp_path) == {"seconds": [None, None]}
-    for before, after in ([100.0, None], "old"), ([100.0, 7.0], "old"), (None, "killed"):
-        (tmp_path / "seconds.json").unlink(missing_ok=True)
-        if after == "old":
-            (tmp_path / "seconds.json").write_text(json.dumps(before))
-            assert real.spent(tmp_path) == {"seconds": before}
-        with pytest.raises(ValueError, match="goes on from there"):
-            real.train(["--run", str(tmp_path)], 0, "x")
-        for old, new in zip(before or [None, None], real.spent(tmp_path)["seconds"], strict=True):
-            assert new is None if old is None else old <= new < old + 1
-    (tmp_path / "results.json").write_text('{"rows": []}')
-    (tmp_path / "seconds.json").unlink()
-    assert animals.read(tmp_path, ridge=False) == {"seconds": [None, None], "numbers": {}}
-
-
-@pytest.fixture
-def counted(tmp_path, monkeypatch):
-    """`real` without images: a training leaves two files, rows hold who asked for them."""
-    asked = []
-
-    def train(flags, workers, machine):
-        folder = Path(flags[1])
-        folder.mkdir(exist_ok=True)
-        (folder / "results.json").write_text("{}")
-        (folder / "seconds.json").write_text(json.dumps({"seconds": [2.0, 1.0], "machine": machine, "precision": "bf16",
-                                                         "date": "2026-01-01", "command": flags}))
-
-    def row(domain, seed=0, **more):
-        return {"held_out": domain, "seed": seed, "method": "m", "transductive": False, "call": len(asked),
-                "unseen": {"mAP@all": 1.0}, "mixed": {"mAP@all": 1.0}, **more}
-
-    monkeypatch.setattr(real, "train", train)
-    monkeypatch.setattr(frozen, "frozen_rows", lambda config, *_, **__: [row(config.held_out)])
-    monkeypatch.setattr(frozen, "adapter_rows", lambda folder, device, form: [
-        row(folder.name.split("-")[0], int(folder.name[-1]), form=form)])
-
-    def call(*flags):
-        asked.append(flags)
-        assert real.main(["--data", str(tmp_path / "no"), "--weights", "w.pt", "--out", str(tmp_path / "out"), "--subset",
-                          "cpu", "--machine", "Xeon 2", *flags]) == 0
-        return json.loads((tmp_path / "out" / "real-xeon-2.json").read_text())
-
-    return call
-
-
-def test_a_partial_call_keeps_the_other_rows(counted, tmp_path):
-    whole = counted()
-    assert whole["command"] == "python -m ucdr_ref.bench.real --data DIR --weights FILE --out OUT --subset cpu"
-    assert len(whole["frozen"]) == 8 and len(whole["trained"]) == len(real.plan("cpu"))
-    first = whole["trained"][0]
-    assert (first["seconds"], first["precision"], first["date"], first["machine"]) == ([2.0, 1.0], "bf16", "2026-01-01", "Xeon 2")
-    assert str(tmp_path) not in json.dumps(whole)
-    (tmp_path / "out" / "sketch-paper-3" / "results.json").unlink()  # of another machine
-    part = counted("--held-out", "icon", "--variants", "no mask", "--precision", "fp32", "--closed-form", "--seeds", "0")
-    assert part["command"].endswith("--subset cpu --precision fp32 --variants 'no mask' --held-out icon --seeds 0 --closed-form")
-    for rows in ("frozen", "trained"):
-        assert [{**row, "call": 0, "precision": 0} for row in part[rows]] == [
-            {**row, "call": 0, "precision": 0} for row in whole[rows]]
-    assert [row["call"] for row in part["frozen"]] == [1] * 6 + [2] * 2 and {row["call"] for row in part["trained"]} == {1}
-    again = counted("--held-out", "icon", "--variants", "paper", "--closed-form", "icon")
-    assert [row["held_out"] for row in again["trained"] if row["call"] == 3] == ["icon"]
-
-
-def test_drawn_starts_nothing_after_a_failure(tmp_path, monkeypatch, capsys):
-    started = []
-
-    def run(line, **_):
-        started.append(line)
-        time.sleep(0.05)
-        return subprocess.CompletedProcess(line, 2, "", "warning\nerror: the disk is full\n")
-
-    monkeypatch.setattr(drawn.subprocess, "run", run)
-    assert drawn.main(["--jobs", "1", "--runs", str(tmp_path)]) == 2
-    shown = capsys.readouterr().err
-    assert len(started) <= 2 and shown.count("\n") == 1 and "ended with 2 (error: the disk is full)" in shown
-
-
-def test_drawn_records_command_and_machine_and_what_is_not_defined(tmp_path, monkeypatch, capsys):
+def test_drawn_records_command_machine_and_spread(tmp_path, monkeypatch, capsys):
     rows = [{"method": name, "instance": {"zsl": None, "unseen": 0.5, "seen": 0.5, "h": h}}
             for name, h in (("zero-shot", 0.25), ("sre-clip", None))]
     numbers = drawn.read(rows)
-    assert numbers["zsl sre-clip"] is None and numbers["unseen sre-clip"] == 50
     monkeypatch.setattr(drawn, "train", lambda name, seed, flags, runs: {
         "name": name, "seed": seed, "flags": flags, "seconds": 1.0, "numbers": numbers})
     file = tmp_path / "drawn.json"
     file.write_text('{"main": 1}')
-    assert drawn.main(["--part", "sre", "--seeds", "0", "--json", str(file), "--machine", "Xeon"]) == 0
-    assert "| full | - | 50.0 | 50.0 | - | 25.0 | - |" in capsys.readouterr().out
+    assert drawn.main(["--part", "sre", "--seeds", "0", "1", "--json", str(file), "--machine", "Xeon"]) == 0
+    out = capsys.readouterr().out
+    assert "| full | - | 50.0 ± 0.0 | 50.0 ± 0.0 | - | 25.0 ± 0.0 | - |" in out and "sample standard deviation" in out
+    assert "n = 2" in out
     found = json.loads(file.read_text())
-    assert found["main"] == 1 and found["sre"]["machine"] == "Xeon"
-    assert found["sre"]["command"] == "python -m ucdr_ref.bench.drawn --part sre --seeds 0 --json FILE"
+    assert found["main"] == 1 and found["sre"]["machine"] == "Xeon" and "n - 1" in found["sre"]["spread"]
+    assert found["sre"]["command"] == "python -m ucdr_ref.bench.drawn --part sre --seeds 0 1 --json FILE"
     file.write_text("{")
-    assert drawn.main(["--part", "sre", "--json", str(file)]) == 2
-    assert f"error: {file} does not hold" in capsys.readouterr().err and file.read_text() == "{"
-    for flags, told in ((["--jobs", "0"], "--jobs is 0"), (["--json", str(tmp_path / "no" / "a.json")], "a folder that exists")):
-        with pytest.raises(SystemExit, match="2"):
-            drawn.main(flags)
-        assert told in capsys.readouterr().err
-
-
-def test_thinned_refuses_other_drawings(tmp_path, monkeypatch):
-    monkeypatch.setattr(drawn, "ROOT", tmp_path)
-    (tmp_path / "data" / "toy" / "real").mkdir(parents=True)
-    with pytest.raises(ValueError, match="something other than drawn data"):
-        drawn.thinned()
-
-
-def test_animals_train_every_variant_and_say_by_what(tmp_path, monkeypatch, capsys):
-    trained = []
-    monkeypatch.setattr(animals, "write_attributes", lambda data, path: str(path))
-    monkeypatch.setattr(animals, "train", lambda flags, workers, machine: trained.append(Path(flags[1]).name))
-    flags = ["--data", "DATA", "--weights", "w.pt", "--out", str(tmp_path), "--machine", "x"]
-    assert animals.main(flags) == 0
-    assert len(trained) == len(set(trained)) == 7 * 3
-    assert animals.main([*flags, "--seeds", "1", "--variants", "true share"]) == 0
-    assert trained[21:] == ["animals-true-share-1"]
-    assert json.loads((tmp_path / "animals-x.json").read_text())["command"] == (
-        "python -m ucdr_ref.bench.animals --data DIR --weights FILE --out OUT --variants 'true share' --seeds 1")
-    with pytest.raises(SystemExit, match="2"):
-        animals.main([*flags, "--seeds", "7"])
-    assert "invalid choice: 7 (choose from" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("module", [animals, drawn, real, speed, strokes])
-def test_usage_names_the_command(module, capsys):
-    with pytest.raises(SystemExit, match="0"):
-        module.main(["--help"])
-    assert capsys.readouterr().out.startswith(f"usage: python -m {module.__name__} ")
-
-
-def test_bad_folders_are_one_line(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    below = ["--weights", "w.pt", "--out", str(tmp_path / "file" / "out")]
-    for module, flags in ((strokes, ["--data", str(tmp_path / "nowhere")]), (strokes, ["--data", str(tmp_path)]),
-                          (real, ["--data", "x", *below]), (animals, ["--data", "x", *below]),
-                          (animals, ["--data", str(tmp_path / "nowhere"), "--weights", "w.pt", "--out", str(tmp_path)])):
-        assert module.main(flags) == 2
-        shown = capsys.readouterr().err
-        assert shown.startswith("error: ") and shown.count("\n") == 1 and str(tmp_path) in shown
+    assert drawn.main(["--part", "sre", "--json", str(file)]) == 2 and file.read_text() == "{"

@@ -26,10 +26,9 @@ def least_squares(z: Tensor, targets: Tensor, strength: float) -> Tensor:
     return torch.linalg.lstsq(rows, torch.cat([targets, targets.new_zeros(E, W)])).solution
 
 
-@pytest.mark.parametrize("n", [90, 5])
-def test_ridge_equals_least_squares_on_augmented_rows(n: int) -> None:
-    """n = 5: fewer images than dimensions."""
-    z, labels, vectors = world(n=n)
+def test_ridge_equals_least_squares_on_augmented_rows() -> None:
+    """Of fewer images than dimensions."""
+    z, labels, vectors = world(n=5)
     scores, strength = ridge_scores(z, labels, 3 * z, vectors, 0.5)
     a, z = vectors.double() - vectors.double().mean(0), F.normalize(z.double(), dim=1)
     w = least_squares(z, a[labels], 0.5)
@@ -58,7 +57,7 @@ def test_lambda_is_the_one_that_tells_left_out_classes_apart(seed: int, noise: f
     assert ridge_scores(z[few], labels[few], z, vectors)[1] == 1.0  # nothing to choose by
 
 
-@pytest.mark.parametrize("kappa", [0.0, 0.1, 0.3, 0.5, 0.77, 1.0])
+@pytest.mark.parametrize("kappa", [0.0, 0.1, 0.3, 0.77, 1.0])
 @pytest.mark.parametrize("ties", [False, True])
 def test_the_share_is_the_nearest_that_any_threshold_gives(kappa: float, ties: bool) -> None:
     torch.manual_seed(3)

@@ -59,21 +59,12 @@ def test_frozen_linear_equals_a_linear_layer(shape, monkeypatch):
 def test_trained_linear_and_half_precision_take_the_usual_way():
     x, layer = torch.randn(3, 8), linear_module.Linear(8, 8)
     layer(x).sum().backward()
-    assert layer.weight.grad is not None and layer.bias.grad is not None
+    assert layer.weight.grad is not None and layer.bias.grad.tolist() == [3.0] * 8
     layer.requires_grad_(False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
     assert layer.to(torch.bfloat16)(x.to(torch.bfloat16)).dtype == torch.bfloat16
 
-
-def test_a_trained_bias_of_frozen_weights_gets_its_gradient():
-    x, layer = torch.randn(3, 8, requires_grad=True), linear_module.Linear(8, 8)
-    layer.weight.requires_grad_(False)
-    layer(x).sum().backward()
-    assert layer.bias.grad.tolist() == [3.0] * 8
-
-
-# ---- parity
 
 def test_towers_equal_open_clip():
     open_clip = pytest.importorskip("open_clip")
@@ -101,19 +92,11 @@ def test_golden_numbers():
         assert torch.allclose(found, torch.tensor(clip[name]).view_as(found), rtol=0, atol=2e-5)
 
 
-# ---- the parts of the towers
-
-def full_pass(model: CLIP, tokens: Tensor) -> Tensor:
-    """ln_pre and all blocks, every token computed."""
-    x = model.visual.ln_pre(tokens)
-    for block in model.visual.transformer.resblocks:
-        x = block(x)
-    return x
-
-
 def test_pooled_token_equals_full_pass(tiny):
     tokens = torch.randn(3, 9, 64)
-    full = full_pass(tiny, tokens)
+    full = tiny.visual.ln_pre(tokens)
+    for block in tiny.visual.transformer.resblocks:
+        full = block(full)
     for at in (0, 4, 8):
         assert torch.allclose(tiny.visual.blocks(tokens, at), full[:, at], atol=1e-5)
 
@@ -124,8 +107,8 @@ def test_image_is_embed_blocks_pool(tiny):
     assert patches.shape == (2, 16, 64)
     token = tiny.visual.class_token(2)
     assert torch.equal(token[1, 0], tiny.visual.class_embedding + tiny.visual.positional_embedding[0])
-    features = tiny.visual.pool(full_pass(tiny, torch.cat([token, patches], dim=1))[:, 0])
-    assert torch.allclose(features, tiny.encode_image(images), atol=1e-5) and features.shape == (2, 32)
+    features = tiny.visual.pool(tiny.visual.blocks(torch.cat([token, patches], dim=1), at=0))
+    assert torch.equal(features, tiny.encode_image(images)) and features.shape == (2, 32)
 
 
 def test_causal_equals_one_pass_per_token(tiny):
@@ -140,8 +123,6 @@ def test_text_reads_end_of_text_only(tiny):
     changed = ids.clone()
     changed[1, 77 // 2:] = 7  # behind the end-of-text of row 1
     assert torch.allclose(tiny.encode_text(changed), features, atol=1e-5)
-    changed[1, 3] = (changed[1, 3] + 1) % 500
-    assert not torch.allclose(tiny.encode_text(changed)[1], features[1], atol=1e-3)
     one_by_one = torch.cat([tiny.encode_text(row[None]) for row in ids])
     assert torch.allclose(one_by_one, features, atol=1e-5)
 
@@ -157,15 +138,12 @@ def test_layer_norm_in_float32():
     assert torch.allclose(found.float(), exact, atol=4e-3)
 
 
-# ---- from shapes to a model
-
 def test_architecture_from_shapes():
     sd = tiny_state_dict(image_size=48, patch=16, vision_width=128, vision_layers=3, embed_dim=24, text_width=192, text_layers=1,
                          vocab_size=50, context_length=12)
     assert infer_architecture(sd) == dict(
         image_size=48, patch=16, vision_width=128, vision_layers=3, vision_heads=2, embed_dim=24, context_length=12,
         vocab_size=50, text_width=192, text_layers=1, text_heads=3)
-    assert [infer_architecture(sd, 4)[f"{tower}_heads"] for tower in ("vision", "text")] == [4, 4]
     model = CLIP.from_state_dict(sd)
     assert (model.image_size, model.embed_dim, model.context_length) == (48, 24, 12)
     assert (model.vision_width, model.text_width) == (128, 192)
@@ -183,31 +161,9 @@ def test_image_tower_alone(tiny):
         model.encode_text(ids)
 
 
-def without(*keys: str) -> dict[str, Tensor]:
-    return {key: value for key, value in tiny_state_dict(vocab_size=50).items() if key not in keys}
-
-
-@pytest.mark.parametrize(("sd", "message"), [
-    (without("visual.proj"), "visual.proj is missing"),
-    (without("ln_final.bias"), 'Missing key.* "ln_final.bias"'),
-    ({**without(), "fc.weight": torch.zeros(1)}, 'Unexpected key.* "fc.weight"'),
-    ({**without(), "ln_final.bias": torch.zeros(3)}, r"ln_final.bias: .*\[3\].*\[64\]"),
-    ({**without(), "visual.positional_embedding": torch.zeros(12, 64)}, "positional_embedding: "),
-    ({**without(), "visual.layer1.0.conv1.weight": torch.zeros(1)}, "ResNet CLIP"),
-    (tiny_state_dict(vocab_size=50, vision_width=96), "width of 96 is no multiple of 64"),
-    ({}, "visual.conv1.weight is missing")])
-def test_errors(sd, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        CLIP.from_state_dict(sd)
-    assert "\n" not in str(caught.value)
-
-
-# ---- what a library user may hand over
-
-@pytest.mark.parametrize("images", [torch.zeros(1, 3, 16, 64), torch.zeros(3, 32, 32), torch.zeros(1, 32, 32, 3),
-                                    torch.zeros(1, 3, 32, 32, dtype=torch.uint8)])
+@pytest.mark.parametrize("images", [torch.zeros(1, 3, 16, 64), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)])
 def test_images_of_another_size_or_kind_are_refused(tiny, images):
-    with pytest.raises(ValueError, match=r"expected floating-point \[b, 3, 32, 32\], as clip.preprocess\(32\) gives them"):
+    with pytest.raises(ValueError, match=r"expected float \[b, 3, 32, 32\] as of clip.preprocess\(32\)"):
         tiny.encode_image(images)
 
 
@@ -219,5 +175,5 @@ def test_preprocess_takes_images_as_rgb(mode):
 
 @pytest.mark.parametrize("names", ["dog", []])
 def test_one_text_is_no_list_of_names(tiny, names):
-    with pytest.raises(ValueError, match="expected a list of one or more"):
+    with pytest.raises(ValueError, match="not a list of one or more"):
         class_text_features(tiny, names)

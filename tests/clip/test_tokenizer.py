@@ -31,32 +31,21 @@ GOLDEN = {
     "صورة كلب": [27271, 48242, 20915, 33499, 14251, 35330],
     "कुत्ता": [22067, 39653, 27263, 19389, 27263, 13343],
     "İstanbul'ſ": [328, 16384, 11231, 6, 129, 379],
-    "antidisestablishmentarianism": [3120, 4262, 7726, 12658, 1585, 44351],
     "a\u0345b \u0345": [320, 321],
     "": [],
 }
 
 TEXTS = [
-    "½ cup and ⅔, Ⅷ and ⅷ, ①②, 10,000 m², ٣٤٥ and १२३, x1y22z333",
     "it's I'll we've he'd I'm they're don't can't rock'n'roll 'tis dogs' o'clock 's''s'sss DON'T SHE'LL",
     "it\u2019s \u2018quoted\u2019 \u201cdouble\u201d \u201alow\u201b \u201elow\u201f '\u017f long s, I'\u017ft",
     "salt &amp; pepper, &lt;b&gt;, &quot;x&quot;, caf&eacute;, &#8217;s, &amp;amp;lt;, &nbsp;&copy 2020, &no; & &",
     "first &rsquo;s line\n<b>&rsquo;s second</b>\nthird &rsquo;s &amp; more",
-    "\u0331&copy\u030a and &notit; and &#xD800; and &#31;",
     "🐶 a dog 🐕, flag 🇨🇭, thumb 👍🏽, family 👨\u200d👩\u200d👧, rainbow 🏳\ufe0f\u200d🌈, keycap 1\ufe0f\u20e3",
     "一只狗的照片。 素描：飞机、闹钟 「日本語の犬」 カタカナ ｶﾀｶﾅ 한국어 개 사진",
-    "صورة كلب، رسم تخطيطي ٢٠٢٤ كَلْبٌ",
-    "एक कुत्ते की तस्वीर, हिन्दी में १२ चित्र ক্ষ தமிழ் ไทย",
-    "cafe\u0301 caf\u00e9 A\u030a \u212b e\u0323\u0302 \u0301alone Z\u0351\u036b\u0343algo",
-    "\u0345 a\u0345b \u1fb3 \u03b1\u0345 !\u0345!",
     "\ufb01ne \ufb02oor o\ufb03ce \ufb05 \u0132ssel \u0149 \u01c6 ＦＵＬＬ\u3000ｗｉｄｔｈ！ Ｉ\u2019ｍ \uffe3",
     "\u0130stanbul ISTANBUL \u0131stanbul STRASSE stra\u00dfe ΣΊΣΥΦΟΣ \u212a \u017f",
-    "tab\tline\nbreak\r\nnbsp\u00a0thin\u2009para\u2029next\u0085 \u3000 \u200b zero\u200cwidth\ufeff bom",
-    "\x00nul\x1cfs\x0bvt\x0cff\x7fdel \u206a \ufff9 \ufffc",
     "C1 \x80 \x85 \x82low\x91 \x91quoted\x92 \x93double\x94 \x99 \x81",
-    "surrogate pair \ud83d\udc36, lone \ud83d and \udc36 and \ud83d",
     "a_b __init__ #hash @user http://a.b/c?d=e&f=g!!! ... --- !'s ¡¿ $5.00 50% {}[]|\\~^`",
-    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa hahahahahahahahahaha ------------------------- 🐶🐶🐶🐶🐶🐶🐶🐶🐶🐶🐶",
 ]
 
 # Where dropping ftfy shows: (text, what ftfy reads it as).
@@ -117,13 +106,6 @@ def inner(text) -> list[int]:
     return ids[1:-1]
 
 
-def younger_letters_and_numbers() -> str:
-    """The letters and numbers that `regex` knows and the running Python's Unicode table does not."""
-    regex = pytest.importorskip("regex")
-    unassigned = (char for char in map(chr, range(0x110000)) if unicodedata.category(char) == "Cn")
-    return "".join(regex.findall(r"[\p{L}\p{N}]", "".join(unassigned)))
-
-
 @pytest.mark.parametrize("text", GOLDEN)
 def test_golden_ids(text):
     assert encode(text) == [49406, *GOLDEN[text], 49407]
@@ -132,28 +114,18 @@ def test_golden_ids(text):
 def test_merges_are_the_published_ones():
     digest = hashlib.sha256(gzip.decompress(tokenizer.MERGES.read_bytes())).hexdigest()
     assert digest == "d308b7377a8ceaa9707a21614fe8c831b9196e197b7aeb69833359362907af02"
-    peer = pytest.importorskip("open_clip.tokenizer")
-    published = Path(peer.default_bpe()).read_bytes()
-    assert hashlib.sha256(published).hexdigest() == "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+    published = Path(pytest.importorskip("open_clip.tokenizer").default_bpe()).read_bytes()
     assert merges() == gzip.decompress(published).decode("utf-8").split("\n")[1:48895]
 
 
-def test_class_names_equal_reference(reference):
-    names = class_names()
-    assert len(names) > 300
-    for name in names:
-        spaced = name.replace("_", " ").replace("-", " ")
-        for text in (name, spaced, f"a photo of {spaced} from real domain."):
-            assert inner(text) == reference.encode(text), text
-
-
-def test_common_words_equal_reference(reference):
-    """As they are; and capitalised, reversed and run together, since most words are a single token by themselves."""
-    words = whole_words()
-    assert len(words) == 3000 and {"with", "house", "horse", "airport"} < {*words}
+def test_class_names_and_common_words_equal_reference(reference):
+    """Words also capitalised, reversed and run together, since most are a single token by themselves."""
+    names, words = class_names(), whole_words()
+    assert len(names) > 300 and len(words) == 3000 and {"with", "house", "horse", "airport"} < {*words}
+    texts = [f"a photo of {name.replace('_', ' ')} from real domain." for name in names]
     for word, other in zip(words, words[1:] + words[:1]):
-        for text in (word, word.title(), word[::-1], f"{word}{other}'s {other}-{word}"):
-            assert inner(text) == reference.encode(text), text
+        texts += [word.title(), word[::-1], f"{word}{other}'s {other}-{word}"]
+    assert [text for text in [*names, *texts, *words] if inner(text) != reference.encode(text)] == []
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -178,7 +150,8 @@ def test_random_strings_equal_reference_but_for_what_is_documented(reference, mo
     ftfy, regex = pytest.importorskip("ftfy"), pytest.importorskip("regex")
     fix, config = ftfy.fix_text, ftfy.TextFixerConfig(fix_encoding=False)
     monkeypatch.setattr(ftfy, "fix_text", lambda text: fix(text, config))
-    younger = younger_letters_and_numbers()
+    unassigned = (char for char in map(chr, range(0x110000)) if unicodedata.category(char) == "Cn")
+    younger = "".join(regex.findall(r"[\p{L}\p{N}]", "".join(unassigned)))
     new = f"(?-i:[{regex.escape(younger)}])" if younger else "(?!)"
     pattern = reference.pat.pattern.replace(r"[^\s\p{L}\p{N}]+", rf"(?:[^\s\p{{L}}\p{{N}}]|{new})+")
     pattern = pattern.replace(r"|[\p{L}]+|[\p{N}]|", rf"|(?:(?!{new})\p{{L}})+|(?!{new})\p{{N}}|")
@@ -194,19 +167,8 @@ def test_tokenize_pads_with_zeros():
     assert tokenize([]).shape == (0, 77)
 
 
-def test_tokenize_equals_reference(reference):
-    texts = ["a photo of a dog", "word " * 100, *TEXTS]
-    assert torch.equal(tokenize(texts, truncate=True), reference(texts))
-
-
-def test_text_that_just_fits_and_one_that_does_not():
+def test_a_text_that_is_too_long_is_refused_or_cut():
     assert tokenize("dog " * 75)[0, -1] == 49407
-    with pytest.raises(ValueError, match=r"'dog dog.*' has 78 tokens, more than the 77 .*shorten it") as error:
+    with pytest.raises(ValueError, match=r"'dog dog.*': 78 tokens, CLIP reads 77; shorten it"):
         tokenize(["a cat", "dog " * 76])
-    assert len(str(error.value)) < 300
-    with pytest.raises(ValueError, match="'a photo of a dog' has 7 tokens, more than the 5 "):
-        tokenize("a photo of a dog", context_length=5)
-
-
-def test_truncate_keeps_end_of_text():
     assert tokenize("a photo of a dog", context_length=5, truncate=True).tolist() == [[49406, 320, 1125, 539, 49407]]

@@ -4,19 +4,17 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
-import random
 import struct
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.helpers import tiny_state_dict, to_hugging_face
-from ucdr_ref.clip.weights import OPENAI_SHA256, check_file, file_digest, load_clip, one_line, read_text
+from ucdr_ref.clip.weights import OPENAI_SHA256, check_file, file_digest, load_clip, read_text
 
 SMALL = dict(vocab_size=40, context_length=8, vision_layers=1, text_layers=1, image_size=16)
 KINDS = {torch.float32: "Float", torch.float16: "Half", torch.bfloat16: "BFloat16", torch.int64: "Long"}
@@ -96,24 +94,18 @@ def test_every_format_gives_the_same_model(form, stored, weights, tmp_path):
 def test_wrapped_state_dicts(wrap, prefix, names, weights, tmp_path):
     sd = {prefix + key: value for key, value in names(weights).items()}
     content = sd if wrap is None else {"epoch": 3, wrap: sd, "optimizer": {"state": {0: torch.zeros(3)}, "lr": [0.1]}}
-    for writer in (torch.save, save_legacy):
-        writer(content, tmp_path / "model.pt")
-        assert equal(load_clip(tmp_path / "model.pt"), weights)
+    torch.save(content, tmp_path / "model.pt")
+    assert equal(load_clip(tmp_path / "model.pt"), weights)
 
 
-def test_constants_parameters_and_shared_storages(weights, tmp_path):
+def test_constants_and_parameters(weights, tmp_path):
     constants = {"input_resolution": torch.tensor(16), "vocab_size": torch.tensor(40), "attn_mask": torch.zeros(8, 8)}
     save_torchscript({**weights, **constants}, tmp_path / "a")
     torch.save({**{key: nn.Parameter(value) for key, value in weights.items()}, **constants, "context_length": 8}, tmp_path / "b")
     save_file({**to_hugging_face(weights), "vision_model.embeddings.position_ids": torch.arange(5).view(1, -1)},
               tmp_path / "c", metadata={"format": "pt"})
-    block, views, start = torch.cat([value.flatten() for value in weights.values()]), {}, 0
-    for key, value in weights.items():
-        views[key] = block[start:start + value.numel()].view(value.shape)
-        start += value.numel()
-    torch.save({**views, "visual.proj": weights["visual.proj"].t().contiguous().t()}, tmp_path / "d")
-    torch.save(load_clip(tmp_path / "a").state_dict(), tmp_path / "e")  # an OrderedDict with `_metadata`
-    assert all(equal(load_clip(tmp_path / name), weights) for name in "abcde")
+    torch.save(load_clip(tmp_path / "a").state_dict(), tmp_path / "d")  # an OrderedDict with `_metadata`
+    assert all(equal(load_clip(tmp_path / name), weights) for name in "abcd")
 
 
 def test_heads(tmp_path):
@@ -133,9 +125,10 @@ def test_a_file_named_as_openais_has_its_digest(tmp_path, weights):
 
 def test_missing_and_unexpected_keys_are_listed(weights, tmp_path):
     sd = {key: value for key, value in weights.items() if key not in ("ln_final.bias", "visual.ln_pre.weight")}
-    torch.save({**sd, "classifier.weight": torch.zeros(3)}, tmp_path / "a.pt")
+    torch.save({**sd, "classifier.weight": torch.zeros(3), "visual.class_embedding": torch.zeros(3)}, tmp_path / "a.pt")
     message = refusal(tmp_path / "a.pt")
-    assert all(key in message for key in ("Missing", "ln_final.bias", "visual.ln_pre.weight", "Unexpected", "classifier.weight"))
+    assert all(key in message for key in ("Missing", "ln_final.bias", "visual.ln_pre.weight", "Unexpected", "classifier.weight",
+                                          "visual.class_embedding: copying a param with shape torch.Size([3])"))
     hf = to_hugging_face(weights)
     del hf["vision_model.encoder.layers.0.self_attn.k_proj.bias"]
     save_file(hf, tmp_path / "b")
@@ -146,33 +139,24 @@ def test_values_that_no_training_leaves_behind(weights, tmp_path):
     for key, value in (("visual.ln_post.bias", float("nan")), ("visual.proj", float("inf")), ("visual.proj", 0.0)):
         save_file({**weights, key: torch.full_like(weights[key], value)}, tmp_path / "a")
         assert f"{key} is all zero or not finite" in refusal(tmp_path / "a")
-    save_file(weights, tmp_path / "tail")
-    data = (tmp_path / "tail").read_bytes()
-    (tmp_path / "tail").write_bytes(data[:len(data) // 2] + bytes(len(data) - len(data) // 2))  # a download that stopped
-    assert "all zero" in refusal(tmp_path / "tail")
 
 
 def test_other_files(weights, tmp_path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    contents = {"empty": b"", "page.pt": b"<!DOCTYPE html><html>404</html>", "random": bytes(range(200, 250)),
-                "lfs.pt": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a.pkl": pickle.dumps({"a": 1})}
+    contents = {"empty": b"", "page.pt": b"<!DOCTYPE html><html>404</html>", "a.pkl": pickle.dumps({"a": 1}),
+                "lfs.pt": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("readme.txt", "text")
-    resnet = {"visual.layer1.0.conv1.weight": torch.zeros(3), "visual.conv1.weight": torch.zeros(4, 3, 3, 3)}
-    for name, content in {"tensor": torch.zeros(3), "number": {"epoch": 3}, "nothing": {}, "resnet": resnet,
+    for name, content in {"tensor": torch.zeros(3), "number": {"epoch": 3}, "nothing": {},
                           "ints": {key: value.long() for key, value in weights.items()}}.items():
         torch.save(content, tmp_path / name)
-    expected = {"a.png": "a PNG image", "empty": "an empty file", "page.pt": "a web page", "lfs.pt": "a Git LFS pointer",
-                "random": "unknown kind: it begins with c8 c9", "a.pkl": "begins with 80 04", "a.zip": "zip archive that PyTorch did not",
-                "tensor": "holds a Tensor", "number": "entry 'epoch' is not a tensor", "nothing": "holds a dict that is no state dict",
-                "ints": "is not a tensor of floating point", "resnet": "ResNet CLIP; only the ViT family",
-                ".": "is a folder", "absent": "does not exist", "empty/below": "does not exist"}
+    expected = {"empty": "begins with b''", "page.pt": "begins with b'<!DOCTYPE html>", "a.pkl": r"begins with b'\x80\x04",
+                "lfs.pt": "begins with b'version https://git-lfs", "a.zip": "not in a subdirectory", "tensor": "'Tensor'",
+                "number": "entry 'epoch' is not a", "nothing": "no ViT CLIP (ViT-B/32, B/16, L/14; a ResNet?)",
+                "ints": "is not a floating-point tensor", ".": "is no file", "absent": "does not exist"}
     for name, part in expected.items():
         assert part in refusal(tmp_path / name), name
-    with pytest.raises(FileNotFoundError, match="weights/README.md"):
-        load_clip(tmp_path / "absent")
 
 
 class Run:
@@ -194,38 +178,21 @@ def test_nothing_is_executed(weights, tmp_path):
     with zipfile.ZipFile(tmp_path / "torchscript", "w") as archive:
         archive.writestr("a/data.pkl", program)
         archive.writestr("a/constants.pkl", b"\x80\x02).")
-    for name in ("zip", "legacy", "torchscript"):
+    for name in ("zip", "legacy"):
         assert "other things than weights" in refusal(tmp_path / name)
+    assert "mkdir" in refusal(tmp_path / "torchscript")
     (tmp_path / "plain").write_bytes(program)
     refusal(tmp_path / "plain")
     assert not marker.exists()
     pickle.loads(program)
-    assert marker.exists(), "the trap does not work"
+    assert marker.exists()
     torch.save({"args": argparse.Namespace(lr=1), "state_dict": weights}, tmp_path / "namespace")
     assert "other things than weights" in refusal(tmp_path / "namespace")
-
-
-@pytest.mark.parametrize("form", WRITERS)
-def test_a_part_of_a_file_is_refused(form, weights, tmp_path):
-    WRITERS[form](weights, tmp_path / "a")
-    data, r = (tmp_path / "a").read_bytes(), random.Random(form)
-    for length in (1, 8, 20, len(data) - 1, *(r.randrange(len(data)) for _ in range(20))):
-        (tmp_path / "a").write_bytes(data[:length])
-        refusal(tmp_path / "a")
-
-
-def test_a_member_that_does_not_match_its_checksum(weights, tmp_path):
-    save_torchscript(weights, tmp_path / "a")
-    data = bytearray((tmp_path / "a").read_bytes())
-    data[data.index(struct.pack("<f", float(weights["visual.proj"][0, 0])))] ^= 1
-    (tmp_path / "a").write_bytes(data)
-    assert "CRC" in refusal(tmp_path / "a")
 
 
 def test_texts(tmp_path):
     (tmp_path / "a").write_bytes("\ufeffé\n".encode())
     assert read_text(tmp_path / "a") == "é\n" and check_file(tmp_path / "a") == tmp_path / "a"
     (tmp_path / "a").write_bytes(b"\xff")
-    with pytest.raises(ValueError, match="a is not UTF-8 text .*; take another"):
+    with pytest.raises(ValueError, match="a is not UTF-8 text; take another"):
         read_text(tmp_path / "a", "; take another")
-    assert one_line(ValueError("a\nb\x1b" + "c" * 2000)) == "a b " + "c" * 1496 and one_line(KeyError()) == "KeyError"

@@ -1,7 +1,6 @@
 """The method's feature is the mean colour of an image, so a row can be told by looking at the file."""
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 from collections.abc import Callable
@@ -13,11 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.helpers import files_of_at_most
-from ucdr_ref.cli import WriteError, load_state
+from ucdr_ref.cli import load_state
 from ucdr_ref.clip.zero_shot import CLIP_MEAN, CLIP_STD
 from ucdr_ref.data import features as module
-from ucdr_ref.data.features import Extractor, FeatureCache, Index, load_index, stroke_folder
+from ucdr_ref.data.features import Extractor, FeatureCache, Index, load_index
 from ucdr_ref.data.images import Files
 
 COLOURS = {"red.png": (250, 10, 10), "sub/green.png": (10, 250, 10), "sub/blue.png": (10, 10, 250),
@@ -178,7 +176,6 @@ def test_folders_below_the_root_tell_strokes(tmp_path):
     torch.testing.assert_close(index.features, torch.tensor(expected), rtol=0, atol=1e-3)
     plain = load_index(root, extractor(strokes=("sketch",)), "m", tmp_path / "cache", invert="none")
     assert not plain.inverted.any() and plain.encoded == 4
-    assert stroke_folder("Quick-Draw/a.png", ["quick_draw"]) == "Quick-Draw" and stroke_folder("sketch.png", ["sketch"]) == ""
 
 
 def test_strange_names_survive(gallery):
@@ -191,33 +188,6 @@ def test_strange_names_survive(gallery):
         index, encoded = build(gallery)
         assert encoded == expected and set(map(os.fsdecode, names)) <= set(index.paths)
         expect_right(index, gallery)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_two_processes_at_once_both_end_right(gallery):
-    context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(2, timeout=60)
-
-    def work() -> None:
-        index, _ = build(gallery, method=MeanColour(lambda encoded: encoded == 2 and barrier.wait()))
-        expect_right(index, gallery)
-
-    workers = [context.Process(target=work) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-        assert worker.exitcode == 0
-    assert build(gallery)[1] == 0
-
-
-def test_a_full_disk_and_a_blocked_cache(gallery, tmp_path):
-    with files_of_at_most(100), pytest.raises(WriteError, match="could not write .*cache"):
-        build(gallery)
-    assert not [*(tmp_path / "cache").iterdir()]
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="could not write .*file/cache"):
-        load_index(gallery, extractor(), "model", tmp_path / "file" / "cache")
 
 
 def test_features_that_are_not_finite_are_refused(gallery):

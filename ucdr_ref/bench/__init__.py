@@ -2,6 +2,5 @@
 it out.
 
 `python -m ucdr_ref.bench.speed` (with `peers`), `drawn` (the drawn benchmark), `real` (real images, with
-`frozen`: rows that train nothing), `animals` (SRE-CLIP on real images) and `strokes` (which images are taken
-for strokes); `record` is what their JSON has in common.
+`frozen`: rows that train nothing) and `animals` (SRE-CLIP on real images, with `ridge`).
 """

@@ -9,12 +9,9 @@ are averaged over images. The ridge, which has no spread, runs for seed 0 alone.
 """
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import re
 import sys
-import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +19,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..experiments.class_folders import SHIPPED
-from ..experiments.datasets import folder_key
-from ..experiments.run_folder import versions
-from ..machine.command import command, place
-from ..machine.files import make_folder, write_text_atomic
+from ..cli import make_folder, run_command, write_text_atomic
+from ..data.folders import folder_key
+from ..experiments.classification import SHIPPED
 from ..sre.graph import load_graph, with_ancestors
 from .drawn import NO_TARGET
-from .real import STROKES, spent, spread, train
-from .record import as_called, write_results
+from .real import STROKES, spent, train
+from .record import SPREAD, about, add_training_flags, markdown, parser_of, slug, spread, write_results
 from .ridge import compare
 
 SOURCES = (*STROKES, "clipart")
@@ -42,11 +37,6 @@ VARIANTS: dict[str, list[str]] = {
 WITH_RIDGE = ("SRE-CLIP", "SRE-CLIP, no inversion")
 KEYS = ("zsl", "unseen", "seen", "h")
 SEEDS = (0, 1, 2)
-
-
-def plan() -> list[tuple[str, int]]:
-    """Every run: (variant, seed)."""
-    return [(variant, seed) for seed in SEEDS for variant in VARIANTS]
 
 
 def write_attributes(data: Path, path: Path) -> str:
@@ -64,74 +54,63 @@ def write_attributes(data: Path, path: Path) -> str:
 
 
 def read(folder: Path, ridge: bool) -> dict[str, Any]:
-    """A finished run's accuracies in points of 100, by method (with `ridge` also its), and what it took."""
+    """A finished run's accuracies in per cent, by method (with `ridge` also its), and what it took."""
     rows = json.loads((folder / "results.json").read_text())["rows"]
     found = {row["method"]: row["instance"] for row in rows}
     if rows:
-        found |= compare(folder)
+        found |= compare(folder, folder.parent / "cache")
     if ridge:
-        found |= compare(folder, center=True)
+        found |= compare(folder, folder.parent / "cache", centered=True)
     numbers = {method: {key: None if values[key] is None else round(100 * values[key], 2) for key in KEYS}
                for method, values in found.items() if ridge or not method.startswith("ridge")}
     return {**spent(folder), "numbers": numbers}
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: a row for each method of each variant, mean ± deviation over seeds; baselines once."""
-    lines, shown = ["| | seeds | ZSL | unseen | seen | H |", "|---|---|---|---|---|---|"], set()
-    for variant in dict.fromkeys(run["variant"] for run in runs):
-        mine = [run for run in runs if run["variant"] == variant]
-        for method in mine[0]["numbers"]:
-            title = f"{variant}: {method}"
+    """Markdown: a row for each method of each variant, spread over seeds; the baseline once."""
+    rows: dict[str, list[str]] = {}
+    for run in runs:
+        mine = [other for other in runs if other["variant"] == run["variant"]]
+        for method in run["numbers"]:
+            title = f"{run['variant']}: {method}"
             if method == "prototypes":
-                title = "nearest prototype" + (", no inversion" if "no inversion" in variant else
-                                               ", centred" if "centred" in variant else "")
-            if title in shown:
-                continue
-            shown.add(title)
-            with_it = [run for run in mine if method in run["numbers"]]
-            values = [[run["numbers"][method][key] for run in with_it] for key in KEYS]
-            cells = " | ".join("-" if None in column else spread(column) for column in values)
-            lines.append(f"| {title} | {len(with_it)} | {cells} |")
-    return "\n".join(lines)
+                ways = (way for way in ("no inversion", "centred") if way in run["variant"])
+                title = ", ".join(["nearest prototype", *ways])
+            if title not in rows:
+                values = [other["numbers"][method] for other in mine if method in other["numbers"]]
+                cells = [spread([value[key] for value in values if value[key] is not None]) for key in KEYS]
+                rows[title] = [title, str(len(values)), *cells]
+    return markdown(["", "n", "ZSL", "unseen", "seen", "H"], list(rows.values()))
 
 
 def run(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m ucdr_ref.bench.animals", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag in ("--data", "--weights", "--out"):
-        parser.add_argument(flag, type=place, required=True)
+    parser = parser_of("ucdr_ref.bench.animals", __doc__)
+    add_training_flags(parser)
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", choices=SEEDS, default=list(SEEDS))
-    parser.add_argument("--machine", default=f"cpu-{os.cpu_count()}cores")
-    parser.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 1) - 1),
-                        help="as in train.py")
     args = parser.parse_args(argv)
     data, weights, out = (path.resolve() for path in (args.data, args.weights, args.out))
     make_folder(out)
-    machine = re.sub(r"[^a-z0-9]+", "-", args.machine.lower())
     vectors = write_attributes(data, out / "attributes.txt")
     base = ["--preset", "i2awa", "--source", *(str(data / name) for name in SOURCES),
             "--target", str(data / "photo"), "--class-vectors", vectors, "--weights", str(weights),
-            "--precision", "bf16", "--eval-batch", "16", "--stroke-domains", *STROKES]
+            "--precision", "bf16", "--stroke-domains", *STROKES, "--cache", str(out / "cache")]
     runs = []
-    for variant, seed in plan():
-        folder = out / re.sub(r"[^a-z0-9]+", "-", f"animals {variant} {seed}".lower())
+    for seed, variant in product(SEEDS, VARIANTS):
+        folder = out / slug(f"animals {variant} {seed}")
         if variant in args.variants and seed in args.seeds:
             flags = ["--run", str(folder), *base, "--seed", str(seed), *VARIANTS[variant]]
             train(flags, args.workers, args.machine)
         if (folder / "results.json").exists():
             ridge = seed == 0 and variant in WITH_RIDGE
             runs.append({"variant": variant, "seed": seed, **read(folder, ridge)})
-    line = as_called(parser, args, "--data DIR --weights FILE --out OUT", "variants", "seeds")
-    write_results(out / f"animals-{machine}.json", {
-        "machine": machine, "versions": versions(), "date": time.strftime("%Y-%m-%d"), "command": line,
-        "runs": runs})
-    print(table(runs))
+    write_results(out / f"animals-{slug(args.machine)}.json", {
+        **about(parser, args, "--data DIR --weights FILE --out OUT", "variants", "seeds"), "runs": runs})
+    print(f"{SPREAD}\n{table(runs)}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    return command(run, argv)
+    return run_command(run, argv)
 
 
 if __name__ == "__main__":

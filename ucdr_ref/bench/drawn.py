@@ -4,15 +4,12 @@ and docs/ledger.md.
     python -m ucdr_ref.bench.drawn --part main --seeds 0 1 2 3 4 --json docs/drawn.json
 
 Every run is an ordinary `python train.py ...` in its own folder below --runs, named after its flags; finished
-ones are not run again, so it can be stopped and started at will, and parts share runs. Means and standard
-deviations are over seeds, in points of 100.
+ones are not run again, so it can be stopped and started at will, and parts share runs. Per cent.
 """
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -21,12 +18,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ..cli import folder_path, run_command, write_text_atomic
 from ..config import PRESETS
-from ..experiments.run_folder import versions
-from ..machine.command import command, place
-from ..machine.files import write_text_atomic
-from .real import spread
-from .record import as_called, read_results, result_file, write_results
+from ..experiments.experiment import CACHE
+from .record import SPREAD, about, markdown, parser_of, read_results, result_file, slug, spread, write_results
 from .ridge import compare
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,8 +93,7 @@ def thinned() -> None:
 
 def train(name: str, seed: int, flags: list[str], runs: Path) -> dict:
     """One training, the numbers of its results.json and the seconds it took."""
-    label = re.sub(r"[^a-z0-9.]+", "-", " ".join(flags).lower()).strip("-") or "default"
-    out = runs / f"{label}-{seed}"
+    out = runs / f"{slug(' '.join(flags)) or 'default'}-{seed}"
     done = out / "seconds.json"
     if not done.exists():
         start = time.monotonic()
@@ -111,17 +105,19 @@ def train(name: str, seed: int, flags: list[str], runs: Path) -> dict:
             reason = (result.stderr.strip() or "it said nothing").splitlines()[-1]
             raise ValueError(f"{shlex.join(line)} ended with {result.returncode} ({reason}); run it alone")
         write_text_atomic(done, json.dumps(time.monotonic() - start))
-    rows = json.loads((out / "results.json").read_text())["rows"]
-    numbers = read(rows)
+    results = json.loads((out / "results.json").read_text())
+    numbers = read(results["rows"])
+    if "closed-form" in flags:
+        numbers["lambda"] = results["strength"]
     if "sre-clip" in flags:
-        numbers |= {f"{metric} {title}": 100 * value for title, found in compare(out).items()
+        numbers |= {f"{metric} {title}": 100 * value for title, found in compare(out, ROOT / CACHE).items()
                     for metric, value in found.items()}
     return {"name": name, "seed": seed, "flags": flags, "seconds": round(json.loads(done.read_text()), 1),
             "numbers": numbers}
 
 
 def read(rows: list[dict]) -> Numbers:
-    """The rows of either method's results.json -> {"what method": points of 100}."""
+    """The rows of either method's results.json -> {"what method": per cent}."""
     numbers: Numbers = {}
     for row in rows:
         if "protocol" in row:
@@ -133,18 +129,18 @@ def read(rows: list[dict]) -> Numbers:
 
 
 def table(results: list[dict], names: list[str], columns: list[Column]) -> str:
-    """Markdown: a row a name; a cell is the mean ± standard deviation over seeds of its column's function
+    """Markdown: a row a name; a cell is the `spread` over seeds of its column's function
     of the name's numbers and the first name's.
     """
     of = {name: {result["seed"]: result["numbers"] for result in results if result["name"] == name}
           for name in names}
-    lines = ["| | " + " | ".join(title for title, _ in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    rows = []
     for name in names:
         values = [[column(found, of[names[0]][seed]) for seed, found in of[name].items()]
                   for _, column in columns]
-        cells = [spread([v for v in cell if v is not None]) if None not in cell else "-" for cell in values]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        cells = ["-" if None in cell else spread([v for v in cell if v is not None]) for cell in values]
+        rows.append([name, *cells])
+    return markdown(["", *(title for title, _ in columns)], rows)
 
 
 def difference(a: float | None, b: float | None) -> float | None:
@@ -197,11 +193,10 @@ COLUMNS: dict[str, list[Column]] = {
 
 
 def run(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m ucdr_ref.bench.drawn", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("ucdr_ref.bench.drawn", __doc__)
     parser.add_argument("--part", choices=PARTS, default="main")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--runs", type=place, default=ROOT / "runs" / "benchmark")
+    parser.add_argument("--runs", type=folder_path, default=ROOT / "runs" / "benchmark")
     parser.add_argument("--json", type=result_file, metavar="FILE",
                         help="write the numbers, machine and versions into this file")
     parser.add_argument("--machine", default=f"cpu-{os.cpu_count()}cores")
@@ -227,16 +222,15 @@ def run(argv: list[str] | None) -> None:
                   file=sys.stderr, flush=True)
     finally:
         pool.shutdown(cancel_futures=True)  # after a failure or Ctrl-C nothing new starts
-    print(table(results, list(variants), COLUMNS[args.part]))
+    print(f"{SPREAD}; n = {len(args.seeds)}\n{table(results, list(variants), COLUMNS[args.part])}")
     if args.json:
-        line = as_called(parser, args, f"--part {args.part}", "seeds")
-        write_results(args.json, read_results(args.json) | {args.part: {
-            "command": f"{line} --json FILE", "machine": args.machine, "versions": versions(),
-            "date": time.strftime("%Y-%m-%d"), "runs": results}})
+        made = about(parser, args, f"--part {args.part}", "seeds")
+        made["command"] += " --json FILE"
+        write_results(args.json, read_results(args.json) | {args.part: {**made, "runs": results}})
 
 
 def main(argv: list[str] | None = None) -> int:
-    return command(run, argv)
+    return run_command(run, argv)
 
 
 if __name__ == "__main__":

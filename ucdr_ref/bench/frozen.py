@@ -2,14 +2,15 @@
 on features.
 
 Zero-shot CLIP, its domain subspace removed, the closed form, and any trained adapter with the closed form of
-its own features: each as it is (inductive) and centred (transductive). lambda is chosen on the validation
+its own features: each as it is (inductive) and centred (transductive). Zero-shot CLIP also centred by the
+means of other classes' images: the gallery loses the mean of its domain's training images, the queries that
+of a source domain's (`--seen`), so nothing is taken from the test. lambda is chosen on the validation
 classes, never on test classes.
 """
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,131 +19,104 @@ import torch
 from torch import Tensor
 
 from ..clip.weights import file_digest, load_clip
-from ..clip.zero_shot import ZeroShot
 from ..config import Config
-from ..experiments import protocols
+from ..data.benchmarks import Protocol, build_protocol
+from ..data.features import FeatureCache, load_index
 from ..experiments.experiment import restore
-from ..experiments.ranking import FeatureTable, Rows, formed, score, validation_score
-from ..experiments.retrieval import measured_form
-from ..images.batches import Files
-from ..images.features import Extractor
-from ..machine.files import load_state, save_atomic
-from ..ucdr.closed_form import ClosedForm, choose_strength
+from ..experiments.retrieval import behind_form, features_of, label_ids, score, validation_score, zero_shot
+from ..ucdr.closed_form import ClosedForm, Measured, center, choose_strength, feature_mean, measure
 
 METRICS = ("mAP@200", "mAP@all", "Prec@100")
-BLOCK = 512  # images between two saves
+BY_TRAINING_MEANS = "zero-shot, centred by means of other classes"
 
 
-class Stored(FeatureTable):
-    """Features that also lie in a file, for `key`: what was encoded once is not encoded again. Counts its
-    CPU-seconds.
+def stored(method: Any, config: Config, key: str, cache: Path) -> FeatureCache:
+    """Features of all images of the config's domains, kept in `cache` for `key`: each is encoded once."""
+    table, root = features_of(method, config), Path(config.data_root)
+    others = [path.name for path in root.iterdir() if path.name not in config.domains]
+    index = load_index(root, table.extractor, key, cache, without=others)
+    table.rows |= zip(map(index.path, range(len(index.paths))), index.features)
+    return table
+
+
+def frozen_rows(config: Config, out: Path, device: torch.device) -> list[dict[str, Any]]:
+    """Rows of zero-shot CLIP, subspace removal and closed form for the config's held-out domain."""
+    method = zero_shot(config, load_clip(config.weights).to(device))
+    return rows_of("zero-shot", stored(method, config, file_digest(config.weights), out / "cache"), config)
+
+
+def adapter_rows(folder: Path, out: Path, device: torch.device, form: bool) -> list[dict[str, Any]]:
+    """Rows of a finished run's adapter, those it wrote itself; with `form`, also of the closed form of its
+    features, which costs a pass of all images.
     """
-
-    def __init__(self, extractor: Extractor, path: Path, key: str) -> None:
-        super().__init__(extractor)
-        self.path, self.key, self.cpu_seconds = path, key, 0.0
-        self.others: list[tuple[str, bool, Tensor]] = []  # strokes that were encoded the other way round
-        if path.exists() and (state := load_state(path))["key"] == key:
-            for file, inverted, row in zip(state["paths"], state["inverted"], state["features"]):
-                if inverted == self.inverted(file):
-                    self.rows[file] = row
-                else:
-                    self.others.append((file, inverted, row))
-            self.cpu_seconds = state["cpu_seconds"]
-
-    def inverted(self, path: str) -> bool:
-        """Whether an image `<domain>/<class>/<image>` is colour-inverted (D14)."""
-        return Path(path).parts[-3] in self.extractor.options.stroke_domains
-
-    def of(self, files: Files) -> tuple[Tensor, Files]:
-        new = [i for i, path in enumerate(files.paths) if path not in self.rows]
-        for start in range(0, len(new), BLOCK):
-            before = time.process_time()
-            super().of(files.keep(new[start:start + BLOCK]))
-            self.cpu_seconds += time.process_time() - before
-            kept = [(path, self.inverted(path), row) for path, row in self.rows.items() if row is not None]
-            names, flags, rows = zip(*kept, *self.others)
-            save_atomic({"key": self.key, "cpu_seconds": self.cpu_seconds, "paths": list(names),
-                         "inverted": list(flags),
-                         "features": torch.stack(rows)}, self.path)
-            print(f"{self.path.name}: {len(self.rows)} images, {self.cpu_seconds:.0f} CPU-s", flush=True)
-        return super().of(files)
-
-
-def frozen_rows(config: Config, weights: Path, out: Path, device: torch.device,
-                form: bool = True) -> list[dict[str, Any]]:
-    """Rows of zero-shot CLIP and, with `form`, of subspace removal and closed form for the config's held-out
-    domain.
-    """
-    # bf16, that of --subset cpu, has the name that every precision once had
-    path = out / ("clip.pt" if config.precision == "bf16" else f"clip-{config.precision}.pt")
-    method = ZeroShot(load_clip(weights).to(device))
-    key = f"{file_digest(weights)} {config.precision}"
-    return rows_of({"zero-shot": Stored(Extractor(method, config, device), path, key)}, config, form)
-
-
-def adapter_rows(folder: Path, device: torch.device, form: bool) -> list[dict[str, Any]]:
-    """Rows of a finished run's adapter, those it wrote itself unless its features are at hand; with `form`,
-    also of the closed form of its features, which costs a pass of all training images.
-    """
-    if not form and not (folder / "features.pt").exists():
+    if not form:
         return written_rows(folder)
     config, method, _ = restore(folder, {}, device)
     key = file_digest(folder / "best.pt")
-    return rows_of({"ucdr-adapter": Stored(Extractor(method, config, device), folder / "features.pt", key)},
-                   config, form)
+    return rows_of("ucdr-adapter", stored(method, config, key, out / "cache"), config)
 
 
 def written_rows(folder: Path) -> list[dict[str, Any]]:
     """The adapter's rows of a run's results.json, as `rows_of` has them."""
     results = json.loads((folder / "results.json").read_text())
-    found = []
+    config, found = results["config"], []
     for transductive in (False, True):
         mine = {row["gallery_name"]: row for row in results["rows"] if row["protocol"] == "UCDR"
                 and row["method"].startswith("ucdr-adapter") and row["transductive"] == transductive}
-        numbers = {gallery: {metric: round(100 * mine[gallery][metric], 3) for metric in METRICS}
-                   for gallery in ("unseen", "mixed")}
-        config = results["config"]
-        found.append({"held_out": config["held_out"], "seed": config["seed"], "method": "ucdr-adapter",
-                      "transductive": transductive, "lambda": None, **numbers})
+        if mine:  # there is no centred row of few classes
+            found.append({"held_out": config["held_out"], "seed": config["seed"], "method": "ucdr-adapter",
+                          "transductive": transductive, "lambda": None,
+                          **{gallery: in_per_cent(mine[gallery]) for gallery in ("unseen", "mixed")}})
     return found
 
 
-def rows_of(tables: Mapping[str, Stored], config: Config, form: bool = True) -> list[dict[str, Any]]:
-    """Numbers in points of 100 of each method of `tables` and of its closed forms, for queries of the
-    held-out domain.
+def in_per_cent(numbers: dict[str, Any]) -> dict[str, float]:
+    return {metric: round(100 * numbers[metric], 3) for metric in METRICS}
+
+
+def training_mean(table: FeatureCache, protocol: Protocol, domain: str) -> Tensor:
+    """`feature_mean` of a domain's training images, which are of other classes than the queries."""
+    train = protocol.train
+    return feature_mean(table.encode(train.keep([i for i, d in enumerate(train.domains) if d == domain])))
+
+
+def fit(table: FeatureCache, protocol: Protocol) -> tuple[Measured, float]:
+    """Everything of a closed form, and the lambda that the validation classes choose."""
+    z = table.encode(protocol.train)
+    class_ids, domain_ids = (ids.to(z.device) for ids in label_ids(protocol, protocol.train))
+    measured = measure(z, class_ids, domain_ids, len(protocol.domain_names))
+    return measured, choose_strength(
+        measured, lambda form: validation_score(behind_form(table, form), protocol))
+
+
+def rows_of(name: str, table: FeatureCache, config: Config) -> list[dict[str, Any]]:
+    """Numbers in per cent of the method `name`, whose features `table` holds, and of its closed forms, for
+    queries of the held-out domain.
     """
-    protocol = protocols.build(replace(config, selection="validation"))
+    protocol = build_protocol(replace(config, selection="validation"))
     test = next(test for test in protocol.tests if test.protocol == "UCDR")
-    assert protocol.validation is not None and protocol.selected is not None
+    start = time.process_time()
+    measured, strength = fit(table, protocol)
+    seconds = time.process_time() - start
+    identity = torch.eye(len(measured.mean), device=measured.mean.device)
+    removed = ClosedForm(measured.mean, measured.subspace, identity)
+    methods = {name: table.encode, f"{name}, subspace removed": behind_form(table, removed),
+               f"{name}, closed form": behind_form(table, measured.form(strength))}
+    features = {title: [encode(files) for files in (test.query, *test.galleries.values())]
+                for title, encode in methods.items()}
+    rows = [(title, centred, [center(z) for z in parts] if centred else parts)
+            for title, parts in features.items() for centred in (False, True)]
+    if name == "zero-shot":
+        query, *galleries = features[name]
+        means = [training_mean(table, protocol, domain) for domain in (config.seen, config.gallery)]
+        rows.append((BY_TRAINING_MEANS, False, [center(query, means[0]),
+                                                *(center(gallery, means[1]) for gallery in galleries)]))
     found = []
-    for name, table in tables.items():
-        methods: dict[str, Rows] = {name: table.of}
-        strength, seconds = None, 0.0
-        if form:
-            for files in (protocol.train, protocol.validation.query,
-                          *protocol.validation.galleries.values()):
-                table.of(files)  # the one pass, before the clock runs
-            start = time.process_time()
-            measured = measured_form(protocol, table)
-            strength = choose_strength(measured, lambda tried,
-                                       table=table: validation_score(  # type: ignore[misc]
-                formed(table, tried), protocol.validation, protocol.selected))
-            seconds = time.process_time() - start
-            identity = torch.eye(len(measured.mean))
-            removed = ClosedForm(measured.mean, measured.subspace, identity.to(measured.mean.device))
-            methods |= {f"{name}, subspace removed": formed(table, removed),
-                        f"{name}, closed form": formed(table, measured.form(strength))}
-        for title, rows in methods.items():
-            for center in (False, True):
-                scored = score(rows, test, center)
-                numbers = {gallery: {metric: round(100 * scored[gallery]["metrics"][metric], 3)
-                                     for metric in METRICS}
-                           for gallery in ("unseen", "mixed")}
-                found.append({"held_out": config.held_out, "seed": config.seed, "method": title,
-                              "transductive": center,
-                              "lambda": strength if title.endswith("closed form") else None, **numbers,
-                              "train_images": len(protocol.train), "fit_cpu_seconds": round(seconds, 2),
-                              "encode_cpu_seconds": round(table.cpu_seconds, 1),
-                              "encoded": len(table.rows) + len(table.others)})
+    for title, centred, (query, *galleries) in rows:
+        numbers = {where: in_per_cent(score(query, gallery, test.query, files)[0])
+                   for (where, files), gallery in zip(test.galleries.items(), galleries, strict=True)}
+        found.append({"held_out": config.held_out, "seed": config.seed, "method": title,
+                      "transductive": centred,
+                      "lambda": strength if title.endswith("closed form") else None, **numbers,
+                      "train_images": len(protocol.train), "fit_cpu_seconds": round(seconds, 2)})
     return found

@@ -13,23 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..clip.zero_shot import class_text_features
-from ..experiments.class_folders import features, scan_folder, scan_sources
+from ..experiments.classification import features_of, scan_folder
 from ..experiments.experiment import restore
 from ..metrics import zero_shot_accuracy
 from ..sre.adapter import SRECLIP
 from ..sre.graph import parse_graph
+from ..ucdr.closed_form import center
 
 FOLDS = 5
 STRENGTHS = tuple(10 ** (k / 2) for k in range(-4, 7))  # lambda, 0.01 to 1000
 
 
-def moments(z: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """Z^T Z [e, e] and Z^T A [e, w]"""
-    return z.T @ z, z.T @ a
-
-
 def solve(square: Tensor, cross: Tensor, strength: float) -> Tensor:
-    """W [e, w] = (Z^T Z + lambda I)^-1 Z^T A"""
+    """W [e, w] = (Z^T Z + lambda I)^-1 Z^T A, of square = Z^T Z [e, e] and cross = Z^T A [e, w]."""
     return torch.linalg.solve(square + strength * torch.eye(len(square), dtype=square.dtype), cross)
 
 
@@ -45,15 +41,15 @@ def ridge_scores(source: Tensor, labels: Tensor, target: Tensor, class_vectors: 
     a = class_vectors.double()
     a = a - a.mean(dim=0)
     z, anchors, seen = F.normalize(source.double(), dim=1), F.normalize(a, dim=1), labels.unique()
-    square, cross = moments(z, a[labels])
+    square, cross = z.T @ z, z.T @ a[labels]
     folds = min(FOLDS, len(seen) // 2)
     if strength is None and folds > 1:
         hits = dict.fromkeys(STRENGTHS, 0)
         for group in (seen[k::folds] for k in range(folds)):
             out = torch.isin(labels, group)
-            own_square, own_cross = moments(z[out], a[labels[out]])
+            others = square - z[out].T @ z[out], cross - z[out].T @ a[labels[out]]
             for trial in STRENGTHS:
-                w = solve(square - own_square, cross - own_cross, trial)  # of all other classes
+                w = solve(*others, trial)
                 found = group[(z[out] @ w @ anchors[group].T).argmax(dim=1)]
                 hits[trial] += int((found == labels[out]).sum())
         strength = max(STRENGTHS, key=lambda trial: (hits[trial], trial))
@@ -81,26 +77,27 @@ def calibrated(scores: Tensor, unseen: Sequence[int], kappa: float) -> Tensor:
     return torch.where(is_unseen, scores, scores - edges[k:k + 2].mean())
 
 
-def compare(folder: Path, center: bool = False) -> dict[str, dict[str, float]]:
+def compare(folder: Path, cache: Path, centered: bool = False) -> dict[str, dict[str, float]]:
     """{row: accuracies over images, in 0..1}: a finished run of SRE-CLIP, zero-shot CLIP and the ridge.
 
-    Each also calibrated, with the run's kappa. center: source and target features lose their mean before the
-    ridge (transductive).
+    Each also calibrated, with the run's kappa. centered: source and target features lose their mean before
+    the ridge (transductive). cache: where the run's features are.
     """
-    cpu = torch.device("cpu")
-    config, method, state = restore(folder, {}, cpu)
+    config, method, state = restore(folder, {}, torch.device("cpu"))
     assert isinstance(method, SRECLIP)
     graph, unseen = parse_graph(state["graph"]), state["unseen_ids"]
-    folders = scan_sources(config, graph, unseen), [scan_folder("--target", config.target, graph)]
-    source, target = (features(several, method.clip, config, folder, cpu) for several in folders)
-    x, y = (part.take(torch.arange(len(part))) for part in (source, target))
+    seen = set(range(graph.classes)) - set(unseen)
+    sources = [scan_folder("--source", root, graph, seen) for root in config.source]
+    source = features_of(sources, method.clip, config, cache)
+    target = features_of([scan_folder("--target", config.target, graph)], method.clip, config, cache)
+    x, y = source.rows, target.rows
     scores = {"sre-clip": method.logits(y)}
     if method.clip.has_text:
         scores["zero-shot"] = F.normalize(y, dim=1) @ class_text_features(method.clip, method.class_names).T
-    if center:
-        x, y = (F.normalize(z, dim=1) - F.normalize(z, dim=1).mean(dim=0) for z in (x, y))
+    if centered:
+        x, y = center(x), center(y)
     vectors = method.class_vectors[:graph.classes]
-    scores["ridge, centred" if center else "ridge"], _ = ridge_scores(x, source.labels, y, vectors)
+    scores["ridge, centred" if centered else "ridge"], _ = ridge_scores(x, source.labels, y, vectors)
     scores |= {f"{name}, calibrated": calibrated(found, unseen, config.sre_kappa)
                for name, found in scores.items()}
     return {name: zero_shot_accuracy(found, target.labels, unseen)["instance"]

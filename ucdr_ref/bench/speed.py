@@ -1,31 +1,24 @@
-"""Time and peak memory of every part beside a plain transcription of the published computation: `python -m
-ucdr_ref.bench.speed`.
+"""Time and peak memory beside a plain transcription of the published computation, the tests':
+`python -m ucdr_ref.bench.speed`, in a checkout.
 
-Weights, images and labels are random, so no file is needed. Each part and side runs alone in a fresh process
-of the same interpreter, one after the other, so that its peak memory is its own; both see the same machine,
-threads and sizes. The first step of each is not counted. CPU-seconds are those of all threads: they hold on a
-machine that does other things too, where seconds do not. The plain metrics are timed on the first queries and
-scaled to all, which the output says.
+Weights, images and labels are random. Each part and side runs in a fresh process, one after the other, so
+that its peak memory is its own. CPU-seconds are those of all threads: they hold on a machine that does other
+things too, where seconds do not.
 
-`closed-form` is the cost of a closed form, in passes of the image tower per training image; `read` is
-images/s of one process from JPEG files to the tower's input size, beside CLIP's own transform.
-
-`search` compares exact search with faiss-cpu's flat index (requirements-dev.txt), both in one process and in
-turns, so that they meet the same load on a busy machine; the ratio is that of the median seconds, to the
-faster of FAISS's two ways, row by row and by BLAS. Adding vectors to FAISS is not timed.
+phase1, phase2: a training step. encode: a batch of images by the image tower alone and by the adapter, in
+turns, and the cost of a closed form. metrics: beside a loop over queries, timed on 200 of them and scaled,
+and a batched sort. search: beside faiss-cpu's flat index (requirements-dev.txt), in turns.
 
 Exit status 1 when a required figure is missed. On two CPU cores, float32, 245 classes, 5 domains, 16 context
 vectors, batch 50: phase 1 at least 2x, phase 2 at least 3x (ViT-B/32) or 2x (ViT-B/16) fewer CPU-seconds,
 each in at most half the memory; a closed form of 20,000 images at most 1.05 passes of the tower for each;
-metrics at 8,000 x 20,000 x 512 in 25 s and 2 GB; search at 200,000 x 512 no slower than FAISS for 1, 10 and
-100 queries with one and two threads. On a GPU: encoding with ViT-B/16 in bf16 at half the measured matrix
-peak.
+metrics at 8,000 x 20,000 x 512 in 25 CPU-s and 2 GB; search at 200,000 x 512 in no more CPU-seconds than
+FAISS's faster way, row by row or by BLAS, for 1, 10 and 100 queries with one and two threads.
 """
 from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -37,21 +30,27 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tests import plain as bench_plain
+from tests import plain as transcription
 
 from .. import metrics
-from ..clip.weights import one_line
+from ..cli import run_command
 from ..config import Config
+from ..data.benchmarks import class_list
 from ..demo.pretrain import random_clip
-from ..experiments.datasets import class_list
-from ..experiments.retrieval import cut
-from ..experiments.run_folder import versions
-from ..machine.command import command
-from ..machine.processes import autocast, pick_device
+from ..distributed import autocast, pick_device
+from ..experiments.experiment import versions
+from ..experiments.retrieval import microbatches
 from ..ucdr.adapter import Batch, UCDRAdapter
-from .costs import measure_closed_form, measure_reading
-from .peers import SEARCH, measure_search, random_features, timed
-from .record import result_file, write_results
+from .peers import (
+    SEARCH,
+    batched_sort,
+    measure_encoding,
+    measure_search,
+    random_features,
+    search_ratios,
+    timed,
+)
+from .record import parser_of, result_file, write_results
 
 TEXT = dict(context_length=77, vocab_size=49408)
 BASE = dict(image_size=224, vision_width=768, vision_layers=12, vision_heads=12, embed_dim=512,
@@ -59,20 +58,22 @@ BASE = dict(image_size=224, vision_width=768, vision_layers=12, vision_heads=12,
 TINY = dict(image_size=32, patch=8, vision_width=64, vision_layers=2, vision_heads=1, embed_dim=32,
             text_width=64, text_layers=2, text_heads=1, **TEXT)
 SHAPES = {"ViT-B/32": dict(BASE, patch=32), "ViT-B/16": dict(BASE, patch=16), "tiny": TINY}
-PARTS = ("phase1", "phase2", "encode", "closed-form", "read", "metrics", "search")
-PASSES = 1.05  # of the image tower, per training image of a closed form
+TWO = ("ours", "plain")
+PARTS = {"phase1": TWO, "phase2": TWO, "encode": ("ours",), "metrics": (*TWO, "sort"),
+         "search": ("both",)}  # and their sides
 PHASES = {"phase1": "source", "phase2": "target"}
 FASTER = {"phase1": {"ViT-B/32": 2.0, "ViT-B/16": 2.0}, "phase2": {"ViT-B/32": 3.0, "ViT-B/16": 2.0}}
 PUBLISHED = dict(batch=50, classes=245, domains=5, context=16, precision="fp32", sizes=[8000, 20000, 512])
 PLAIN_QUERIES = 200
+Result = dict[str, Any]
 
 
-def build(side: str, sizes: dict[str, Any], device: torch.device) -> UCDRAdapter | bench_plain.PlainAdapter:
+def build(side: str, sizes: dict[str, Any], device: torch.device) -> UCDRAdapter | transcription.PlainAdapter:
     """One side's model, its queues filled with random features."""
     torch.manual_seed(0)
     clip = random_clip(**SHAPES[sizes["arch"]]).eval().requires_grad_(False).to(device)
     names = class_list("domainnet-train") + [f"class {i}" for i in range(sizes["classes"])]
-    kind = UCDRAdapter if side == "ours" else bench_plain.PlainAdapter
+    kind = UCDRAdapter if side == "ours" else transcription.PlainAdapter
     config = Config(context_vectors=sizes["context"])
     model = kind(clip, names[:sizes["classes"]], [f"domain {i}" for i in range(sizes["domains"])],
                  config).to(device)
@@ -93,48 +94,36 @@ def random_batch(sizes: dict[str, Any], device: torch.device) -> Batch:
     return Batch(*(part.to(device) for part in (torch.randn(b, 3, size, size), *ids)))
 
 
-def measure(part: str, side: str, sizes: dict[str, Any]) -> dict[str, Any]:
-    """One side of one part, of `search` both; `closed-form` has one. Runs in a process of its own."""
+def measure(part: str, side: str, sizes: dict[str, Any]) -> Result:
+    """One side of one part. Runs in a process of its own."""
     if part == "search":
         return measure_search(*sizes["search_sizes"])
     device = torch.device(sizes["device"])
-    if part == "closed-form":
-        return measure_closed_form(SHAPES[sizes["arch"]], sizes, device)
-    if part == "read":
-        return measure_reading(side, SHAPES[sizes["arch"]]["image_size"])
     if part == "metrics":
         return measure_metrics(side, sizes, device)
     model, batch = build(side, sizes, device), random_batch(sizes, device)
-    config = Config(precision=sizes["precision"])
     if part == "encode":
-        def encode() -> None:
-            with autocast(config.precision, device):
-                model.encode(batch.images)
-
-        result = timed(encode, sizes["steps"], device)
-        result["images_per_s"] = sizes["batch"] / result["wall_s"]
-    else:
-        result = timed(training_step(model, batch, PHASES[part], config), sizes["steps"], device)
-    if device.type == "cuda":
-        flops = sizes["batch"] * image_flops(part, SHAPES[sizes["arch"]])
-        peak = matmul_flops(torch.bfloat16 if sizes["precision"] == "bf16" else torch.float32, device)
-        result.update(matmul_peak_tflops=peak / 1e12, matmul_share=flops / result["wall_s"] / peak)
-    return result
+        assert isinstance(model, UCDRAdapter)
+        return measure_encoding(model, batch.images, sizes, device)
+    step = training_step(model, batch, PHASES[part], Config(precision=sizes["precision"]))
+    return timed(step, sizes["steps"], device)
 
 
-def training_step(model: UCDRAdapter | bench_plain.PlainAdapter, batch: Batch, phase: str,
+def training_step(model: UCDRAdapter | transcription.PlainAdapter, batch: Batch, phase: str,
                   config: Config) -> Callable[[], None]:
     """A step as the training loop takes it: loss, gradient, Adam."""
     trained = model.requires_grad_(False).trainable(phase)
     for parameter in trained.values():
         parameter.requires_grad_(True)
+    parts = [(batch, 1.0)]
     if isinstance(model, UCDRAdapter):
         model.start(phase)
+        parts = microbatches(batch, phase, config)
     optimizer = torch.optim.Adam(trained.values(), lr=1e-4)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        for part, share in cut(batch, phase, config) if isinstance(model, UCDRAdapter) else [(batch, 1.0)]:
+        for part, share in parts:
             with autocast(config.precision, batch.images.device):
                 loss = model.step(part, phase)["loss"]
             (share * loss).backward()
@@ -143,194 +132,141 @@ def training_step(model: UCDRAdapter | bench_plain.PlainAdapter, batch: Batch, p
     return step
 
 
-def measure_metrics(side: str, sizes: dict[str, Any], device: torch.device) -> dict[str, float]:
+def measure_metrics(side: str, sizes: dict[str, Any], device: torch.device) -> Result:
     q, g, e = sizes["sizes"]
     query, query_labels, gallery, gallery_labels = (part.to(device) for part in random_features(q, g, e))
-    few, rank = (q, metrics.retrieval) if side == "ours" else (min(q, PLAIN_QUERIES), bench_plain.retrieval)
-    result = timed(lambda: rank(query[:few], query_labels[:few], gallery, gallery_labels), 1, device,
-                   warm_up=False)
-    if few == q:
-        return result
+    rank: Callable[..., Any] = {"ours": metrics.retrieval, "plain": transcription.retrieval,
+                                "sort": batched_sort}[side]
+    few = min(q, PLAIN_QUERIES) if side == "plain" else q
+    result: Result = timed(lambda: rank(query[:few], query_labels[:few], gallery, gallery_labels), 1, device,
+                           warm_up=False)
     scaled = {name: result[name] * q / few for name in ("cpu_s", "wall_s")}
     return {**result, **scaled, "queries_timed": few}
 
 
-def image_flops(part: str, shape: dict[str, int]) -> float:
-    """Operations of our image tower per image (a multiplication and an addition are two), without text.
-
-    With frozen weights a backward pass costs what the forward pass does, and attention's twice that.
-    """
-    d, n = shape["vision_width"], (shape["image_size"] // shape["patch"]) ** 2
-
-    def tower(tokens: int, backward: bool = False) -> float:
-        linear, attention = 24 * tokens * d ** 2, 4 * tokens ** 2 * d
-        # keys and values of all, the rest of one
-        last_linear, last_attention = (4 * tokens + 20) * d ** 2, 4 * tokens * d
-        projection = 2 * d * shape["embed_dim"]
-        return ((shape["vision_layers"] - 1) * linear + last_linear + projection) * (2 if backward else 1) \
-            + ((shape["vision_layers"] - 1) * attention + last_attention) * (3 if backward else 1)
-
-    patches = 2 * n * 3 * shape["patch"] ** 2 * d
-    if part == "phase1":  # online and momentum
-        return patches + tower(n + 3, backward=True) + tower(n + 3)
-    return patches + tower(n + 1) + tower(n + 3, backward=part == "phase2")  # query and target pass
-
-
-def matmul_flops(dtype: torch.dtype, device: torch.device, size: int = 8192, rounds: int = 10) -> float:
-    """Operations per second of a size^3 matrix product, the best of `rounds`."""
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size ** 3 / min(timed(lambda: a @ b, 1, device)["wall_s"] for _ in range(rounds))
-
-
-def checks(part: str, ours: dict[str, float], plain: dict[str, float],
-           sizes: dict[str, Any]) -> list[dict[str, Any]]:
+def checks(part: str, sides: dict[str, Result], sizes: dict[str, Any]) -> list[dict[str, Any]]:
     """What is required at the published sizes, and nothing at others: [{what, value, bound, met}]."""
-    gpu, arch = sizes["device"].startswith("cuda"), sizes["arch"]
-    published = all(sizes[name] == PUBLISHED[name] for name in PUBLISHED if name != "sizes")
+    arch, gpu = sizes["arch"], sizes["device"] != "cpu"
+    published = all(sizes[name] == PUBLISHED[name] for name in PUBLISHED if name != "sizes") and not gpu
+    full_size, ours = sizes["sizes"] == PUBLISHED["sizes"], sides.get("ours", {})
     wanted: list[tuple[str, float, str, float]] = []
-    if part in FASTER and arch in FASTER[part] and published and not gpu:
-        wanted.append(("plain / ours in CPU-seconds", plain["cpu_s"] / ours["cpu_s"], ">=",
-                       FASTER[part][arch]))
-        wanted.append(("ours / plain in memory", ours["memory_gib"] / plain["memory_gib"], "<=", 0.5))
-    if part == "metrics" and sizes["sizes"] == PUBLISHED["sizes"]:
-        # On a busy machine seconds exceed CPU-seconds, which then bound what an idle one would take.
-        wanted.append(("seconds", ours["wall_s"] if gpu else min(ours["wall_s"], ours["cpu_s"]), "<=", 25.0))
-        wanted.append(("GB", ours["memory_gib"] * 2 ** 30 / 1e9, "<=", 2.0))
-    if part == "encode" and gpu and arch == "ViT-B/16" and sizes["precision"] == "bf16":
-        wanted.append(("share of the matrix peak", ours["matmul_share"], ">=", 0.5))
+    if part in FASTER and arch in FASTER[part] and published:
+        plain = sides["plain"]
+        wanted += [("plain / ours in CPU-seconds", plain["cpu_s"] / ours["cpu_s"], ">=", FASTER[part][arch]),
+                   ("ours / plain in memory", ours["memory_gib"] / plain["memory_gib"], "<=", 0.5)]
+    if part == "metrics" and full_size:
+        wanted += [("seconds" if gpu else "CPU-seconds", ours["wall_s" if gpu else "cpu_s"], "<=", 25.0),
+                   ("GB", ours["memory_gib"] * 2 ** 30 / 1e9, "<=", 2.0)]
+    if part == "encode" and full_size:
+        wanted.append(("passes of the tower", ours["passes"], "<=", 1.05))
+    if part == "search" and sizes["search_sizes"] == SEARCH:
+        wanted += [(f"ours / FAISS in CPU-seconds, {ratio['name']}", ratio["cpu"], "<=", 1.0)
+                   for ratio in search_ratios(sides["both"]["cases"])]
     return [{"what": what, "value": value, "bound": f"{sign} {bound:g}",
              "met": value >= bound if sign == ">=" else value <= bound}
             for what, value, sign, bound in wanted]
 
 
-def isolated(part: str, side: str, sizes: dict[str, Any]) -> dict[str, Any]:
-    """`measure` in a fresh process. Raises ValueError when memory runs out: by then it is often killed."""
+def isolated(part: str, side: str, sizes: dict[str, Any]) -> Result:
+    """`measure` in a fresh process. Raises ValueError where it is killed, as for lack of memory."""
     # threads that wait for a busy core would spin, and that would count
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(measure, part, side, sizes).result()
         except BrokenProcessPool:
-            reason = "was killed, probably for lack of memory"
-        except (RuntimeError, MemoryError) as error:  # PyTorch's allocators have no type of their own
-            if isinstance(error, RuntimeError) and not re.search("alloc|overflow", str(error)):
-                raise
-            reason = f"lacked memory ({one_line(error)})"
-    raise ValueError(f"{part} ({side}) {reason}; lower --batch or the sizes, or run another --part")
+            raise ValueError(f"{part} ({side}) was killed, probably for lack of memory; lower --batch or the "
+                             "sizes, or run another --part") from None
 
 
-def describe(name: str, result: dict[str, float]) -> str:
-    text = f"{name:<16} {result['cpu_s']:9.2f} CPU-s {result['wall_s']:9.2f} s"
-    text += f" {result['memory_gib']:7.2f} GiB"
-    if "images_per_s" in result:
-        text += f" {result['images_per_s']:8.1f} images/s"
-    if "matmul_share" in result:
-        text += f" {result['matmul_share']:7.1%} of {result['matmul_peak_tflops']:.0f} TFLOP/s"
-    if "queries_timed" in result:
-        text += f"  (time scaled from {result['queries_timed']:.0f} queries)"
+def describe(part: str, side: str, result: Result) -> str:
+    """What was measured, a line; of search a line a case."""
+    if part == "search":
+        return "\n".join(
+            f"search {ratio['name']:<24}" + "".join(
+                f" {name} {case[f'{name}_wall_s']:.4f} s ({case[f'{name}_cpu_s']:.4f} CPU-s)"
+                for name in ("ours", "faiss", "blas", "once"))
+            + f"  ours / FAISS {ratio['cpu']:.2f} in CPU-s, {ratio['wall']:.2f} in s"
+            for case, ratio in zip(result["cases"], search_ratios(result["cases"])))
+    if part == "encode":
+        return (f"encode: the tower {result['pass_s_per_image']:.4f} s an image, the adapter "
+                f"{result['adapter_s_per_image']:.4f} s ({result['adapter_passes']:.2f} passes); the fit of "
+                f"{result['images']:,} images {result['fit_s']:.2f} s, a closed form {result['passes']:.4f} "
+                "passes an image")
+    text = f"{part + ' ' + side:<16} {result['cpu_s']:9.2f} CPU-s {result['wall_s']:9.2f} s" \
+        f" {result['memory_gib']:7.2f} GiB"
+    if result.get("queries_timed") == PLAIN_QUERIES:
+        text += f"  (time scaled from {PLAIN_QUERIES} queries)"
     return text
 
 
 def compare(part: str, sizes: dict[str, Any]) -> dict[str, Any]:
-    """Measures both sides of a part and prints them."""
-    sides = {}
-    for side in ("ours", "plain"):
-        sides[side] = isolated(part, side, sizes)
-        print(describe(f"{part} {side}", sides[side]), flush=True)
-    ours, plain = sides["ours"], sides["plain"]
-    ratios = {name: plain[name] / ours[name] for name in ("cpu_s", "wall_s", "memory_gib") if ours[name]}
-    return {**sides, "plain_over_ours": ratios, "required": checks(part, ours, plain, sizes)}
-
-
-def compare_closed_form(sizes: dict[str, Any]) -> dict[str, Any]:
-    """Measures what a closed form costs and prints it beside one pass of the tower."""
-    cost = isolated("closed-form", "ours", sizes)
-    print(f"closed-form      {cost['passes']:.4f} passes of the tower per training image: a pass "
-          f"{cost['pass_s_per_image']:.4f} s, the fit of {cost['images']:,} images {cost['fit_s']:.2f} s",
-          flush=True)
-    required = [{"what": "passes of the tower", "value": cost["passes"], "bound": f"<= {PASSES}",
-                 "met": cost["passes"] <= PASSES}] if sizes["sizes"] == PUBLISHED["sizes"] else []
-    return {"ours": cost, "plain_over_ours": {}, "required": required}
-
-
-def compare_search(sizes: dict[str, Any]) -> dict[str, Any]:
-    """Measures search beside FAISS and prints every case; nothing but a line where FAISS is not installed."""
-    if find_spec("faiss") is None:
+    """Measures and prints the sides of a part; {} where FAISS is not installed."""
+    if part == "search" and find_spec("faiss") is None:
         print("search not measured: faiss-cpu is not installed; `pip install faiss-cpu`, or choose another "
               "--part", flush=True)
-        return {"cases": [], "plain_over_ours": {}, "required": []}
-    found = isolated("search", "both", sizes)
-    required, ratios = [], {}
-    for case in found["cases"]:
-        name = f"{case['queries']} queries, {case['threads']} threads"
-        ratio = case["ours_wall_s"] / min(case["faiss_wall_s"], case["blas_wall_s"])
-        print(f"search {name:<24}" + "".join(f" {side} {case[f'{side}_wall_s']:.4f} s "
-                                             f"({case[f'{side}_cpu_s']:.4f} CPU-s)"
-                                            for side in ("ours", "faiss", "blas", "once")), flush=True)
-        ratios[f"{case['threads']}x{case['queries']}"] = 1 / ratio
-        if sizes["search_sizes"] == SEARCH:
-            required.append({"what": f"ours / FAISS, {name}", "value": ratio, "bound": "<= 1",
-                             "met": ratio <= 1})
-    return {**found, "required": required, "plain_over_ours": ratios}
+        return {"required": []}
+    sides = {}
+    for side in PARTS[part]:
+        sides[side] = isolated(part, side, sizes)
+        print(describe(part, side, sides[side]), flush=True)
+    ratios = {f"{side} / ours": [sides[side][unit] / sides["ours"][unit]
+                                 for unit in ("cpu_s", "wall_s", "memory_gib")]
+              for side in PARTS[part][1:]}
+    return {**sides, "ratios": ratios, "required": checks(part, sides, sizes)}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m ucdr_ref.bench.speed", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("ucdr_ref.bench.speed", __doc__)
     parser.add_argument("--arch", choices=SHAPES, default="ViT-B/32")
     parser.add_argument("--part", choices=(*PARTS, "all"), default="all")
-    numbers = (("batch", 50, "images per step"), ("classes", 245, "training classes"),
-               ("domains", 5, "source domains"), ("context", 16, "learnable context vectors"),
-               ("steps", 0, "steps measured (0: 2 on a CPU, 20 on a GPU)"))
-    for name, default, text in numbers:
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
-    parser.add_argument("--sizes", type=int, nargs=3, metavar=("Q", "G", "E"), default=PUBLISHED["sizes"],
-                        help="queries, gallery and feature width of the metrics (default: 8000 20000 512)")
-    parser.add_argument("--search-sizes", type=int, nargs=2, metavar=("G", "E"), default=SEARCH,
-                        help="gallery and feature width of the search (default: 200000 512)")
+    for name, count, default, text in (
+            ("batch", None, 50, "images a step"), ("classes", None, 245, "training classes"),
+            ("domains", None, 5, "source domains"), ("context", None, 16, "learnable context vectors"),
+            ("steps", None, 2, "steps measured after the first"),
+            ("sizes", 3, PUBLISHED["sizes"], "queries, gallery and width of the metrics"),
+            ("search-sizes", 2, SEARCH, "gallery and width of the search")):
+        parser.add_argument(f"--{name}", type=int, nargs=count, default=default, metavar="N",
+                            help=f"{text} (default: {default})")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU when there is one)")
-    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
-                        help="of both sides (default: fp32)")
-    parser.add_argument("--json", type=result_file, metavar="FILE",
-                        help="write everything measured, with machine and versions")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
+    parser.add_argument("--json", type=result_file, metavar="FILE", help="write everything measured")
     args = parser.parse_args(argv)
-    if args.steps < 0 or min(args.batch, args.classes, args.domains, args.context, *args.sizes,
-                             *args.search_sizes) < 1:
+    if min(args.batch, args.classes, args.domains, args.context, args.steps, *args.sizes,
+           *args.search_sizes) < 1:
         parser.error("sizes must be at least 1")
     return args
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measures, prints the ratios last, writes the JSON; 1 when a required figure was missed, else 0."""
+def measure_all(args: argparse.Namespace) -> bool:
+    """Measures, prints the ratios last, writes the JSON; whether every required figure was met."""
     device = pick_device(args.device)
     sizes = {name: value for name, value in vars(args).items() if name not in ("json", "part")}
-    sizes.update(device=str(device), steps=args.steps or (20 if device.type == "cuda" else 2))
-    print(", ".join(f"{name} {value}" for name, value in (versions() | sizes).items()), flush=True)
-    special = {"search": compare_search, "closed-form": compare_closed_form}
-    parts = {part: special[part](sizes) if part in special else compare(part, sizes)
-             for part in (PARTS if args.part == "all" else (args.part,))}
-    met = True
-    print("\nplain / ours: CPU-seconds, seconds, memory (search: FAISS / ours, seconds, for each line above)")
+    sizes["device"] = str(device)
+    print(", ".join(f"{name} {value}" for name, value in (versions(device) | sizes).items()), flush=True)
+    parts = {part: compare(part, sizes) for part in (PARTS if args.part == "all" else (args.part,))}
+    print("\nCPU-seconds, seconds, memory")
     for part, result in parts.items():
-        print(f"{part:<8} " + " ".join(f"{value:8.2f}x" for value in result["plain_over_ours"].values()))
+        for name, values in result.get("ratios", {}).items():
+            print(f"{part:<8} {name} " + " ".join(f"{value:8.2f}x" for value in values))
         for check in result["required"]:
-            met &= check["met"]
             verdict = "met" if check["met"] else "MISSED"
-            print(f"{'':<8} {check['what']} {check['value']:.2f}, required {check['bound']}: {verdict}")
+            print(f"{part:<8} {check['what']} {check['value']:.2f}, required {check['bound']}: {verdict}")
+    met = all(check["met"] for result in parts.values() for check in result["required"])
     if args.json:
-        everything = {"versions": versions(), "sizes": sizes, "parts": parts, "all_met": met}
-        write_results(args.json, everything)
-    return 0 if met else 1
+        write_results(args.json, {"versions": versions(device), "sizes": sizes, "parts": parts,
+                                  "all_met": met})
+    return met
 
 
 def main(argv: list[str] | None = None) -> int:
-    missed = 0
+    met = True
 
-    def measured(argv: list[str] | None) -> None:
-        nonlocal missed
-        missed = run(parse(argv))
+    def run(argv: list[str] | None) -> None:
+        nonlocal met
+        met = measure_all(parse(argv))
 
-    return command(measured, argv) or missed
+    return run_command(run, argv) or int(not met)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Linear layers of frozen weights, on a CPU by oneDNN, which comes with PyTorch."""
+"""Linear layers; those of frozen weights on a CPU by oneDNN, which comes with PyTorch."""
 from __future__ import annotations
 
 from typing import Any
@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Without AVX-512 oneDNN is no faster than PyTorch's own way.
+# oneDNN is no faster without it.
 AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-ONEDNN = AVX512 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+ONEDNN = AVX512 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -18,7 +18,7 @@ def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class OneDNNLinear(torch.autograd.Function):
-    """x @ weight.T + bias, with a gradient for x alone."""
+    """With a gradient for x alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -32,10 +32,9 @@ class OneDNNLinear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """F.linear: x [..., i], weight [o, i], bias [o] -> [..., o].
+    """F.linear: x [..., i], weight [o, i], bias [o] -> [..., o], the same within rounding.
 
-    On a CPU PyTorch's float32 products go to MKL, which leaves up to half of the speed of AMD's processors
-    unused. Where weight and bias are frozen, this takes oneDNN: the same within rounding.
+    PyTorch's own way, MKL, leaves up to half of the speed of AMD's processors unused.
     """
     frozen = not (weight.requires_grad or bias.requires_grad)
     float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")

@@ -1,7 +1,6 @@
 """CLIP's two transformer towers (Radford et al. 2021), under the parameter names of OpenAI's files.
 
-The shapes of the weights give the architecture. Between `embed`, `blocks` and `pool` of the vision tower a
-method inserts tokens.
+A method inserts tokens between `embed`, `blocks` and `pool` of the vision tower.
 """
 from __future__ import annotations
 
@@ -14,14 +13,11 @@ from torch import Tensor, nn
 
 from .linear import Linear, linear
 
-
-def select(x: Tensor, at: int | None) -> Tensor:
-    """x [b, L, w] -> its token `at` alone, [b, 1, w]; x itself when None."""
-    return x if at is None else x.select(1, at).unsqueeze(1)
+ALL = slice(None)  # tokens
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm in float32 whatever the input's type, cast back."""
+    """In float32 whatever the input's type."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
@@ -29,7 +25,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with OpenAI's stacked `in_proj` (rows: query, key, value)."""
+    """Multi-head; the rows of `in_proj` are query, key, value."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -38,19 +34,19 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = Linear(width, width)
 
-    def forward(self, x: Tensor, at: int | None = None, causal: bool = False) -> Tensor:
-        """x [b, L, w] -> [b, L, w]; with `at`, only that token's output [b, 1, w]."""
+    def forward(self, x: Tensor, at: slice = ALL, causal: bool = False) -> Tensor:
+        """x [b, L, w] -> the outputs of its tokens `at`"""
         w = x.shape[-1]
-        q = linear(select(x, at), self.in_proj_weight[:w], self.in_proj_bias[:w])
+        q = linear(x[:, at], self.in_proj_weight[:w], self.in_proj_bias[:w])
         k, v = linear(x, self.in_proj_weight[w:], self.in_proj_bias[w:]).chunk(2, dim=-1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
-        # A process may hold no image, which PyTorch's flash attention long refused.
+        # A process may hold no image, which flash attention refused.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=causal) if len(x) else q
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
-    """Two layers with QuickGELU, x * sigmoid(1.702 x), written as silu(1.702 x) / 1.702: fewer tensors."""
+    """QuickGELU, x * sigmoid(1.702 x), is written as silu(1.702 x) / 1.702: fewer tensors."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -62,15 +58,13 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attn(ln_1(x)), then x + mlp(ln_2(x)); arguments as of `Attention`."""
-
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.attn, self.ln_1 = Attention(width, heads), LayerNorm(width)
         self.mlp, self.ln_2 = MLP(width), LayerNorm(width)
 
-    def forward(self, x: Tensor, at: int | None = None, causal: bool = False) -> Tensor:
-        x = select(x, at) + self.attn(self.ln_1(x), at, causal)
+    def forward(self, x: Tensor, at: slice = ALL, causal: bool = False) -> Tensor:
+        x = x[:, at] + self.attn(self.ln_1(x), at, causal)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -79,8 +73,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
 
-    def forward(self, x: Tensor, at: int | None = None, causal: bool = False) -> Tensor:
-        """x [b, L, w] -> [b, L, w]; with `at`, the last block computes only that token: [b, 1, w]."""
+    def forward(self, x: Tensor, at: slice = ALL, causal: bool = False) -> Tensor:
+        """x [b, L, w] -> its tokens `at`, the only ones that the last block computes"""
         *body, last = self.resblocks
         for block in body:
             x = block(x, causal=causal)
@@ -88,8 +82,7 @@ class Transformer(nn.Module):
 
 
 class VisionTower(nn.Module):
-    def __init__(self, image_size: int, patch: int, width: int, layers: int, heads: int,
-                 embed_dim: int) -> None:
+    def __init__(self, image_size: int, patch: int, width: int, layers: int, heads: int, e: int) -> None:
         super().__init__()
         self.image_size = image_size
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
@@ -98,50 +91,49 @@ class VisionTower(nn.Module):
         self.ln_pre = LayerNorm(width)
         self.transformer = Transformer(width, layers, heads)
         self.ln_post = LayerNorm(width)
-        self.proj = nn.Parameter(torch.empty(width, embed_dim))
+        self.proj = nn.Parameter(torch.empty(width, e))
 
     def embed(self, images: Tensor) -> Tensor:
-        """images [b, 3, H, W] -> patch tokens [b, n, d] with their positions; ValueError for another size."""
+        """images [b, 3, H, W] -> patch tokens [b, n, d] with positions; ValueError for another size."""
         size = self.image_size
         if images.shape[1:] != (3, size, size) or not images.is_floating_point():
-            raise ValueError(f"images are {images.dtype} {list(images.shape)}, expected floating-point "
-                             f"[b, 3, {size}, {size}], as clip.preprocess({size}) gives them")
-        images = images.to(self.conv1.weight.dtype)
-        return self.conv1(images).flatten(2).transpose(1, 2) + self.positional_embedding[1:]
+            raise ValueError(f"images are {images.dtype} {list(images.shape)}, expected float "
+                             f"[b, 3, {size}, {size}] as of clip.preprocess({size})")
+        patches = self.conv1(images.to(self.conv1.weight.dtype))
+        return patches.flatten(2).transpose(1, 2) + self.positional_embedding[1:]
 
     def class_token(self, count: int, embedding: Tensor | None = None) -> Tensor:
-        """The class token (`embedding` [d], CLIP's own when None) with position 0: [count, 1, d]."""
+        """`embedding` [d] (CLIP's own when None) with position 0 -> [count, 1, d]"""
         token = (self.class_embedding if embedding is None else embedding) + self.positional_embedding[0]
         return token.expand(count, 1, -1)
 
     def blocks(self, tokens: Tensor, at: int) -> Tensor:
-        """tokens [b, L, d] -> ln_pre -> blocks -> token `at` [b, d]; only one token is ever pooled."""
-        return self.transformer(self.ln_pre(tokens), at).squeeze(1)
+        """tokens [b, L, d] -> ln_pre -> blocks -> token `at` [b, d]"""
+        return self.transformer(self.ln_pre(tokens), slice(at, at + 1)).squeeze(1)
 
     def pool(self, token: Tensor, proj: Tensor | None = None) -> Tensor:
-        """token [b, d] -> ln_post -> projection (`proj` [d, e], CLIP's own when None) -> [b, e]."""
+        """token [b, d] -> ln_post -> `proj` [d, e] (CLIP's own when None) -> [b, e]"""
         return self.ln_post(token) @ (self.proj if proj is None else proj)
 
     def forward(self, images: Tensor) -> Tensor:
-        tokens = self.embed(images)
-        tokens = torch.cat([self.class_token(len(images)).to(tokens.dtype), tokens], dim=1)
+        patches = self.embed(images)
+        tokens = torch.cat([self.class_token(len(images)).to(patches.dtype), patches], dim=1)
         return self.pool(self.blocks(tokens, at=0))
 
 
 class CLIP(nn.Module):
-    """Both towers, uninitialised; the image tower alone (`has_text` is False) when `context_length` is 0."""
+    """Both towers, uninitialised; the image tower alone when `context_length` is 0."""
 
     def __init__(self, *, image_size: int, patch: int, embed_dim: int,
-                 vision_width: int, vision_layers: int, vision_heads: int,
-                 context_length: int = 0, vocab_size: int = 0,
-                 text_width: int = 0, text_layers: int = 0, text_heads: int = 0) -> None:
+                 vision_width: int, vision_layers: int, vision_heads: int, context_length: int = 0,
+                 vocab_size: int = 0, text_width: int = 0, text_layers: int = 0, text_heads: int = 0) -> None:
         super().__init__()
         self.image_size, self.patch, self.embed_dim = image_size, patch, embed_dim
         self.vision_width, self.text_width, self.context_length = vision_width, text_width, context_length
         self.visual = VisionTower(image_size, patch, vision_width, vision_layers, vision_heads, embed_dim)
-        self.logit_scale = nn.Parameter(torch.empty(()))
         self.has_text = context_length > 0
         if self.has_text:
+            self.logit_scale = nn.Parameter(torch.empty(()))
             self.token_embedding = nn.Embedding(vocab_size, text_width)
             self.positional_embedding = nn.Parameter(torch.empty(context_length, text_width))
             self.transformer = Transformer(text_width, text_layers, text_heads)
@@ -149,58 +141,44 @@ class CLIP(nn.Module):
             self.text_projection = nn.Parameter(torch.empty(text_width, embed_dim))
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """images [b, 3, H, W], preprocessed -> features [b, e], not normalised."""
+        """images [b, 3, H, W], preprocessed -> features [b, e], not normalised"""
         return self.visual(images)
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        """ids [b, L] of `tokenize` -> features [b, e], not normalised; ValueError without a text tower."""
+        """ids [b, L] -> features [b, e], not normalised; ValueError for an image tower alone."""
         self.require_text()
-        eot = ids.argmax(dim=-1)  # end-of-text has the largest id in the vocabulary
-        ids = ids[:, : int(eot.max()) + 1]  # attention is causal: nothing after end-of-text is read
+        eot = ids.argmax(dim=-1)  # end-of-text has the largest id
+        ids = ids[:, : int(eot.max()) + 1]  # attention is causal: what follows is not read
         x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
         x = self.transformer(x, causal=True)
-        return self.pool_text(x[torch.arange(len(x), device=x.device), eot])
-
-    def pool_text(self, token: Tensor) -> Tensor:
-        """end-of-text token [b, t] -> ln_final -> projection -> [b, e]"""
-        return self.ln_final(token) @ self.text_projection
+        return self.ln_final(x[torch.arange(len(x), device=x.device), eot]) @ self.text_projection
 
     def require_text(self) -> None:
         if not self.has_text:
-            raise ValueError("these weights hold CLIP's image tower alone: use a full CLIP file "
-                             "(weights/README.md) or, for UCDR-Adapter, --class-features prototypes")
+            raise ValueError("these weights are an image tower alone: use a full CLIP file or, for "
+                             "UCDR-Adapter, --class-features prototypes")
 
     @classmethod
     def from_state_dict(cls, sd: Mapping[str, Tensor], heads: int | None = None,
                         dtype: torch.dtype = torch.float32) -> CLIP:
-        """The model that the shapes describe, frozen, with the weights `sd` cast to `dtype`.
+        """The model that the shapes describe, frozen; heads: of both towers, width / 64 when None.
 
-        heads: of both towers; width / 64 when None. Raises ValueError for a ResNet CLIP and for missing or
-        unexpected keys and shapes, which it lists.
+        Raises as `infer_architecture`; RuntimeError lists missing and unexpected keys and shapes.
         """
         with torch.device("meta"):
             model = cls(**infer_architecture(sd, heads))
-        weights = {key: value.to(dtype, copy=True) for key, value in sd.items()}
-        if not model.has_text:  # an image tower has no use for it
-            weights.setdefault("logit_scale", torch.zeros((), dtype=dtype))
-        try:
-            model.load_state_dict(weights, assign=True)
-        except RuntimeError as error:
-            raise ValueError(f"not a complete ViT CLIP: {' '.join(str(error).split())}") from None
+        model.load_state_dict({key: value.to(dtype, copy=True) for key, value in sd.items()}, assign=True)
         return model.eval().requires_grad_(False)
 
 
 def infer_architecture(sd: Mapping[str, Tensor], heads: int | None = None) -> dict[str, int]:
-    """The arguments of `CLIP` that the shapes of OpenAI's names tell; ValueError if they fit no ViT."""
-    if "visual.layer1.0.conv1.weight" in sd:
-        raise ValueError("this is a ResNet CLIP; only the ViT family is supported (ViT-B/32, B/16, L/14)")
-    for key in ("visual.conv1.weight", "visual.positional_embedding", "visual.proj"):
-        if key not in sd:
-            raise ValueError(f"not a ViT CLIP: {key} is missing")
+    """The arguments of `CLIP`; ValueError for another family."""
+    if "visual.proj" not in sd:
+        raise ValueError("no ViT CLIP (ViT-B/32, B/16, L/14; a ResNet?): visual.proj is missing")
 
     def head_count(width: int) -> int:
         if heads is None and width % 64:
-            raise ValueError(f"a width of {width} is no multiple of 64: give the number of `heads`")
+            raise ValueError(f"a width of {width} is no multiple of 64: give `heads`")
         return heads or width // 64
 
     layers = [key.split(".")[0] for key in sd if key.endswith(".ln_1.weight")]  # "visual" or "transformer"

@@ -1,18 +1,14 @@
-"""CLIP's byte-pair tokenizer on the standard library (Radford et al. 2021, section 2.4): text in, ids out.
+"""CLIP's byte-pair tokenizer (Radford et al. 2021, section 2.4) on the standard library; OpenAI's merges.
 
-The 49,408 ids are those of openai/CLIP. The merges in `bpe_merges.txt.gz` are OpenAI's (MIT, see
-`bpe_merges.LICENSE`). OpenAI's tokenizer cleans text with `ftfy` and splits it with `regex`; without them
-
-- mojibake is not guessed at: "cafÃ©" stays and does not become "café"; `ftfy`'s other repairs are done;
-- a letter or number younger than the running Python's Unicode table counts as a symbol;
-- terminal colour codes, entities in capitals ("&EACUTE;") and those escaped more than three times over stay.
+OpenAI's cleans text with `ftfy` and splits it with `regex`. Without them mojibake ("cafÃ©"), colour codes of
+terminals, entities in capitals ("&EACUTE;") and those escaped more than three times stay as they are, and
+letters and numbers younger than the running Python's Unicode table count as symbols.
 """
 from __future__ import annotations
 
 import functools
 import gzip
 import html
-import itertools
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -23,7 +19,7 @@ import torch
 MERGES = Path(__file__).with_name("bpe_merges.txt.gz")
 START, END = "<|startoftext|>", "<|endoftext|>"
 
-# `'s` and its like, and the special tokens, win over the runs below at the position where they begin.
+# They win over the runs below.
 _WHOLE = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)", re.IGNORECASE)
 _RUN = re.compile("L+|N|S+")
 _ENTITY = re.compile("&#?[0-9A-Za-z]{1,24};")
@@ -31,12 +27,10 @@ _ENTITY = re.compile("&#?[0-9A-Za-z]{1,24};")
 
 @functools.cache
 def _vocabulary() -> tuple[dict[int, str], dict[str, int], dict[tuple[str, str], int]]:
-    """Byte -> symbol, symbol -> id, symbol pair -> merge rank; the merges are read once, on first use."""
+    """Byte -> symbol, symbol -> id, symbol pair -> merge rank."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     symbols = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
-    if not MERGES.is_file():
-        raise FileNotFoundError(f"{MERGES} is missing; copy it along with tokenizer.py")
     lines = gzip.decompress(MERGES.read_bytes()).decode("utf-8").splitlines()
     merges = [(first, second) for first, second in map(str.split, lines)]
     words = [*symbols.values(), *(f"{symbol}</w>" for symbol in symbols.values()), *map("".join, merges)]
@@ -46,7 +40,7 @@ def _vocabulary() -> tuple[dict[int, str], dict[str, int], dict[tuple[str, str],
 
 @functools.cache
 def _repairs() -> dict[int, str]:
-    """The part of `ftfy.fix_text` that maps one character to a fixed replacement."""
+    """What `ftfy.fix_text` puts for single characters."""
     controls = [*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)]
     ligatures = [0x132, 0x133, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB07)]
     widths = [0x3000, *range(0xFF01, 0xFFEF)]
@@ -60,9 +54,7 @@ def _repairs() -> dict[int, str]:
 
 def _clean(text: str) -> str:
     """Repaired, in NFC, without HTML entities, single spaces, lower case."""
-    # Joins surrogate pairs; a lone surrogate, which has no bytes in UTF-8, becomes U+FFFD.
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    # As in ftfy: from the first line with a "<" on, entities wait until after the repairs.
+    # As in ftfy: from the first line with a "<" on, entities wait until the repairs are done.
     tagged = text.rfind("\n", 0, text.find("<")) + 1 if "<" in text else len(text)
     text = _ENTITY.sub(lambda match: html.unescape(match[0]), text[:tagged]) + text[tagged:]
     text = unicodedata.normalize("NFC", text.translate(_repairs()))
@@ -71,15 +63,14 @@ def _clean(text: str) -> str:
 
 def _kind(char: str) -> str:
     """`L` letter, `N` number, ` ` separator, `S` anything else."""
-    # CLIP's pattern, which ignores case, never matches a lone U+0345: it folds to a letter and is none.
-    if char in " \u0345":
+    if char in " \u0345":  # CLIP's pattern ignores case, so U+0345 folds to a letter, and is none
         return " "
     category = unicodedata.category(char)[0]
     return category if category in "LN" else "S"
 
 
 def _split(text: str) -> Iterator[str]:
-    """Cleaned text -> the words, single numbers and runs of symbols that are encoded one by one."""
+    """Cleaned text -> words, single numbers and runs of symbols."""
     kinds = "".join(map(_kind, text))
     at = 0
     while at < len(text):
@@ -92,14 +83,14 @@ def _split(text: str) -> Iterator[str]:
 
 @functools.lru_cache(maxsize=2**15)
 def _bpe(word: str) -> tuple[int, ...]:
-    """Ids of one word: merges the pair of the lowest rank, everywhere, until no pair has a rank."""
+    """Ids of a word: merges the pair of the lowest rank, everywhere, until no pair has a rank."""
     symbols, ids, ranks = _vocabulary()
     if word in (START, END):
         return (ids[word],)
-    parts = [symbols[byte] for byte in word.encode("utf-8")]
+    parts = [symbols[byte] for byte in word.encode("utf-8", "replace")]
     parts[-1] += "</w>"
     while len(parts) > 1:
-        best = min(itertools.pairwise(parts), key=lambda pair: ranks.get(pair, len(ranks)))
+        best = min(zip(parts, parts[1:]), key=lambda pair: ranks.get(pair, len(ranks)))
         if best not in ranks:
             break
         merged = parts[:1]
@@ -113,24 +104,21 @@ def _bpe(word: str) -> tuple[int, ...]:
 
 
 def encode(text: str) -> list[int]:
-    """Ids of `text` between the start-of-text id 49406 and the end-of-text id 49407."""
+    """Ids of a text, between start-of-text (49406) and end-of-text (49407)."""
     ids = _vocabulary()[1]
-    return [ids[START], *itertools.chain.from_iterable(map(_bpe, _split(_clean(text)))), ids[END]]
+    words = _split(_clean(text))
+    return [ids[START], *(number for word in words for number in _bpe(word)), ids[END]]
 
 
 def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: bool = False) -> torch.Tensor:
-    """Ids of b texts (or of one), [b, L] int64, padded with 0.
-
-    A text of more than `context_length` ids is a ValueError; with `truncate` it is cut before end-of-text.
-    """
+    """b texts (or one) -> ids [b, L], padded with 0; ValueError for a longer text, unless `truncate`."""
     rows = [texts] if isinstance(texts, str) else texts
     result = torch.zeros(len(rows), context_length, dtype=torch.long)
     for row, text in zip(result, rows):
         ids = encode(text)
         if len(ids) > context_length:
             if not truncate:
-                raise ValueError(f"the text {text[:80]!r} has {len(ids)} tokens, more than the "
-                                 f"{context_length} that CLIP reads: shorten it")
+                raise ValueError(f"{text[:80]!r}: {len(ids)} tokens, CLIP reads {context_length}; shorten it")
             ids = ids[: context_length - 1] + ids[-1:]
         row[: len(ids)] = torch.tensor(ids)
     return result

@@ -1,4 +1,4 @@
-"""Zero-shot CLIP: its image transform, its text for a class, and its features behind a method's `encode`."""
+"""Zero-shot CLIP: its image transform, its text for a class, and the baseline."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -17,12 +17,12 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 def preprocess(image_size: int) -> Transform:
-    """CLIP's evaluation transform: image -> [3, H, W]: `resize_crop`, then `normalize`."""
+    """CLIP's evaluation transform: image -> [3, H, W] float32."""
     return transforms.Compose([resize_crop(image_size), normalize])
 
 
 def resize_crop(image_size: int) -> Transform:
-    """image, taken as RGB -> uint8 [3, H, W]: short side resized (bicubic), centre crop."""
+    """image -> uint8 [3, H, W], RGB: short side resized (bicubic), centre crop."""
     return transforms.Compose([
         rgb, transforms.Resize(image_size, transforms.InterpolationMode.BICUBIC, antialias=True),
         transforms.CenterCrop(image_size), transforms.PILToTensor()])
@@ -33,42 +33,33 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def normalize(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
-    """uint8 [..., 3, H, W] -> (images / 255 - mean) / std, float32, on the images' device.
-
-    On a CPU the bits are those of torchvision's ToTensor and Normalize, image by image.
-    """
-    # Tensors all three: a GPU would multiply by the reciprocal of a number, which differs in the last bit.
-    numbers = torch.tensor([[255.0] * 3, mean, std], device=images.device)
-    scale, shift, width = numbers.view(3, 3, 1, 1)
-    values = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    return values.div_(scale).sub_(shift).div_(width)
+    """uint8 [..., 3, H, W] -> (images / 255 - mean) / std, float32; the bits are torchvision's."""
+    # A tensor, as a GPU multiplies by the reciprocal of a number, which differs in the last bit.
+    scale, shift, width = torch.tensor([[255.0] * 3, mean, std], device=images.device).view(3, 3, 1, 1)
+    return images.contiguous().div(scale).sub_(shift).div_(width)
 
 
 def class_to_text(name: str) -> str:
-    """A class folder's name as text: underscores become spaces."""
     return name.replace("_", " ")
 
 
 def check_names(names: Sequence[str]) -> None:
     if isinstance(names, str) or not len(names):
-        raise ValueError(f"names are {names!r}, expected a list of one or more")
+        raise ValueError(f"names are {names!r}, not a list of one or more")
 
 
-def class_text_features(clip: CLIP, class_names: Sequence[str], chunk: int = 256) -> Tensor:
-    """L2-normalised features [c, e] of "a photo of a {name}", no gradient.
-
-    Raises ValueError for an image tower, or when there is no name or one text in place of names.
-    """
+def class_text_features(clip: CLIP, class_names: Sequence[str]) -> Tensor:
+    """L2-normalised features [c, e] of "a photo of a {name}"; ValueError without a text tower or names."""
     clip.require_text()
     check_names(class_names)
     ids = tokenize([f"a photo of a {class_to_text(name)}" for name in class_names], clip.context_length)
     with torch.no_grad():
-        features = [clip.encode_text(part.to(clip.logit_scale.device)) for part in ids.split(chunk)]
+        features = [clip.encode_text(part.to(clip.logit_scale.device)) for part in ids.split(256)]
     return F.normalize(torch.cat(features).float(), dim=-1)
 
 
 class ZeroShot(nn.Module):
-    """CLIP without any training, behind a method's `encode`: the baseline."""
+    """CLIP as a method that needs no training."""
 
     PHASES: tuple[str, ...] = ()
 

@@ -6,18 +6,16 @@ from __future__ import annotations
 
 import os
 import random
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ..cli import read_json
+from ..cli import as_value_error, read_json
 from ..config import Config
-from .folders import Tree, abbreviate, compare_counts, folder_key, match, scan
+from .folders import Tree, abbreviate, compare_counts, folder_key, match, named_like, scan
 from .images import Files
 
 HERE = Path(__file__).parent
@@ -29,21 +27,18 @@ Splits = dict[str, list[str]]  # train, val and test classes
 
 @dataclass(frozen=True)
 class Dataset:
-    """A benchmark: its folders, its classes, and the numbers of images that it was published with."""
+    """A benchmark of `splits/datasets.json`."""
 
-    title: str
-    domains: dict[str, tuple[str, ...]]  # domain: folders below the root that may be it; empty: all folders
+    domains: dict[str, list[str]]  # domain: folders below the root that may be it; empty: all folders
     gallery: str
-    seen: tuple[str, ...]  # domain of the validation queries: the first that is not held out
-    lists: tuple[str, str, str]  # of `splits/`: train, without what stands in the others, val, test
-    metric: str = "mAP@200"  # as published, and by which epochs are chosen (D5)
-    aliases: dict[str, str] = field(default_factory=dict)  # domain: list of `aliases/`
-    versions: dict[str, dict[str, int]] = field(default_factory=dict)  # version: images of each domain
+    seen: list[str]  # domain of the validation queries: the first that is not held out
+    lists: list[str]  # of `splits/`: train, without what stands in the others, val, test
+    metric: str  # as published, and by which epochs are chosen (D5)
+    counts: dict[str, dict[str, int]]  # {version: images of each domain}, to compare with
 
     def splits(self) -> Splits:
         train, val, test = map(class_list, self.lists)
-        others = {*val, *test}
-        return {"train": [name for name in train if name not in others], "val": val, "test": test}
+        return {"train": [name for name in train if name not in {*val, *test}], "val": val, "test": test}
 
 
 def class_list(name: str) -> list[str]:
@@ -51,40 +46,13 @@ def class_list(name: str) -> list[str]:
 
 
 def alias_list(name: str) -> dict[str, str]:
-    """{folder name as in the archive: class name}."""
-    lines = (HERE / "aliases" / f"{name}.tsv").read_text(encoding="utf-8").splitlines()
+    """{folder name as in the archive: class name}; empty where a domain has no such list."""
+    path = HERE / "aliases" / f"{name}.tsv"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return dict(line.split("\t") for line in lines)
 
 
-# Images: DomainNet's own pages; Sketchy and TU-Berlin: what the downloads hold, and what papers write.
-SKETCHY = Dataset(
-    "Sketchy",
-    {"sketch": ("sketch", "256x256/sketch"),
-     "extended_photo": ("extended_photo", "EXTEND_image_sketchy", "256x256/extended_photo",
-                        "256x256/EXTEND_image_sketchy")},
-    "extended_photo", ("sketch",), ("sketchy-all", "sketchy-val-eccv", "sketchy-test-eccv"),
-    versions={"download": dict(sketch=75481, extended_photo=73002),
-              "papers": dict(sketch=75471, extended_photo=73002)})
-DATASETS = {
-    "toy": Dataset("the drawn data", {}, "real", ("clipart", "infograph"),
-                   ("toy-train", "toy-val", "toy-test")),
-    "domainnet": Dataset(
-        "DomainNet",
-        {name: (name,) for name in ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")},
-        "real", ("painting", "infograph"), ("domainnet-train", "domainnet-val", "domainnet-test"),
-        versions={"original": dict(clipart=48837, infograph=53201, painting=75759, quickdraw=172500,
-                                   real=175327, sketch=70386),
-                  "cleaned": dict(clipart=48129, infograph=51605, painting=72266, quickdraw=172500,
-                                  real=172947, sketch=69128)}),
-    "sketchy": SKETCHY,
-    "sketchy-random": replace(
-        SKETCHY, lists=("sketchy-all", "sketchy-val-random", "sketchy-test-random"), metric="mAP@all"),
-    "tuberlin": Dataset(
-        "TU-Berlin", {"sketches": ("sketches", "png"), "images": ("images", "ImageResized")},
-        "images", ("sketches",), ("tuberlin-train", "tuberlin-val", "tuberlin-test"), "mAP@all",
-        aliases={"sketches": "tuberlin-sketches", "images": "tuberlin-images"},
-        versions={"download": dict(sketches=20000, images=204070),
-                  "papers": dict(sketches=20000, images=204489)})}
+DATASETS = {name: Dataset(**row) for name, row in read_json(HERE / "splits" / "datasets.json").items()}
 
 
 @dataclass(frozen=True)
@@ -100,7 +68,7 @@ class Test:
         for what, files in {"query": self.query, **self.galleries}.items():
             if not files:
                 raise ValueError(f"{self.protocol} with queries of {self.query_domain}: no image left for "
-                                 f"{what}; class split and folders have no class in common")
+                                 f"{what}; add images, or change the class split")
 
 
 @dataclass(frozen=True)
@@ -117,11 +85,10 @@ class Protocol:
 
     @property
     def all_tests(self) -> list[Test]:
-        """The validation's first, where there is one."""
         return [self.validation, *self.tests] if self.validation else self.tests
 
     def digests(self) -> dict[str, tuple[int, str]]:
-        """Length and digest of every file list, so that two runs can be seen to use the same images."""
+        """Length and digest of every file list: equal where two runs use the same images."""
         lists = {"train": self.train}
         for test in self.all_tests:
             lists |= {f"{test.protocol} query": test.query}
@@ -149,7 +116,7 @@ def draw(paths: list[str], count: int, seed: str) -> list[str]:
 
 
 def released_order(paths: list[str], i: int) -> list[str]:
-    """The order in which the released code takes the files of class i: numpy's permutation, seed i (D7)."""
+    """The files of class i in the released code's order: numpy's permutation, seed i (D7)."""
     return [paths[k] for k in np.random.RandomState(i).permutation(len(paths))]
 
 
@@ -170,20 +137,19 @@ def ud_sample(config: Config, name: str, i: int, paths: list[str]) -> list[str]:
 
 
 def build_protocol(config: Config) -> Protocol:
-    """The protocol of the config's dataset; ValueError or FileNotFoundError where the data does not fit."""
+    """The protocol of the config's dataset; ValueError where the data does not fit."""
     root, notes, dataset = config.data_root, list[str](), DATASETS.get(config.dataset)
-    if dataset and (config.domains or config.class_split):
-        raise ValueError("--domains and --class-split are for --dataset folder, and this is "
-                         f"{config.dataset}; leave them out")
-    tree = scan(root, dataset.domains if dataset else {name: (name,) for name in config.domains}, notes)
     if dataset:
+        if config.domains or config.class_split:
+            raise ValueError("--domains and --class-split are for --dataset folder, and this is "
+                             f"{config.dataset}; leave them out")
         splits = dataset.splits()
-        aliases = {domain: alias_list(name) for domain, name in dataset.aliases.items()}
-        tree = match(tree, notes, sum(splits.values(), []), dataset.title, aliases)
+        aliases = {domain: alias_list(f"{config.dataset}-{domain}") for domain in dataset.domains}
+        tree = match(scan(root, dataset.domains, notes), notes, sum(splits.values(), []), aliases)
     else:
-        tree = match(tree, notes)
+        tree = match(scan(root, {name: (name,) for name in config.domains}, notes), notes)
         splits = folder_split(config, tree, notes)
-    notes += compare_counts(tree, dataset.versions if dataset else {})
+    notes += compare_counts(tree, dataset.counts if dataset else {})
     held_out, gallery, seen = roles(config, dataset, tree)
     train, val, test = splits["train"], splits["val"], splits["test"]
     if config.train_classes == "train+val":  # D10
@@ -198,15 +164,9 @@ def build_protocol(config: Config) -> Protocol:
     else:
         hold, sample, first = partial(held_back, config), partial(ud_sample, config), train[:UD_CLASSES]
         kept = images(gallery, train, hold)
-        galleries = {"unseen": unseen, "mixed": unseen + kept}
-        tests = [Test("UCDR", held_out, images(held_out, test), galleries)]
-        released = config.ud_gallery == "trained"  # D7
-        ud_query = images(held_out, first, sample)
-        ud_gallery = images(gallery, first, sample if released else hold)
-        if released and not (ud_query and ud_gallery):
-            notes.append("note     UdCDR is left out: int(p n), the released draw from a class, is 0 here")
-        else:
-            tests.append(Test("UdCDR", held_out, ud_query, {"seen": ud_gallery}))
+        tests = [Test("UCDR", held_out, images(held_out, test), {"unseen": unseen, "mixed": unseen + kept})]
+        ud_gallery = images(gallery, first, sample if config.ud_gallery == "trained" else hold)  # D7
+        tests.append(Test("UdCDR", held_out, images(held_out, first, sample), {"seen": ud_gallery}))
 
     sources = sorted(domain for domain in tree if domain != held_out)
     trained, not_trained = Files([], [], []), set(kept.paths)
@@ -216,8 +176,7 @@ def build_protocol(config: Config) -> Protocol:
     present = set(trained.classes)
     names = [name for name in train if name in present]
     if len(names) < 2:
-        raise ValueError(f"{root}: {len(names)} training classes have images in {', '.join(sources)}; give "
-                         "two or more")
+        raise ValueError(f"{root}: {len(names)} training classes have images; give two or more")
 
     validation, selected = None, None
     if config.selection != "last":
@@ -229,42 +188,30 @@ def build_protocol(config: Config) -> Protocol:
         if len(set(validation.galleries[chosen].classes)) > 1:
             selected = chosen, dataset.metric if dataset else "mAP@200"
         else:
-            notes.append("note     one class of validation images, of which any ranking is right: the last "
-                         "epoch is kept")
-    if config.variant == "released" and config.prompt_length > 1:
-        notes.append(f"note     the released code cannot run with p = {config.prompt_length} (D16): here a "
-                     "class or domain has p rows, as the paper says")
-    strokes = set(map(folder_key, config.stroke_domains))
-    inverted = [domain for domain in tree if folder_key(domain) in strokes]
-    notes.append(f"note     colours inverted (D14): {', '.join(inverted) or 'of no domain'}")
+            notes.append("note     validation images of one class cannot choose: the last epoch is kept")
+    inverted = ", ".join(named_like(tree, config.stroke_domains)) or "of no domain"
+    notes.append(f"note     colours inverted (D14): {inverted}")
     return Protocol(root, names, sources, trained, validation, tests, gallery, selected, notes)
 
 
 def roles(config: Config, dataset: Dataset | None, tree: Tree) -> tuple[str | None, str, str]:
     """The held-out domain, if any, the gallery's, and that of the validation's queries."""
-    there = ", ".join(sorted(tree))
-
-    def named(flag: str, name: str) -> str:
-        for domain in (name, *tree):
-            if domain in tree and folder_key(domain) == folder_key(name):
-                return domain
-        raise ValueError(f"{flag} {name!r}: no such domain in {config.data_root}; there are {there}")
-
-    held_out = None if config.held_out == "none" else named("--held-out", config.held_out)
-    usual = [name for name in ("real", "photo", "photos", "images", *sorted(tree)) if name in tree]
-    gallery = named("--gallery", config.gallery or (dataset.gallery if dataset else usual[0]))
-    others = dataset.seen if dataset else sorted({*tree} - {gallery})
-    seen = named("--seen", config.seen or next((name for name in others if name != held_out), gallery))
-    if held_out in (gallery, seen) or held_out is None and seen == gallery:
+    domains = {folder_key(domain): domain for domain in tree}
+    usual = [name for name in ("real", "photo", "photos", "images", *sorted(domains)) if name in domains]
+    gallery = config.gallery or (dataset.gallery if dataset else usual[0])
+    others = dataset.seen if dataset else sorted({*domains} - {folder_key(gallery)})
+    seen = config.seen or next((name for name in others if name != config.held_out), gallery)
+    named = [domains.get(folder_key(name), "") for name in (config.held_out, gallery, seen)]
+    wrong = named[1] == named[2] if config.held_out == "none" else named[0] in ("", *named[1:])
+    if wrong or "" in named[1:]:
         raise ValueError(f"--held-out {config.held_out}, --gallery {gallery} and --seen {seen}: expected "
-                         f"different domains; there are {there}")
-    return held_out, gallery, seen
+                         f"different domains out of {', '.join(sorted(tree))}")
+    return named[0] or None, named[1], named[2]
 
 
 def folder_split(config: Config, tree: Tree, notes: list[str]) -> Splits:
     """Classes of a folder dataset: of --class-split, or 70/10/20 % drawn with seed 0."""
     present = sorted({name for classes in tree.values() for name in classes})
-    where = f"--class-split {config.class_split}"
     if not config.class_split:
         count = len(present)
         if count < 4:
@@ -274,21 +221,14 @@ def folder_split(config: Config, tree: Tree, notes: list[str]) -> Splits:
         test, val = max(1, count // 5), max(1, count // 10)
         return {"test": sorted(order[:test]), "val": sorted(order[test:test + val]),
                 "train": sorted(order[test + val:])}
-    data = read_json(config.class_split)
-    keys = {"train": ("train", "seen"), "val": ("val", "val_unseen"), "test": ("test", "unseen")}
-    splits: dict[str, Any] = {part: next((data[key] for key in names if key in data), None)
-                              for part, names in keys.items()}
-    try:
-        listed = [folder_key(name) for names in splits.values() for name in names]
-    except TypeError:
-        raise ValueError(f"{where}: expected lists of class names under train (or seen), val (or val_unseen) "
-                         "and test (or unseen)") from None
-    if twice := [name for name, count in Counter(listed).items() if count > 1]:
-        raise ValueError(f"{where}: {abbreviate(sorted(twice))} stand in more than one part, or twice in one")
-    spelt = {folder_key(name): name for name in present}
-    if missing := sorted({*listed} - {*spelt}):
-        raise ValueError(f"{where}: no folder in {config.data_root} for {abbreviate(missing)}")
-    if others := [name for key, name in spelt.items() if key not in set(listed)]:
-        notes.append(f"note     {len(others)} class folders are not in the class split and not used: "
-                     f"{abbreviate(others, 100)}")
-    return {part: [spelt[folder_key(name)] for name in names] for part, names in splits.items()}
+    data, spelt = read_json(config.class_split), {folder_key(name): name for name in present}
+    with as_value_error(f"--class-split {config.class_split}", f"does not fit {config.data_root}",
+                        "expected its class folders, each once, in lists train (or seen), val (or "
+                        "val_unseen) and test (or unseen)"):
+        splits: Splits = {}
+        for part, other in (("train", "seen"), ("val", "val_unseen"), ("test", "unseen")):
+            splits[part] = [spelt.pop(folder_key(name)) for name in data[part if part in data else other]]
+    if spelt:
+        notes.append(f"note     {len(spelt)} class folders are not in the class split and not used: "
+                     f"{abbreviate(spelt.values(), 100)}")
+    return splits

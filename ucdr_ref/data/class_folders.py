@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,6 @@ from ..distributed import derive_seed
 from .features import Extractor, load_index
 from .folders import abbreviate, folder_key, list_images
 from .images import Files
-
-SYNSET_ID = re.compile(r"n\d{8}")
 
 
 @dataclass(frozen=True)
@@ -37,47 +34,38 @@ def scan_class_folder(flag: str, root: str, names: Sequence[str], ids: Sequence[
 
     names, ids: of the c classes, ids being WordNet's. A folder bears a class's name or id or both (I2AwA:
     `antelope-n02419796`); a name of several classes is no name. only: class indices; other folders are left
-    out. Raises FileNotFoundError for a missing folder, ValueError for one without images of wanted classes,
-    images outside a class folder and, without `only`, folders of no class.
+    out. ValueError for a folder without images of wanted classes and, without `only`, folders of no class.
     """
-    where = f"{flag} {root}"
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"{where}: no such folder; expected <folder>/<class>/<image>")
+        raise FileNotFoundError(f"{flag} {root}: no such folder; expected <folder>/<class>/<image>")
     if os.path.isdir(inner := os.path.join(root, "JPEGImages")):
         root = inner
-    real = os.path.realpath(root)
-    paths = [path for path, *_ in list_images(real, [])]
-    if stray := [path for path in paths if os.sep not in path]:
-        raise ValueError(f"{where}: {stray[0]} lies in no class folder; expected <folder>/<class>/<image>")
+    root = os.path.realpath(root)
+    paths = [path for path, *_ in list_images(root, [])]
     keys = [folder_key(name) for name in names]
     count = Counter(keys)
-    known = {key: k for k, key in enumerate(keys) if count[key] == 1}
-    known |= {synset: k for k, synset in enumerate(ids)}
+    known = {key: k for k, key in enumerate(keys) if count[key] == 1} | {ids[k]: k for k in range(len(names))}
 
     def class_of(folder: str) -> int:
         name, _, synset = folder.rpartition("-")
-        both = (synset, folder_key(name)) if SYNSET_ID.fullmatch(synset) else ()
+        both = (synset, folder_key(name)) if synset[:1] == "n" and synset[1:].isdigit() else ()
         return next((known[key] for key in (folder_key(folder), *both) if key in known), -1)
 
     folders = [path.split(os.sep)[0] for path in paths]
     classes = {folder: class_of(folder) for folder in sorted(set(folders))}
     wanted = range(len(names)) if only is None else only
     skipped = [folder for folder, k in classes.items() if k not in wanted]
-    if only is None and skipped:
-        raise ValueError(f"{where}: folders that are none of the graph's {len(names)} classes: "
-                         f"{abbreviate(skipped)}; rename or remove them, or build a graph with these classes")
-    if len(skipped) == len(classes):
-        raise ValueError(f"{where}: no folder is named after a seen class; there are {abbreviate(skipped)}")
+    if skipped and (only is None or len(skipped) == len(classes)):
+        raise ValueError(f"{flag} {root}: expected <folder>/<class>/<image>, a folder named after one of the "
+                         f"{len(wanted)} classes; there are {abbreviate(skipped)}")
     used = [i for i, folder in enumerate(folders) if classes[folder] in wanted]
     labels = [classes[folders[i]] for i in used]
-    files = Files([os.path.join(real, paths[i]) for i in used], [names[k] for k in labels],
-                  [os.path.basename(real)] * len(used))
+    files = Files([os.path.join(root, paths[i]) for i in used], [names[k] for k in labels],
+                  [os.path.basename(root)] * len(used))
     return ClassFolder(root, files, labels, skipped)
 
 
 class Features(NamedTuple):
-    """Features of the images of one or more class folders."""
-
     rows: Tensor  # [n, e], on the CPU
     paths: list[str]
     labels: Tensor  # [n], class indices
@@ -85,17 +73,15 @@ class Features(NamedTuple):
 
 def load_features(folders: Sequence[ClassFolder], extractor: Extractor, key: str, cache: Path) -> Features:
     """All in memory; the rest as `load_index`. ValueError for an unreadable image."""
-    rows, paths, labels = list[Tensor](), list[str](), list[int]()
+    rows, paths, label = list[Tensor](), list[str](), dict[str, int]()
     for folder in folders:
         index = load_index(folder.root, extractor, key, cache, without=folder.skipped)
         if index.unreadable:
             raise ValueError(f"{index.unreadable[0]}; replace or remove it")
-        label = dict(zip(folder.files.paths, folder.labels))
-        used = [i for i in range(len(index.paths)) if index.path(i) in label]
-        rows.append(index.features[used])
-        paths += map(index.path, used)
-        labels += [label[index.path(i)] for i in used]
-    return Features(torch.cat(rows), paths, torch.tensor(labels))
+        label |= zip(folder.files.paths, folder.labels)
+        rows.append(index.features)
+        paths += map(index.path, range(len(index.paths)))
+    return Features(torch.cat(rows), paths, torch.tensor([label[path] for path in paths]))
 
 
 @lru_cache(maxsize=8)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..cli import ProgressLine, digest_of, load_state, make_folder, one_line, save_atomic
 from ..clip.zero_shot import normalize, resize_crop
 from ..distributed import all_gather, autocast, rank, world_size
-from .folders import File, folder_key, list_images
+from .folders import File, list_images, named_like
 from .images import Files, ImageDataset, load_batches, split_indices
 
 EVAL_BATCH = 128
@@ -39,8 +39,7 @@ class Extractor:
                unreadable: list[str] | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(indices [b], features [b, e], inverted [b]) of the readable images of each batch of indices.
 
-        invert: as `ImageDataset` takes it; unreadable: as `load_batches`. ValueError as there, and for
-        features that are not finite.
+        invert: of `ImageDataset`; unreadable, ValueError: as `load_batches`, and for features not finite.
         """
         transform = resize_crop(self.method.clip.image_size)
         dataset = ImageDataset(files, transform, self.stroke_domains, invert=invert)
@@ -93,21 +92,14 @@ class Index:
         return os.path.join(self.folder, self.paths[i])
 
 
-def stroke_folder(path: str, stroke_domains: Collection[str]) -> str:
-    """The first folder on a relative path that is named like a stroke domain (D14); empty without one."""
-    strokes = set(map(folder_key, stroke_domains))
-    return next((part for part in Path(path).parts[:-1] if folder_key(part) in strokes), "")
-
-
 def load_index(folder: str | os.PathLike[str], extractor: Extractor, key: str, cache: Path,
                invert: str = "domain", without: Collection[str] = ()) -> Index:
     """The index of all images below `folder`: from its file in `cache` as far as it goes, the rest encoded.
 
     key: digest of the method and its weights. without: folders in it that are passed over. Folders below
     `folder`, not above it, tell which images are of a stroke domain. An image is encoded again when its path,
-    size or times change. The file is written about once a minute, and when the encoding ends or is
-    interrupted; of two processes that write it the last one wins. ValueError when no image is readable, and
-    as `list_images`, `Extractor.stream` and `save_atomic`.
+    size or times change. The file is written about once a minute, at the end and when interrupted; the last
+    of two processes wins. ValueError when no image is readable, and as `list_images` and `Extractor.stream`.
     """
     root, notes, unreadable = os.path.realpath(folder), list[str](), list[str]()
     listed = list_images(root, notes)
@@ -115,57 +107,49 @@ def load_index(folder: str | os.PathLike[str], extractor: Extractor, key: str, c
         print(line, file=sys.stderr)
     strokes = sorted(extractor.stroke_domains)
     path = cache / f"{digest_of([root, key, invert, extractor.precision, strokes])[:32]}.pt"
-    row, parts = load_rows(path, listed)
-    known, files = len(row), [file for file in listed if file[0].split(os.sep)[0] not in without]
-    if new := [file for file in files if file not in row]:
+    stored = load_rows(path)
+    rows = {file: stored[file] for file in listed if file in stored}
+    known, files = len(rows), [file for file in listed if file[0].split(os.sep)[0] not in without]
+    if new := [file for file in files if file not in rows]:
         make_folder(cache)
         names = [name for name, *_ in new]
-        images = Files([os.path.join(root, name) for name in names], names,
-                       [stroke_folder(name, strokes) for name in names])
-        stream = extractor.stream(images, split_indices(len(new), EVAL_BATCH), invert, unreadable)
-        next_save = time.monotonic() + SAVE_SECONDS
+        domains = [next(iter(named_like(Path(name).parts[:-1], strokes)), "") for name in names]  # D14
+        images = Files([os.path.join(root, name) for name in names], names, domains)
+        saved = time.monotonic()
         try:
-            for indices, features, inverted in stream:
-                parts.append(torch.cat([features.cpu(), inverted[:, None]], dim=1))
-                for i in indices.tolist():
-                    row[new[i]] = len(row)
-                if (start := time.monotonic()) > next_save:
-                    save_rows(path, row, parts)
-                    next_save = start + max(SAVE_SECONDS, 100 * (time.monotonic() - start))
+            for indices, features, inverted in extractor.stream(
+                    images, split_indices(len(new), EVAL_BATCH), invert, unreadable):
+                joined = torch.cat([features.cpu(), inverted[:, None]], dim=1)
+                rows |= zip([new[i] for i in indices], joined)
+                if time.monotonic() > saved + SAVE_SECONDS:
+                    save_rows(path, rows)
+                    saved = time.monotonic()
         finally:
-            if len(row) > known:
-                save_rows(path, row, parts)
-    found = [file for file in files if file in row]
+            if len(rows) > known:
+                save_rows(path, rows)
+    found = [file for file in files if file in rows]
     if not found:
         raise ValueError(f"none of the {len(files)} images below {root} could be read: {unreadable[0]}")
-    rows = take(torch.cat(parts) if new else parts[0], [row[file] for file in found])
-    return Index(root, [name for name, *_ in found], rows[:, :-1], rows[:, -1] > 0, unreadable,
+    table = torch.stack([rows[file] for file in found])
+    return Index(root, [name for name, *_ in found], table[:, :-1], table[:, -1] > 0, unreadable,
                  len(new) - len(unreadable))
 
 
-def take(rows: Tensor, order: list[int]) -> Tensor:
-    """Rows in this order; as they are on the disk, not in memory, where it is theirs."""
-    return rows if order == list(range(len(rows))) else rows[order]
+def save_rows(path: Path, rows: dict[File, Tensor]) -> None:
+    """rows: {image: [e + 1], features and whether it was inverted}."""
+    names = "\0".join(name for name, *_ in rows)  # one text and two tensors are quick to read
+    state = torch.tensor([state for _, *state in rows])
+    save_atomic({"names": names, "state": state, "rows": torch.stack(list(rows.values()))}, path)
 
 
-def save_rows(path: Path, row: dict[File, int], parts: list[Tensor]) -> None:
-    """row: each image's row in the joined parts [m, e + 1], features and whether it was inverted."""
-    names = "\0".join(name for name, *_ in row)  # one text and one tensor are quick to read
-    state = torch.tensor([state for _, *state in row])
-    save_atomic({"names": names, "state": state, "rows": torch.cat(parts)}, path)
-
-
-def load_rows(path: Path, files: Collection[File]) -> tuple[dict[File, int], list[Tensor]]:
-    """What `save_rows` wrote of `files`; nothing, with a notice, where the file is broken."""
+def load_rows(path: Path) -> dict[File, Tensor]:
+    """What `save_rows` wrote; nothing, with a notice, where the file is broken."""
     if not path.exists():
-        return {}, []
+        return {}
     try:
         content = load_state(path)
-        names, state = content["names"].split("\0"), content["state"].tolist()
-        stored = {(name, *values): i for i, (name, values) in enumerate(zip(names, state, strict=True))}
-        kept = [file for file in files if file in stored]
-        rows = take(content["rows"], [stored[file] for file in kept])
-        return {file: i for i, file in enumerate(kept)}, [rows]
+        files = zip(content["names"].split("\0"), content["state"].tolist(), content["rows"], strict=True)
+        return {(name, *state): row for name, state, row in files}
     except Exception as error:  # whatever is wrong with it, it can be made anew
         print(f"{path}: broken index ({one_line(error)}); the images are encoded again", file=sys.stderr)
-        return {}, []
+        return {}

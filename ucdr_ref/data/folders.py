@@ -1,12 +1,12 @@
 """Folders as they come out of archives -> {domain: {class: paths}}, with a note for whatever is not used.
 
-Links are followed, hidden names and the folders of runs passed over, and the order is that of the names.
+Links are followed, hidden names and folders of runs passed over; the order is that of the names.
 """
 from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 Tree = dict[str, dict[str, list[str]]]  # domain -> class -> sorted paths
@@ -14,15 +14,14 @@ File = tuple[str, int, int, int]  # path below a folder, size, times of modifica
 ENDINGS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".webp", ".avif", ".gif", ".bmp",
                      ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico"))
 AUGMENTED = "tx_000000000000"  # Sketchy's unchanged images, beside folders of shifted and scaled copies
-DEEP = "did the archive unpack one level too deep?"
-OWN = "images of your own need --dataset folder"
+ADVICE = "did the archive unpack one level too deep? images of your own need --dataset folder"
 
 
 def walk(root: str, runs: list[str]) -> Iterator[tuple[str, list[str], list[str], list[str]]]:
-    """(folder, names of the folders in it, paths of images, of other files) for `root` and all below it.
+    """(folder, names of folders in it, paths of images, of other files) for `root` and all folders below it.
 
-    Folders of this package's runs, whose pictures are no data, go to `runs`. ValueError for a folder that
-    cannot be listed, and for a link back to a folder in which it lies.
+    Folders of runs, whose pictures are no data, go to `runs`. ValueError for a folder that cannot be listed,
+    and for a link back to a folder in which it lies.
     """
     def fail(error: OSError) -> None:
         raise ValueError(f"{error.filename!r}: cannot list this folder ({error.strerror})") from error
@@ -55,9 +54,8 @@ def list_images(root: str, notes: list[str]) -> list[File]:
     for _, _, images, more in walk(root, runs):
         others += more
         for path in filter(os.path.isfile, images):
-            status = os.stat(path)
-            name = os.path.relpath(path, root)
-            found.append((name, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+            info = os.stat(path)
+            found.append((os.path.relpath(path, root), info.st_size, info.st_mtime_ns, info.st_ctime_ns))
     if not found:
         raise ValueError(f"{root}: no images below this folder{formats(others)}")
     note(notes, runs, "folders of runs are not used")
@@ -67,21 +65,20 @@ def list_images(root: str, notes: list[str]) -> list[File]:
 def scan(root: str, domains: Mapping[str, Sequence[str]], notes: list[str]) -> Tree:
     """Sorted images of `<root>/<domain>/<class>/*`; domains: {domain: folders that may be it}, or empty: all.
 
-    `notes` gets a line for each kind of thing that is not used. ValueError for a missing domain, a named
-    domain or a class folder without images, and as `walk`.
+    `notes` gets a line for each kind of thing that is not used. ValueError for a domain or a class folder
+    without images, and as `walk`.
     """
-    runs, others, empty, no_domain = list[str](), list[str](), list[str](), list[str]()
+    runs, others, empty = list[str](), list[str](), list[str]()
     _, present, elsewhere, _ = next(walk(root, runs))
     tree: Tree = {}
     for domain in domains or present:
-        names = domains.get(domain, [domain])
-        place = next((path for name in names if os.path.isdir(path := os.path.join(root, name))), "")
-        if not place:
-            raise ValueError(f"{root}: no domain folder {' or '.join(map(repr, names))}; there are "
-                             f"{abbreviate(present) or 'none'}; {DEEP} ({OWN})")
+        places = [os.path.join(root, name) for name in domains.get(domain, [domain])]
+        place = next(filter(os.path.isdir, places), None)
+        if place is None:
+            continue
         if os.path.isdir(unchanged := os.path.join(place, AUGMENTED)):
-            if copies := sorted({*os.listdir(place)} - {AUGMENTED}):
-                notes.append(f"note     {domain}: only {AUGMENTED} is used, not {abbreviate(copies)}")
+            copies = sorted({*os.listdir(place)} - {AUGMENTED})
+            notes.append(f"note     {domain}: only {AUGMENTED} is used, not {abbreviate(copies) or 'copies'}")
             place = unchanged
         classes, bare = {}, []
         for folder, _, images, more in walk(place, runs):
@@ -96,17 +93,15 @@ def scan(root: str, domains: Mapping[str, Sequence[str]], notes: list[str]) -> T
         if classes:
             tree[domain] = classes
             empty += bare
-        else:
-            no_domain.append(domain)
-    if not tree or domains and no_domain:
-        where = abbreviate(no_domain if domains else ["<domain>"])
-        raise ValueError(f"{root}: found no images in {where}/<class>/*{formats(others)}; {DEEP}")
+    absent = [" or ".join(names) for domain, names in domains.items() if domain not in tree]
+    if absent or not tree:
+        where = abbreviate(absent) or "<domain>"
+        raise ValueError(f"{root}: no images in {where}/<class>/*{formats(others)}; there are the folders "
+                         f"{abbreviate(present) or 'none'}; {ADVICE}")
     if empty:
         raise ValueError(f"{len(empty)} class folders without images, such as {empty[0]}{formats(others)}; "
                          "fill or remove them")
-    note(notes, elsewhere, "images lie elsewhere than at <domain>/<class>/<image> and are not used")
-    note(notes, others, "files have unknown endings and are not used")
-    note(notes, no_domain, "folders hold no class folder with images and are no domains")
+    note(notes, [*elsewhere, *others], "files are no images at <domain>/<class>/<image> and are not used")
     note(notes, runs, "folders of runs are not used")
     return tree
 
@@ -133,6 +128,12 @@ def folder_key(name: str) -> str:
     return "_".join(words) or folded
 
 
+def named_like(names: Iterable[str], others: Collection[str]) -> list[str]:
+    """Those of `names` that are one of `others` by `folder_key`."""
+    keys = set(map(folder_key, others))
+    return [name for name in names if folder_key(name) in keys]
+
+
 def abbreviate(names: Iterable[str], count: int = 8) -> str:
     """The first names of many, and how many more there are."""
     names = list(names)
@@ -140,58 +141,46 @@ def abbreviate(names: Iterable[str], count: int = 8) -> str:
 
 
 def compare_counts(tree: Tree, published: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """Lines of each domain's images beside {version: {domain: images}}; they inform and never refuse."""
+    """Lines of each domain's images beside {version: {domain: images}}; never an error."""
     found = {domain: sum(map(len, classes.values())) for domain, classes in tree.items()}
-    lines, total = [], sum(found.values())
-    for domain, images in [*found.items(), ("total", total)]:
-        counts = {name: version[domain] if domain in found else sum(version[each] for each in found)
-                  for name, version in published.items()}
-        line = f"data     {domain:<14} {images:>7,} images"
-        line += f", {len(tree[domain])} classes" if domain in tree else ""
-        if same := [name for name, count in counts.items() if count == images]:
-            line += f"; as published ({', '.join(same)})"
-        elif counts:
-            differences = [f"{name} {count:,} ({images - count:+,})" for name, count in counts.items()]
-            line += f"; differs from {', '.join(differences)}"
-        lines.append(line)
+    lines = []
+    for domain, images in [*found.items(), ("total", sum(found.values()))]:
+        classes = f", {len(tree[domain])} classes" if domain in tree else ""
+        counts = [f"{name} {version.get(domain, sum(version.values())):,}"
+                  for name, version in published.items()]
+        beside = f"; published: {', '.join(counts)}" if counts else ""
+        lines.append(f"data     {domain:<14} {images:>7,} images{classes}{beside}")
     return lines
 
 
-def match(tree: Tree, notes: list[str], expected: Sequence[str] = (), title: str = "",
+def match(tree: Tree, notes: list[str], expected: Sequence[str] = (),
           aliases: Mapping[str, Mapping[str, str]] = {}) -> Tree:  # noqa: B006
     """The tree with one name for a class: the expected one, or the one that it has in its first domain.
 
-    aliases: {domain: {folder: class}}. Folders of no expected class are left out, with a note. ValueError
-    names expected classes that have no folder, and two folders of a domain that are one class.
+    aliases: {domain: {folder: class}}. Folders of no expected class are left out, with a note. ValueError for
+    an expected class without a folder, and for two folders of a domain that are one class.
     """
-    names = {folder_key(name): name for name in expected}
-    other: dict[str, str] = {}  # spelling: sentence
-    matched: Tree = {}
-    problems = []
+    names: dict[str, str] = {}
+    for name in expected or [folder for classes in tree.values() for folder in classes]:
+        names.setdefault(folder_key(name), name)
+    matched, spelt = {}, list[str]()
     for domain, classes in tree.items():
-        also = {folder_key(folder): folder_key(name) for folder, name in aliases.get(domain, {}).items()}
         found: dict[str, str] = {}
         for folder in classes:
-            key = folder_key(folder)
-            before = found.setdefault(key if key in names else also.get(key, key), folder)
-            if before != folder:
-                raise ValueError(f"domain {domain}: the folders {before!r} and {folder!r} are one class, as "
-                                 "case and punctuation do not tell classes apart; join or rename them")
-        if not expected:
-            for key, folder in found.items():
-                if names.setdefault(key, folder) != folder:
-                    other.setdefault(folder, f"{folder!r} ({domain}) = {names[key]!r}")
-        missing = abbreviate(sorted(name for key, name in names.items() if key not in found), 100)
-        strange = abbreviate(sorted(folder for key, folder in found.items() if key not in names), 100)
-        if expected and missing:
-            problems.append(f"{title}, domain {domain}: no folder for {missing}; folders that are no class: "
-                            f"{strange or 'none'}")
-        elif strange:
-            notes.append(f"note     {domain}: folders that are no class of {title} are not used: {strange}")
+            key = folder_key(aliases.get(domain, {}).get(folder, folder))
+            if key in found:
+                raise ValueError(f"domain {domain}: the folders {found[key]!r} and {folder!r} are one class, "
+                                 "whatever case and punctuation; join or rename them")
+            found[key] = folder
+            if not expected and folder != names[key]:
+                spelt.append(f"{folder!r} ({domain}) = {names[key]!r}")
+        strange = abbreviate(sorted(found[key] for key in found.keys() - names.keys()), 100)
+        if missing := sorted(names[key] for key in names.keys() - found.keys() if expected):
+            raise ValueError(f"domain {domain}: no folder for {abbreviate(missing, 100)}; folders of no "
+                             f"class: {strange or 'none'}; {ADVICE}")
+        if strange:
+            notes.append(f"note     {domain}: folders of no class are not used: {strange}")
         matched[domain] = {name: classes[found[key]] for key, name in names.items() if key in found}
-    if problems:
-        raise ValueError(". ".join(problems) + ("" if all(matched.values()) else f"; {DEEP} ({OWN})"))
-    if other:
-        notes.append("note     class folders spelt in two ways are one class each: "
-                     f"{abbreviate(other.values())}")
+    if spelt:
+        notes.append(f"note     class folders spelt in two ways are one class each: {abbreviate(spelt)}")
     return matched

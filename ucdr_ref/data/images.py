@@ -26,18 +26,17 @@ from torchvision import transforms
 from ..cli import one_line
 from ..clip.zero_shot import CLIP_MEAN, CLIP_STD, Transform
 from ..distributed import derive_seed
-from .folders import folder_key
+from .folders import named_like
 
 # Mean and standard deviation of the training images' normalisation (D4).
 STATISTICS = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
-MAX_PIXELS = 120_000_000
 MAX_RATIO = 1000  # of the sides: a longer strip would be scaled to gigabytes with its short side
 WAIT_SECONDS = 120  # for the next batch of a process that reads images
 
 
 @dataclass(frozen=True)
 class Files:
-    """A list of images with their labels as text; the three lists have one length."""
+    """A list of images with their labels as text."""
 
     paths: list[str]
     classes: list[str]
@@ -53,7 +52,7 @@ class Files:
         return Files(*([column[i] for i in indices] for column in (self.paths, self.classes, self.domains)))
 
     def digest(self, root: str) -> str:
-        """sha256 over the paths below `root`: two runs can be seen to use the same list."""
+        """sha256 over the paths, relative to `root`."""
         names = "\n".join(os.path.relpath(path, root) for path in self.paths)
         return hashlib.sha256(os.fsencode(names)).hexdigest()
 
@@ -61,18 +60,16 @@ class Files:
 def open_image(path: str) -> Image.Image:
     """An image as RGB: first frame, upright, transparency over white, deep grey scaled to 8 bits.
 
-    Raises ValueError that names the file when it is not a readable image.
+    ValueError for a file that is no readable image.
     """
     try:
         Image.init()
         formats = [name for name in Image.OPEN if name != "EPS"]  # which Ghostscript would execute
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of size, an error below, and of broken EXIF
+            warnings.simplefilter("ignore")  # of size, an error where twice as large, and of broken EXIF
             with Image.open(path, formats=formats) as image:
-                long, short = max(image.size), min(image.size)
-                if long * short > MAX_PIXELS or long > MAX_RATIO * short:
-                    raise ValueError(f"{image.width} x {image.height} pixels: expected at most {MAX_PIXELS}, "
-                                     f"and one side at most {MAX_RATIO} times the other")
+                if max(image.size) > MAX_RATIO * min(image.size):
+                    raise ValueError(f"a side is over {MAX_RATIO} times the other")
                 ImageOps.exif_transpose(image, in_place=True)
                 return to_rgb(image)
     except Exception as error:  # decoders raise anything on damaged files
@@ -82,13 +79,10 @@ def open_image(path: str) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     if image.mode == "F" or image.mode.startswith("I"):
-        values = np.array(image, dtype=np.float32)
-        highest = values.max(where=np.isfinite(values), initial=0)
-        # The least number of bits that holds them: 12-bit images come in 16. Fractions are parts of white.
-        white = 1 if image.mode == "F" and highest <= 1 else 2 ** max(8, int(highest).bit_length()) - 1
-        np.nan_to_num(values, copy=False).clip(0, white, out=values)
-        values *= 255 / white
-        image = Image.fromarray(np.rint(values, out=values).astype(np.uint8))
+        values = np.nan_to_num(np.asarray(image, np.float32), posinf=0).clip(min=0)
+        bits = max(8, int(values.max()).bit_length())  # the fewest that hold it: 12-bit images come in 16
+        white = 1 if image.mode == "F" and values.max() <= 1 else 2 ** bits - 1
+        image = Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
     if {"A", "a"}.intersection(image.getbands()) or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -103,10 +97,9 @@ def augment(image_size: int) -> Transform:
 
 
 def is_strokes(image: Image.Image) -> bool:
-    """Whether an RGB image is drawn in dark strokes on a light ground, judged on a thumbnail of 64 x 64.
+    """Whether an RGB image is drawn in dark strokes, judged on a thumbnail of 64 x 64.
 
-    It has no colour, a light ground, at the border above all, and a little ink. Clip art in outlines and thin
-    black icons are strokes to this rule as well.
+    It has no colour, a light ground, at the border above all, and a little ink: thin black icons as well.
     """
     pixels = np.asarray(image.resize((64, 64), Image.Resampling.BOX)).astype(np.int16)
     grey, coloured = pixels.mean(2), np.ptp(pixels, axis=2) > 32
@@ -115,21 +108,20 @@ def is_strokes(image: Image.Image) -> bool:
     return bool(coloured.mean() <= 0.02 and light and 0.002 <= (grey < 128).mean() <= 0.16)
 
 
-Item = tuple[int, Tensor, bool] | str
+Item = tuple[int, np.ndarray, bool] | str
 
 
 class ImageDataset(Dataset):
     """Item i: i, the transformed image and whether it was inverted; or a sentence why it cannot be read.
 
-    invert: "domain" inverts the colours of images of the stroke domains, by `folder_key` (D14); "auto" also
-    what looks like strokes (`is_strokes`), which evaluation never does; "none" nothing.
+    invert: "domain" inverts the colours of stroke domains (D14); "auto" also of what looks like strokes
+    (`is_strokes`), which evaluation never does; "none" nothing.
     """
 
     def __init__(self, files: Files, transform: Transform, stroke_domains: Sequence[str], seed: int = 0,
                  invert: str = "domain") -> None:
         self.files, self.transform, self.seed, self.invert = files, transform, seed, invert
-        strokes = set(map(folder_key, stroke_domains))
-        self.strokes = {domain for domain in set(files.domains) if folder_key(domain) in strokes}
+        self.strokes = set(named_like(set(files.domains), stroke_domains))
 
     def __getitem__(self, i: int) -> Item:
         try:
@@ -142,19 +134,8 @@ class ImageDataset(Dataset):
             image = ImageOps.invert(image)
         with torch.random.fork_rng(devices=[]):  # of the CPU alone, as the next line: a fifth of the time
             torch.default_generator.manual_seed(derive_seed(self.seed, i))
-            return i, self.transform(image), inverted
-
-
-def collate(items: list[Item]) -> tuple[list[int], np.ndarray, list[bool], list[str]]:
-    """Indices [b], images uint8 [b, 3, H, W] and inverted [b] of readable images; the others' sentences.
-
-    As an array the images pass from process to process by a pipe; a tensor would need shared memory, of which
-    a container has little.
-    """
-    good = [item for item in items if not isinstance(item, str)]
-    images = np.stack([image.numpy() for _, image, _ in good]) if good else np.empty(0, np.uint8)
-    return ([i for i, _, _ in good], images, [inverted for _, _, inverted in good],
-            [item for item in items if isinstance(item, str)])
+            # An array passes between processes by a pipe; a tensor would take shared memory, often little.
+            return i, self.transform(image).numpy(), inverted
 
 
 def load_batches(dataset: ImageDataset, batches: Sequence[Sequence[int]], workers: int, device: torch.device,
@@ -165,13 +146,16 @@ def load_batches(dataset: ImageDataset, batches: Sequence[Sequence[int]], worker
     raises ValueError. So does a process that reads images and is gone, or silent for WAIT_SECONDS.
     """
     workers = min(workers, len(batches))
+    pin = device.type == "cuda"  # in the loader a thread that waits for them
     loader = DataLoader(dataset, batch_sampler=[list(batch) for batch in batches], num_workers=workers,
-                        collate_fn=collate, pin_memory=device.type == "cuda",  # a thread that waits for them
-                        prefetch_factor=4 if workers else None, timeout=WAIT_SECONDS if workers else 0,
-                        worker_init_fn=end_with_main)
+                        collate_fn=list, pin_memory=pin, prefetch_factor=4 if workers else None,
+                        timeout=WAIT_SECONDS if workers else 0, worker_init_fn=end_with_main)
     # SIGINT and SIGTERM reach the workers too, but a training still finishes its step: they inherit a mask.
-    stops = {signal.SIGINT, signal.SIGTERM}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, stops) if hasattr(signal, "pthread_sigmask") else None
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        loaded: Any = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def end_workers() -> None:
         if workers:
@@ -179,22 +163,19 @@ def load_batches(dataset: ImageDataset, batches: Sequence[Sequence[int]], worker
             for worker in loaded._workers:
                 worker.kill()
 
+    atexit.register(end_workers)  # a traceback may keep the generator until then
     try:
-        loaded: Any = iter(loader)
-        atexit.register(end_workers)  # a traceback may keep the generator until then
-    finally:
-        if before is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    try:
-        for numbers, pixels, flags, sentences in loaded:
-            if sentences and unreadable is None:
-                raise ValueError(f"{sentences[0]}; replace or remove it")
+        for items in loaded:
+            sentences = [item for item in items if isinstance(item, str)]
             if unreadable is not None:
                 unreadable += sentences
-            images = torch.from_numpy(pixels)
-            yield (torch.tensor(numbers, dtype=torch.long),
-                   images.pin_memory() if device.type == "cuda" else images,
-                   torch.tensor(flags, dtype=torch.bool))
+            elif sentences:
+                raise ValueError(f"{sentences[0]}; replace or remove it")
+            good = [item for item in items if not isinstance(item, str)]
+            indices, arrays, inverted = zip(*good) if good else ((), (), ())
+            images = torch.from_numpy(np.stack(arrays)) if good else torch.empty(0, dtype=torch.uint8)
+            yield (torch.tensor(indices, dtype=torch.long), images.pin_memory() if pin else images,
+                   torch.tensor(inverted, dtype=torch.bool))
     except RuntimeError as error:
         raise ValueError(f"a process that reads images failed ({one_line(error)}); take --workers 0, or give "
                          "more memory (in a container also --shm-size)") from error
@@ -214,10 +195,7 @@ def split_indices(count: int, size: int) -> list[range]:
 
 
 def balanced_batches(domain_ids: Sequence[int], batch: int, seed: int, epoch: int) -> list[list[int]]:
-    """An epoch's batches, as many as the smallest of the s domains allows, with batch // s images of each.
-
-    Raises ValueError for a batch smaller than s.
-    """
+    """An epoch's batches, as many as the smallest of the s domains allows, with batch // s images of each."""
     members, share, rounds = domain_shares(domain_ids, batch)
     orders = []
     for domain, indices in members.items():
@@ -231,7 +209,7 @@ def released_batches(domain_ids: Sequence[int], sampled: int, batch: int, turn: 
 
     One generator, seeded with 0 in every run, shuffles the s domains one after another. A stream takes
     sampled // s images of each in turn, going on where the pass before stopped and from a domain's end to its
-    start, and is cut at `batch`; `sampled` is phase 2's batch in both phases. Raises as `balanced_batches`.
+    start, and is cut at `batch`; `sampled` is phase 2's batch in both phases.
     """
     members, share, rounds = domain_shares(domain_ids, sampled)
     generator = random.Random(0)
@@ -244,7 +222,7 @@ def released_batches(domain_ids: Sequence[int], sampled: int, batch: int, turn: 
 
 
 def domain_shares(domain_ids: Sequence[int], batch: int) -> tuple[dict[int, list[int]], int, int]:
-    """{domain: its indices}, each domain's images in a round, the rounds that the smallest domain allows."""
+    """{domain: its indices}, each domain's images in a round, rounds; ValueError for a batch below s."""
     members: dict[int, list[int]] = {domain: [] for domain in sorted(set(domain_ids))}
     for i, domain in enumerate(domain_ids):
         members[domain].append(i)

@@ -46,7 +46,7 @@ class TextTemplate(nn.Module):
         x[row[:, None], start[:, None] + torch.arange(m, device=device)] = self.ctx.to(x.dtype)
         # Attention is causal: end-of-text, the only token that is read, sees nothing of the padding.
         x = clip.transformer(x + clip.positional_embedding[: x.shape[1]], causal=True)
-        return F.normalize(clip.pool_text(x[row, end]).float(), dim=-1)
+        return F.normalize((clip.ln_final(x[row, end]) @ clip.text_projection).float(), dim=-1)
 
 
 def prompt_bank(rows: int, p: int, patch: int, d: int) -> nn.Parameter:
