@@ -223,10 +223,13 @@ def own_state(method: Any) -> dict[str, Tensor]:
 
 def load_own_state(method: Any, state: Mapping[str, Tensor], path: Path) -> None:
     """Takes over what `own_state` gave; ValueError unless names and shapes are the method's."""
-    there, here = ({name: value.shape for name, value in part.items()} for part in (state, own_state(method)))
-    if different := sorted(dict(there.items() ^ here.items())):
-        raise ValueError(f"{path} was trained with other weights, classes or domains (other shape of "
-                         f"{different[0]}); give the run's own --weights and --data-root")
+    there, here = ({name: list(value.shape) for name, value in part.items()}
+                   for part in (state, own_state(method)))
+    for name in there | here:
+        if there.get(name) != here.get(name):
+            raise ValueError(f"{path} was trained with other weights, classes or domains ({name} is "
+                             f"{there.get(name)} there, {here.get(name)} here); give the run's own --weights "
+                             "and --data-root")
     method.load_state_dict(state, strict=False)
 
 
