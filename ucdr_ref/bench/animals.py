@@ -56,9 +56,9 @@ def write_attributes(data: Path, path: Path) -> str:
 
 def read(folder: Path, cache: Path, ridge: bool) -> dict[str, Any]:
     """A finished run's accuracies in %, by method, with `ridge` also its."""
-    found = compare(folder, cache=cache)
+    found = compare(folder, cache)
     if ridge:
-        found |= compare(folder, center=True, cache=cache)
+        found |= compare(folder, cache, centered=True)
     found |= {row["method"]: row["instance"] for row in read_json(folder / "results.json")["rows"]}
     return {method: {key: None if values[key] is None else round(100 * values[key], 2) for key in KEYS}
             for method, values in found.items() if ridge or not method.startswith("ridge")}

@@ -94,7 +94,7 @@ def measured(name: str, seed: int, flags: list[str], runs: Path) -> dict[str, An
     folder, numbers = runs / f"{label}-{seed}", Numbers()
     train(folder, ["--seed", str(seed), "--workers", "1", *flags])
     if "sre-clip" in flags:
-        found = compare(folder, cache=ROOT / "runs" / "cache")
+        found = compare(folder, ROOT / "runs" / "cache")
         numbers = {f"{metric} {title}": 100 * value for title, accuracies in found.items()
                    for metric, value in accuracies.items()}
     numbers |= read(read_json(folder / "results.json")["rows"])

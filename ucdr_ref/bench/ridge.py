@@ -14,21 +14,18 @@ from torch import Tensor
 
 from ..clip.zero_shot import class_text_features
 from ..experiments.classification import features_of, scan_folder
-from ..experiments.experiment import CACHE, restore
+from ..experiments.experiment import restore
 from ..metrics import zero_shot_accuracy
+from ..sre.adapter import SRECLIP
 from ..sre.graph import parse_graph
+from ..ucdr.closed_form import center
 
 FOLDS = 5
 STRENGTHS = tuple(10 ** (k / 2) for k in range(-4, 7))  # lambda, 0.01 to 1000
 
 
-def moments(z: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """Z^T Z [e, e], Z^T A [e, w]"""
-    return z.T @ z, z.T @ a
-
-
 def solve(square: Tensor, cross: Tensor, strength: float) -> Tensor:
-    """W [e, w] = (Z^T Z + lambda I)^-1 Z^T A"""
+    """W [e, w] = (Z^T Z + lambda I)^-1 Z^T A, of square = Z^T Z [e, e] and cross = Z^T A [e, w]."""
     return torch.linalg.solve(square + strength * torch.eye(len(square), dtype=square.dtype), cross)
 
 
@@ -36,22 +33,23 @@ def ridge_scores(source: Tensor, labels: Tensor, target: Tensor, class_vectors: 
                  strength: float | None = None) -> tuple[Tensor, float]:
     """Cosines [n, c] of N(target) W and the class vectors, centred over the classes; and lambda.
 
-    source [m, e] with labels [m]; target [n, e]; class_vectors [c, w]. lambda is `strength`, or the one of
-    STRENGTHS with most hits, the larger of equals, when each of five groups of seen classes is left out in
-    turn and its source images are classified among its classes; 1 for fewer than four seen classes.
+    source [m, e] with labels [m]; target [n, e]; class_vectors [c, w]. lambda is `strength`, or chosen: the
+    seen classes are dealt, in order, into five groups (fewer if a group had less than two); each is left out
+    in turn and its source images are classified among its classes. Of STRENGTHS, the one with most hits, the
+    larger of equals. Fewer than four seen classes leave nothing to choose by: 1.
     """
     a = class_vectors.double()
     a = a - a.mean(dim=0)
     z, anchors, seen = F.normalize(source.double(), dim=1), F.normalize(a, dim=1), labels.unique()
-    square, cross = moments(z, a[labels])
+    square, cross = z.T @ z, z.T @ a[labels]
     folds = min(FOLDS, len(seen) // 2)
     if strength is None and folds > 1:
         hits = dict.fromkeys(STRENGTHS, 0)
         for group in (seen[k::folds] for k in range(folds)):
             out = torch.isin(labels, group)
-            own_square, own_cross = moments(z[out], a[labels[out]])
+            others = square - z[out].T @ z[out], cross - z[out].T @ a[labels[out]]
             for trial in STRENGTHS:
-                w = solve(square - own_square, cross - own_cross, trial)  # of all other classes
+                w = solve(*others, trial)
                 found = group[(z[out] @ w @ anchors[group].T).argmax(dim=1)]
                 hits[trial] += int((found == labels[out]).sum())
         strength = max(STRENGTHS, key=lambda trial: (hits[trial], trial))
@@ -65,7 +63,8 @@ def calibrated(scores: Tensor, unseen: Sequence[int], kappa: float) -> Tensor:
     """scores [n, c] less one number for the seen classes: a share kappa of the predictions is then unseen.
 
     As transductive as L-bias, whose prior it is. The number lies between two images' margins, best seen -
-    best unseen; equal ones fall to one side. Of the counts that can be had, the nearest (of two, the smaller).
+    best unseen; equal margins fall to one side together. Where kappa n images cannot be had, the nearest
+    count is, the smaller of equals.
     """
     scores = scores.double()
     is_unseen = torch.zeros(scores.shape[1], dtype=torch.bool)
@@ -78,13 +77,14 @@ def calibrated(scores: Tensor, unseen: Sequence[int], kappa: float) -> Tensor:
     return torch.where(is_unseen, scores, scores - edges[k:k + 2].mean())
 
 
-def compare(folder: Path, center: bool = False, cache: Path = CACHE) -> dict[str, dict[str, float]]:
+def compare(folder: Path, cache: Path, centered: bool = False) -> dict[str, dict[str, float]]:
     """{row: accuracies over images, in 0..1}: a finished run of SRE-CLIP, zero-shot CLIP and the ridge.
 
-    Each also calibrated, with the run's kappa. center: source and target features lose their mean before the
-    ridge (transductive).
+    Each also calibrated, with the run's kappa. centered: source and target features lose their mean before
+    the ridge (transductive). cache: where the run's features are.
     """
     config, method, state = restore(folder, {}, torch.device("cpu"))
+    assert isinstance(method, SRECLIP)
     graph, unseen = parse_graph(state["graph"]), state["unseen_ids"]
     seen = set(range(graph.classes)) - set(unseen)
     sources = [scan_folder("--source", root, graph, seen) for root in config.source]
@@ -94,11 +94,11 @@ def compare(folder: Path, center: bool = False, cache: Path = CACHE) -> dict[str
     scores = {"sre-clip": method.logits(y)}
     if method.clip.has_text:
         scores["zero-shot"] = F.normalize(y, dim=1) @ class_text_features(method.clip, method.class_names).T
-    if center:
-        x, y = (F.normalize(z, dim=1) - F.normalize(z, dim=1).mean(dim=0) for z in (x, y))
+    if centered:
+        x, y = center(x), center(y)
     vectors = method.class_vectors[:graph.classes]
-    scores["ridge, centred" if center else "ridge"], _ = ridge_scores(x, source.labels, y, vectors)
+    scores["ridge, centred" if centered else "ridge"], _ = ridge_scores(x, source.labels, y, vectors)
     scores |= {f"{name}, calibrated": calibrated(found, unseen, config.sre_kappa)
                for name, found in scores.items()}
-    return {name: zero_shot_accuracy(found, target.labels, torch.tensor(unseen))["instance"]
+    return {name: zero_shot_accuracy(found, target.labels, unseen)["instance"]
             for name, found in scores.items()}
