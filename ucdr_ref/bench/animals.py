@@ -9,9 +9,10 @@ are averaged over images. The ridge, which has no spread, runs for seed 0 alone.
 """
 from __future__ import annotations
 
-import json
+import argparse
+import os
+import re
 import sys
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..cli import make_folder, run_command, write_text_atomic
+from ..cli import folder_path, make_folder, read_json, run_command, write_text_atomic
 from ..data.folders import folder_key
 from ..experiments.classification import SHIPPED
 from ..sre.graph import load_graph, with_ancestors
 from .drawn import NO_TARGET
-from .real import STROKES, spent, train
-from .record import SPREAD, about, add_training_flags, markdown, parser_of, slug, spread, write_results
+from .frozen import STROKES
+from .record import origin, spread, train, write_results
 from .ridge import compare
 
 SOURCES = (*STROKES, "clipart")
 VARIANTS: dict[str, list[str]] = {
     "SRE-CLIP": [], "SRE-CLIP, no inversion": ["--stroke-domains", "none"],
     "no structure": ["--sre-structure", "0"], "no retention": ["--sre-retention", "0"],
-    "no target losses": NO_TARGET,
+    "no target losses": NO_TARGET.split(),
     "half the iterations": ["--sre-iterations", "1500"], "true share": ["--sre-kappa", "0.24"]}
 WITH_RIDGE = ("SRE-CLIP", "SRE-CLIP, no inversion")
 KEYS = ("zsl", "unseen", "seen", "h")
@@ -53,60 +54,61 @@ def write_attributes(data: Path, path: Path) -> str:
     return str(path)
 
 
-def read(folder: Path, ridge: bool) -> dict[str, Any]:
-    """A finished run's accuracies in per cent, by method (with `ridge` also its), and what it took."""
-    rows = json.loads((folder / "results.json").read_text())["rows"]
-    found = {row["method"]: row["instance"] for row in rows}
-    if rows:
-        found |= compare(folder, folder.parent / "cache")
+def read(folder: Path, cache: Path, ridge: bool) -> dict[str, Any]:
+    """A finished run's accuracies in %, by method, with `ridge` also its."""
+    found = compare(folder, cache)
     if ridge:
-        found |= compare(folder, folder.parent / "cache", centered=True)
-    numbers = {method: {key: None if values[key] is None else round(100 * values[key], 2) for key in KEYS}
-               for method, values in found.items() if ridge or not method.startswith("ridge")}
-    return {**spent(folder), "numbers": numbers}
+        found |= compare(folder, cache, centered=True)
+    found |= {row["method"]: row["instance"] for row in read_json(folder / "results.json")["rows"]}
+    return {method: {key: None if values[key] is None else round(100 * values[key], 2) for key in KEYS}
+            for method, values in found.items() if ridge or not method.startswith("ridge")}
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: a row for each method of each variant, spread over seeds; the baseline once."""
-    rows: dict[str, list[str]] = {}
-    for run in runs:
-        mine = [other for other in runs if other["variant"] == run["variant"]]
-        for method in run["numbers"]:
-            title = f"{run['variant']}: {method}"
+    """Markdown, %: each method of each variant, mean ± sample deviation over n seeds; baselines once."""
+    lines, shown = ["| | n | ZSL | unseen | seen | H |", "|---" * 6 + "|"], set()
+    for variant in dict.fromkeys(run["variant"] for run in runs):
+        mine = [run for run in runs if run["variant"] == variant]
+        for method in mine[0]["numbers"]:
+            title = f"{variant}: {method}"
             if method == "prototypes":
-                ways = (way for way in ("no inversion", "centred") if way in run["variant"])
-                title = ", ".join(["nearest prototype", *ways])
-            if title not in rows:
-                values = [other["numbers"][method] for other in mine if method in other["numbers"]]
-                cells = [spread([value[key] for value in values if value[key] is not None]) for key in KEYS]
-                rows[title] = [title, str(len(values)), *cells]
-    return markdown(["", "n", "ZSL", "unseen", "seen", "H"], list(rows.values()))
+                kinds = [kind for kind in ("no inversion", "centred") if kind in variant]
+                title = ", ".join(["nearest prototype", *kinds])
+            if title in shown:
+                continue
+            shown.add(title)
+            of_method = [run["numbers"][method] for run in mine if method in run["numbers"]]
+            columns = [[numbers[key] for numbers in of_method] for key in KEYS]
+            cells = " | ".join("-" if None in column else spread(column) for column in columns)
+            lines.append(f"| {title} | {len(of_method)} | {cells} |")
+    return "\n".join(lines)
 
 
 def run(argv: list[str] | None) -> None:
-    parser = parser_of("ucdr_ref.bench.animals", __doc__)
-    add_training_flags(parser)
-    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--seeds", type=int, nargs="+", choices=SEEDS, default=list(SEEDS))
+    parser = argparse.ArgumentParser(prog="python -m ucdr_ref.bench.animals", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag in ("--data", "--weights", "--out"):
+        parser.add_argument(flag, type=folder_path, required=True)
+    parser.add_argument("--machine", default=f"cpu-{os.cpu_count()}cores")
+    parser.add_argument("--workers", type=int, default=1, help="as in train.py")
     args = parser.parse_args(argv)
     data, weights, out = (path.resolve() for path in (args.data, args.weights, args.out))
     make_folder(out)
-    vectors = write_attributes(data, out / "attributes.txt")
+    vectors, cache = write_attributes(data, out / "attributes.txt"), out / "cache"
     base = ["--preset", "i2awa", "--source", *(str(data / name) for name in SOURCES),
             "--target", str(data / "photo"), "--class-vectors", vectors, "--weights", str(weights),
-            "--precision", "bf16", "--stroke-domains", *STROKES, "--cache", str(out / "cache")]
+            "--precision", "bf16", "--stroke-domains", *STROKES, "--cache", str(cache),
+            "--workers", str(args.workers)]
     runs = []
-    for seed, variant in product(SEEDS, VARIANTS):
-        folder = out / slug(f"animals {variant} {seed}")
-        if variant in args.variants and seed in args.seeds:
-            flags = ["--run", str(folder), *base, "--seed", str(seed), *VARIANTS[variant]]
-            train(flags, args.workers, args.machine)
-        if (folder / "results.json").exists():
+    for seed in SEEDS:
+        for variant, switches in VARIANTS.items():
+            folder = out / re.sub(r"[^a-z0-9]+", "-", f"animals {variant} {seed}".lower())
+            train(folder, ["--seed", str(seed), *base, *switches])
             ridge = seed == 0 and variant in WITH_RIDGE
-            runs.append({"variant": variant, "seed": seed, **read(folder, ridge)})
-    write_results(out / f"animals-{slug(args.machine)}.json", {
-        **about(parser, args, "--data DIR --weights FILE --out OUT", "variants", "seeds"), "runs": runs})
-    print(f"{SPREAD}\n{table(runs)}")
+            runs.append({"variant": variant, "seed": seed, "numbers": read(folder, cache, ridge)})
+    write_results(out / f"animals-{args.machine}.json", {
+        **origin(f"{parser.prog} --data DIR --weights FILE --out OUT", args.machine), "runs": runs})
+    print(table(runs))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,8 @@
-"""Timing, what an image costs, and what metrics and search are timed beside: a batched sort and FAISS."""
+"""What the package is timed beside: FAISS's flat index, CLIP's own image transform, a plain batched sort."""
 from __future__ import annotations
 
+import os
+import resource
 import time
 from collections.abc import Callable
 from functools import partial
@@ -9,149 +11,139 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+from torchvision import transforms
 
 from .. import metrics
-from ..clip.zero_shot import ZeroShot
-from ..distributed import autocast, memory_gib
-from ..ucdr.adapter import UCDRAdapter
-from ..ucdr.closed_form import STRENGTHS, measure
+from ..clip.zero_shot import CLIP_MEAN, CLIP_STD, normalize, resize_crop
+from ..data.images import Files, ImageDataset, load_batches, split_indices
 
-SEARCH = [200_000, 512]  # gallery and width
 SEARCH_CASES = [(threads, q) for threads in (1, 2) for q in (1, 10, 100)]
 SEARCH_ROUNDS = 9
-DOMAINS = 5
-CPU = torch.device("cpu")
+PHOTOS, PHOTO_SIZE = 64, (500, 375)
 
 
-def timed(work: Callable[[], Any], steps: int, device: torch.device,
-          warm_up: bool = True) -> dict[str, float]:
-    """Mean CPU-seconds and seconds of a call, and the peak memory of the process (of the GPU where one is
-    used).
-    """
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
+def timed(work: Callable[[], Any], steps: int, warm_up: bool = True) -> dict[str, float]:
+    """Mean CPU-seconds and seconds of a call, and the peak memory of the process."""
     if warm_up:
         work()
-    wait()
     cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(steps):
         work()
-    wait()
     return {"cpu_s": (time.process_time() - cpu) / steps, "wall_s": (time.perf_counter() - wall) / steps,
-            "memory_gib": memory_gib(device)}
+            "memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20}  # of KiB, on Linux
 
 
-def in_turns(work: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:
-    """{"name_cpu_s", "name_wall_s"}: medians of calls that take turns, so that all meet the same load."""
-    times = [{name: timed(call, 1, device, warm_up=turn == 0) for name, call in work.items()}
-             for turn in range(rounds)]
-    return {f"{name}_{unit}": median(turn[name][unit] for turn in times)
-            for name in work for unit in ("cpu_s", "wall_s")}
+def random_features(q: int, g: int, e: int, classes: int = 45) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """L2-normalised features around random class centres, and their labels: queries, then gallery."""
+    generator = torch.Generator().manual_seed(0)
+    centers = torch.randn(classes, e, generator=generator)
+    out = []
+    for count in (q, g):
+        labels = torch.randint(classes, (count,), generator=generator)
+        out += [F.normalize(centers[labels] + 3 * torch.randn(count, e, generator=generator), dim=1), labels]
+    return out[0], out[1], out[2], out[3]
 
 
-def batched_sort(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor,
-                 chunk: int = 100) -> dict[str, float]:
-    """mAP@200 and mAP@all as most code has them: float32 distances and PyTorch's sort, 100 queries a time."""
-    first, whole = [], []
-    for rows, labels in zip(query.split(chunk), query_labels.split(chunk)):
-        hits = gallery_labels[torch.cdist(rows, gallery).argsort(dim=1)] == labels[:, None]
-        first.append(metrics.average_precision(hits[:, :200]))
-        whole.append(metrics.average_precision(hits))
-    return {"mAP@200": torch.cat(first).mean().item(), "mAP@all": torch.cat(whole).mean().item()}
+def batched_retrieval(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor,
+                      k: int = 200) -> dict[str, float]:
+    """mAP@k, Prec@k, mAP@all and Prec@100 as one would write them without more thought: float32 distances of
+    500 queries, a sort of each row, cumulative sums.
+    """
+    ranks, columns = torch.arange(1, len(gallery) + 1), []
+    for features, labels in zip(query.split(500), query_labels.split(500)):
+        order = torch.cdist(features, gallery).argsort(dim=1, stable=True)
+        hits = (gallery_labels[order] == labels[:, None]).float()
+        precisions = hits.cumsum(dim=1) / ranks * hits
+        columns.append(torch.stack([
+            precisions[:, :k].sum(dim=1) / hits[:, :k].sum(dim=1).clamp(min=1), hits[:, :k].mean(dim=1),
+            precisions.sum(dim=1) / hits.sum(dim=1).clamp(min=1), hits[:, :100].mean(dim=1)]))
+    names = (f"mAP@{k}", f"Prec@{k}", "mAP@all", "Prec@100")
+    return dict(zip(names, torch.cat(columns, dim=1).mean(dim=1).tolist()))
 
 
 def measure_search(g: int, e: int) -> dict[str, Any]:
-    """`metrics.search` and FAISS's flat index in turns, k = 10. The squared norms are kept between searches,
-    as FAISS keeps its copy of the gallery; `once` is without them. `faiss` is the index as it comes, which
-    scans row by row for few queries; `blas` makes it multiply matrices for any number.
-    """
-    import faiss
+    """`metrics.search` and FAISS's flat index in turns, k = 10: medians of seconds and CPU-seconds of each.
 
+    The squared norms are kept between searches, as FAISS keeps its copy of the gallery; `once` is a search
+    without them. `faiss` is the index as it comes, which scans the gallery row by row for few queries; `blas`
+    makes it multiply matrices for any number of them.
+    """
+    try:
+        import faiss
+    except ImportError:
+        raise ValueError("faiss-cpu is missing; pip install faiss-cpu, or choose another --part") from None
     query, _, gallery, _ = random_features(max(q for _, q in SEARCH_CASES), g, e)
     index = faiss.IndexFlatL2(e)
     index.add(gallery.numpy())
-    norms, results = metrics.squared_norms(gallery), []
-    before = torch.get_num_threads(), faiss.omp_get_max_threads()
+    norms, cases = metrics.squared_norms(gallery), []
+    before = torch.get_num_threads(), faiss.omp_get_max_threads(), faiss.cvar.distance_compute_blas_threshold
 
-    def by_blas(rows: Any) -> None:
-        threshold = faiss.cvar.distance_compute_blas_threshold
-        faiss.cvar.distance_compute_blas_threshold = 1
-        try:
-            index.search(rows, 10)
-        finally:
-            faiss.cvar.distance_compute_blas_threshold = threshold
+    def search_faiss(rows: Any, threshold: int) -> None:
+        faiss.cvar.distance_compute_blas_threshold = threshold
+        index.search(rows, 10)
 
     try:
         for threads, q in SEARCH_CASES:
             torch.set_num_threads(threads)
             faiss.omp_set_num_threads(threads)
             rows = query[:q].contiguous()
-            results.append({"threads": threads, "queries": q, **in_turns({
+            work: dict[str, Callable[[], Any]] = {
                 "ours": partial(metrics.search, rows, gallery, 10, norms),
-                "faiss": partial(index.search, rows.numpy(), 10),
-                "blas": partial(by_blas, rows.numpy()),
-                "once": partial(metrics.search, rows, gallery, 10)}, SEARCH_ROUNDS, CPU)})
+                "faiss": partial(search_faiss, rows.numpy(), before[2]),
+                "blas": partial(search_faiss, rows.numpy(), 1),
+                "once": partial(metrics.search, rows, gallery, 10)}
+            times = [{side: timed(call, 1, warm_up=turn == 0)
+                      for side, call in work.items()} for turn in range(SEARCH_ROUNDS)]
+            cases.append({"threads": threads, "queries": q} | {
+                f"{side}_{unit}": median(turn[side][unit] for turn in times)
+                for side in work for unit in ("wall_s", "cpu_s")})
     finally:
         torch.set_num_threads(before[0])
         faiss.omp_set_num_threads(before[1])
-    return {"faiss": faiss.__version__, "cases": results}
+        faiss.cvar.distance_compute_blas_threshold = before[2]
+    return {"faiss": faiss.__version__, "cases": cases}
 
 
-def search_ratios(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each case, ours / FAISS's faster way: `cpu`, with the same threads, and `wall`, with FAISS's best
-    number of threads, which for one query is one.
-    """
-    def best(case: dict[str, Any], unit: str) -> float:
-        return min(case[f"faiss_{unit}"], case[f"blas_{unit}"])
-
-    return [{"name": f"{case['queries']} queries, {case['threads']} threads",
-             "cpu": case["ours_cpu_s"] / best(case, "cpu_s"),
-             "wall": case["ours_wall_s"] / min(best(other, "wall_s") for other in cases
-                                               if other["queries"] == case["queries"])}
-            for case in cases]
+def faiss_seconds(case: dict[str, Any], unit: str) -> float:
+    """Of FAISS's faster mode."""
+    return min(case[f"{side}_{unit}"] for side in ("faiss", "blas") if f"{side}_{unit}" in case)
 
 
-def random_features(q: int, g: int, e: int, classes: int = 45) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """L2-normalised features around random class centres, and their labels: queries, then gallery."""
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(classes, e, generator=generator)
-    out = []
-    for count in (q, g):
-        labels = torch.randint(classes, (count,), generator=generator)
-        out += [F.normalize(centres[labels] + 3 * torch.randn(count, e, generator=generator), dim=1), labels]
-    return out[0], out[1], out[2], out[3]
+def search_table(cases: list[dict[str, Any]], unit: str = "cpu_s") -> str:
+    """Markdown, milliseconds; the ratio is to FAISS's faster mode with its best number of threads."""
+    columns = ("ours", "faiss", "blas", "once")
+    lines = ["| queries | threads | ms: here | FAISS | FAISS, BLAS | once | here / FAISS's best |",
+             "|---" * 7 + "|"]
+    for case in cases:
+        times = [f"{1000 * case[f'{side}_{unit}']:.0f}" if f"{side}_{unit}" in case else "-"
+                 for side in columns]
+        best = min(faiss_seconds(other, unit) for other in cases if other["queries"] == case["queries"])
+        lines.append("| " + " | ".join([str(case["queries"]), str(case["threads"]), *times,
+                                        f"{case[f'ours_{unit}'] / best:.2f}"]) + " |")
+    return "\n".join(lines)
 
 
-def measure_encoding(adapter: UCDRAdapter, images: Tensor, sizes: dict[str, Any],
-                  device: torch.device) -> dict[str, float]:
-    """Encoding by zero-shot CLIP and by the adapter in turns, and the fit of as many random features as the
-    metrics' gallery has, with a form for each lambda that is tried.
+def write_photos(folder: str) -> list[str]:
+    """JPEG files of smooth colours, which compress as photos do."""
+    generator, paths = torch.Generator().manual_seed(0), []
+    for i in range(PHOTOS):
+        dots = torch.randint(256, (24, 32, 3), dtype=torch.uint8, generator=generator).numpy()
+        paths.append(os.path.join(folder, f"{i}.jpg"))
+        Image.fromarray(dots).resize(PHOTO_SIZE, Image.Resampling.BICUBIC).save(paths[-1], quality=90)
+    return paths
 
-    `pass` and `adapter`: CPU-seconds per image (seconds on a GPU); `adapter_passes`: their ratio; `passes`:
-    what a closed form costs per training image, in passes of the image tower.
-    """
-    def encode(method: Any) -> None:
-        with torch.inference_mode(), autocast(sizes["precision"], device):
-            method.encode(images)
 
-    zero_shot = ZeroShot(adapter.clip)
-    found = in_turns({"pass": lambda: encode(zero_shot), "adapter": lambda: encode(adapter)},
-                     max(3, sizes["steps"]), device)
-    features = random_features(1, sizes["sizes"][1], adapter.clip.embed_dim)
-    z, class_ids = (part.to(device) for part in features[2:])
-    domain_ids = torch.arange(len(z), device=device) % DOMAINS
-
-    def fit() -> None:
-        measured = measure(z, class_ids, domain_ids, DOMAINS)
-        for strength in STRENGTHS:
-            measured.form(strength)
-
-    fitted = timed(fit, 1, device)
-    clock = "wall_s" if device.type == "cuda" else "cpu_s"
-    tower, both = (found[f"{name}_{clock}"] / len(images) for name in ("pass", "adapter"))
-    return {"pass_s_per_image": tower, "adapter_s_per_image": both, "adapter_passes": both / tower,
-            "fit_s": fitted[clock], "images": len(z), "passes": 1 + fitted[clock] / len(z) / tower,
-            "memory_gib": fitted["memory_gib"]}
+def read_photos(side: str, paths: list[str], image_size: int) -> list[Tensor]:
+    """Batches of a tower's input, read in this process: by the package, or by CLIP's own transform."""
+    n, batches = len(paths), split_indices(len(paths), 16)
+    if side == "plain":
+        transform = transforms.Compose([
+            transforms.Resize(image_size, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(image_size), transforms.ToTensor(),
+            transforms.Normalize(CLIP_MEAN, CLIP_STD)])
+        return [torch.stack([transform(Image.open(paths[i]).convert("RGB")) for i in batch])
+                for batch in batches]
+    dataset = ImageDataset(Files(paths, [""] * n, [""] * n), resize_crop(image_size), ())
+    return [normalize(images) for _, images, _ in load_batches(dataset, batches, 0, torch.device("cpu"))]
