@@ -167,7 +167,9 @@ class CLIP(nn.Module):
         """
         with torch.device("meta"):
             model = cls(**infer_architecture(sd, heads))
-        model.load_state_dict({key: value.to(dtype, copy=True) for key, value in sd.items()}, assign=True)
+        own = {key: value.to(dtype, copy=True) for key, value in sd.items()
+               if model.has_text or key != "logit_scale"}  # of which an image tower makes no use
+        model.load_state_dict(own, assign=True)
         return model.eval().requires_grad_(False)
 
 

@@ -146,9 +146,10 @@ def compare_counts(tree: Tree, published: Mapping[str, Mapping[str, int]]) -> li
     lines = []
     for domain, images in [*found.items(), ("total", sum(found.values()))]:
         classes = f", {len(tree[domain])} classes" if domain in tree else ""
-        counts = [f"{name} {version.get(domain, sum(version.values())):,}"
-                  for name, version in published.items()]
-        beside = f"; published: {', '.join(counts)}" if counts else ""
+        beside = ""
+        for name, version in published.items():
+            count = version.get(domain, sum(version.values()))
+            beside += f"; as published ({name})" if count == images else f"; {name} {count:,} ({images - count:+,})"
         lines.append(f"data     {domain:<14} {images:>7,} images{classes}{beside}")
     return lines
 
