@@ -78,27 +78,25 @@ assert metrics.search(query, gallery, 1)[1].tolist() == [[0], [1]]
 assert metrics.zero_shot_accuracy(gallery, torch.tensor([0, 1, 2]), [2])["instance"]["h"] == 1.0
 """
 WHOLE = """
+from theirs.cli import load_state
 from theirs.config import resolve
-from theirs.experiments import experiment, protocols
-from theirs.images.cache import build_index
-from theirs.images.features import Extractor
-from theirs.machine.files import load_state
+from theirs.data.benchmarks import build_protocol
+from theirs.data.features import Extractor, load_index
+from theirs.experiments import experiment
 from theirs.metrics import search
 
 flags = {"dataset": "folder", "data_root": str(world / "data"), "weights": str(world / "clip.pt"), "workers": 0,
-         "class_split": str(world / "split.json"), "source_batch": 20, "target_batch": 20, "target_epochs": 1,
-         "context_vectors": 4, "device": "cpu"}
+         "class_split": str(world / "split.json"), "source_batch": 20, "target_batch": 20, "source_epochs": 1,
+         "target_epochs": 1, "context_vectors": 4, "device": "cpu"}
 config, run, device = resolve(flags), Path("run"), torch.device("cpu")
-experiment.train(config, run)
+experiment.train(config, run, Path("cache"))
 steps = [json.loads(line)["phase"] for line in (run / "log.jsonl").read_text().splitlines()]
 assert {"source", "target"} <= set(steps)
-assert protocols.build(config).class_names == load_state(run / "best.pt")["class_names"]
+assert build_protocol(config).class_names == load_state(run / "best.pt")["class_names"]
 config, method, state = experiment.restore(run, {}, device)
-encode = Extractor(method, config, device).of_paths()
-index = build_index(world / "data/photo", encode, "model", "cache")
-query = str(world / "data/photo/shape_5/0.png")
-distances, rows = search(torch.cat([part for _, part in encode([query])]), index.features, 3)
-assert Path(index.path(int(rows[0, 0]))).samefile(query) and distances[0, 0] < 1e-3
+index = load_index(world / "data/photo", Extractor(method, device, "fp32", 0, config.stroke_domains), "model", Path("cache"))
+distances, rows = search(index.features[3:4], index.features, 3)
+assert rows[0, 0] == 3 and distances[0, 0] < 1e-3
 """
 END = """
 ours = [name for name in sys.modules if name.split(".")[0] == "ucdr_ref"]

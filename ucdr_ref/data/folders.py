@@ -149,7 +149,8 @@ def compare_counts(tree: Tree, published: Mapping[str, Mapping[str, int]]) -> li
         beside = ""
         for name, version in published.items():
             count = version.get(domain, sum(version.values()))
-            beside += f"; as published ({name})" if count == images else f"; {name} {count:,} ({images - count:+,})"
+            equal = count == images
+            beside += f"; as published ({name})" if equal else f"; {name} {count:,} ({images - count:+,})"
         lines.append(f"data     {domain:<14} {images:>7,} images{classes}{beside}")
     return lines
 

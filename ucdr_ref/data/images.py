@@ -150,12 +150,7 @@ def load_batches(dataset: ImageDataset, batches: Sequence[Sequence[int]], worker
     loader = DataLoader(dataset, batch_sampler=[list(batch) for batch in batches], num_workers=workers,
                         collate_fn=list, pin_memory=pin, prefetch_factor=4 if workers else None,
                         timeout=WAIT_SECONDS if workers else 0, worker_init_fn=end_with_main)
-    # SIGINT and SIGTERM reach the workers too, but a training still finishes its step: they inherit a mask.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        loaded: Any = iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    loaded: Any = ()
 
     def end_workers() -> None:
         if workers:
@@ -163,7 +158,16 @@ def load_batches(dataset: ImageDataset, batches: Sequence[Sequence[int]], worker
             for worker in loaded._workers:
                 worker.kill()
 
-    atexit.register(end_workers)  # a traceback may keep the generator until then
+    # SIGINT and SIGTERM reach the workers too, but a training still finishes its step: they inherit a mask.
+    masks = hasattr(signal, "pthread_sigmask")  # not on Windows
+    if masks:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        loaded = iter(loader)
+        atexit.register(end_workers)  # before a signal that waits: nothing else would end the workers then
+    finally:
+        if masks:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
         for items in loaded:
             sentences = [item for item in items if isinstance(item, str)]
