@@ -3,8 +3,7 @@
 Conventions (the evaluation protocol of UCDR-Adapter, shared with ProS and SnMpNet):
 
 - Ranking is by |q|^2 + |g|^2 - 2 q.g in float64, rounded to float32; equal distances keep the gallery's
-  order. So copies of one vector tie, but for about one pair in 10^8 where the last float64 digits of the
-  matrix product decide a rounding.
+  order. So copies of one vector tie, but for about one pair in 10^8 that the product's last digits part.
 - AP@k is divided by the number of hits within the first k (`mAP@k`), as published tables are; the textbook
   divisor min(relevant, k) is reported beside it (`mAP@k/relevant`). A query without hit scores 0 and counts.
 - A gallery smaller than k: k is its size (`k_used`); the keys keep the k that was asked for.
@@ -25,9 +24,8 @@ SPARE = 16  # candidates of a search beyond k
 
 def retrieval(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor,
               k: int = 200) -> dict[str, Any]:
-    """Rank the gallery for every query, on the queries' device, and score the ranks.
+    """Rank the gallery [g, e] for every query [q, e], on the queries' device; labels [q], [g] are integers.
 
-    query [q, e], query_labels [q], gallery [g, e], gallery_labels [g]; labels are integers.
     Returns, for k = 200:
       `mAP@200`, `mAP@200/relevant`, `Prec@200`, `mAP@all`, `Prec@100`: means over all queries, in 0..1
       `AP`, `AP@all`: AP@k and AP@g of each query, float64 tensors [q] on the CPU
@@ -65,8 +63,8 @@ def retrieval(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labe
 def _rank(distances: Tensor) -> Tensor:
     """Gallery indices by (distance, index), of float32 distances [q, g], none negative.
 
-    On a CPU numpy's sort of integers is several times as fast as a stable sort of floats. A key is the bits
-    of the distance, which are ordered like the numbers, above the 32 bits of the index.
+    On a CPU numpy sorts integers: the bits of a distance, which are ordered like it, above those of the
+    index. That is several times as fast as a stable sort of floats.
     """
     if distances.device.type != "cpu":
         return distances.sort(dim=1, stable=True).indices
@@ -97,9 +95,9 @@ def search(query: Tensor, gallery: Tensor | np.ndarray, k: int,
            norms: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The k nearest gallery rows of each query, on the CPU, reading the gallery in chunks.
 
-    query [q, e]; gallery [g, e], a tensor or an array such as a memory map; k is cut to g; norms [g],
-    `squared_norms(gallery)`, may be kept between searches. Returns (Euclidean distances [q, k] float32,
-    indices [q, k]), nearest first, equal distances by index. Raises ValueError as `retrieval`.
+    query [q, e]; gallery [g, e], a tensor or an array such as a memory map; norms [g], which may be kept
+    between searches, are its `squared_norms`. Returns Euclidean distances [q, min(k, g)] and indices, nearest
+    first, equal ones by index. Raises ValueError as `retrieval`.
 
     A float32 scan keeps k + 16 candidates and their float64 distances decide: exact, unless more than 16
     other rows (copies count) are as near as the k-th within float32's rounding of |g|^2 - 2 q.g.
@@ -164,32 +162,28 @@ def zero_shot_accuracy(logits: Tensor, labels: Tensor, unseen_ids: Tensor) -> di
 
     `zsl`: unseen-class images among unseen classes; `unseen`, `seen`: images of these classes among all
     classes; `h` = 2US / (U + S). Under `instance` averaged over images, under `class` over the classes that
-    have images. NaN where there is no image. Raises ValueError for NaN logits and ids outside 0..c-1.
+    have images. NaN where there is no image. Raises ValueError for logits with NaN.
     """
-    c, ids = logits.shape[1], [torch.as_tensor(x, device=logits.device) for x in (labels, unseen_ids)]
-    if logits.isnan().any() or any(x.dtype == torch.bool or (x < 0).any() or (x >= c).any() for x in ids):
-        raise ValueError(f"expected logits [b, {c}] without NaN, and labels and unseen_ids of 0 to {c - 1}.")
-    is_unseen = torch.zeros(c, dtype=torch.bool, device=logits.device)
-    is_unseen[ids[1].long()] = True
+    if logits.isnan().any():
+        raise ValueError("the logits hold NaN; check features and weights.")
+    is_unseen = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+    is_unseen[torch.as_tensor(unseen_ids)] = True
     among_unseen = logits.masked_fill(~is_unseen, -torch.inf).argmax(dim=1)
-    return predicted_accuracy(logits.argmax(dim=1), among_unseen, ids[0], is_unseen)
+    return predicted_accuracy(logits.argmax(dim=1), among_unseen, torch.as_tensor(labels), is_unseen)
 
 
 def predicted_accuracy(everywhere: Tensor, among_unseen: Tensor, labels: Tensor,
                        is_unseen: Tensor) -> dict[str, dict[str, float]]:
     """`zero_shot_accuracy` of predictions [b] among all classes and among the unseen ones; is_unseen [c]."""
-    everywhere, among_unseen, labels = everywhere.cpu(), among_unseen.cpu(), labels.cpu()
+    labels = labels.cpu()
     of_unseen = is_unseen.cpu()[labels]
 
-    def accuracy(predicted: Tensor, images: Tensor, by_class: bool) -> float:
-        hits = (predicted == labels)[images].double()
-        if by_class:
-            hits = torch.tensor([*class_means(hits, labels[images]).values()], dtype=torch.float64)
-        return float(hits.mean())
+    def accuracy(predicted: Tensor, images: Tensor) -> tuple[float, float]:
+        hits = (predicted.cpu() == labels)[images].double()
+        by_class = class_means(hits, labels[images]).values()
+        return float(hits.mean()), sum(by_class) / len(by_class) if by_class else float("nan")
 
-    result = {}
-    for name, by_class in (("instance", False), ("class", True)):
-        u, s = accuracy(everywhere, of_unseen, by_class), accuracy(everywhere, ~of_unseen, by_class)
-        result[name] = {"zsl": accuracy(among_unseen, of_unseen, by_class), "unseen": u, "seen": s,
-                        "h": 2 * u * s / (u + s) if u + s else 0.0}
-    return result
+    found = zip(accuracy(among_unseen, of_unseen), accuracy(everywhere, of_unseen),
+                accuracy(everywhere, ~of_unseen), strict=True)
+    return {name: {"zsl": zsl, "unseen": u, "seen": s, "h": 2 * u * s / (u + s) if u + s else 0.0}
+            for name, (zsl, u, s) in zip(("instance", "class"), found, strict=True)}
