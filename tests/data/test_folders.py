@@ -139,6 +139,6 @@ def test_a_class_has_the_name_of_its_first_domain(tmp_path):
 def test_counts_stand_beside_the_published_ones():
     tree = {name: {"a": ["x"] * count} for name, count in DATASETS["domainnet"].counts["original"].items()}
     lines = compare_counts(tree, DATASETS["domainnet"].counts)
-    assert lines[0] == "data     clipart         48,837 images, 1 classes; published: original 48,837, cleaned 48,129"
-    assert lines[-1] == "data     total          596,010 images; published: original 596,010, cleaned 586,575"
+    assert lines[0] == "data     clipart         48,837 images, 1 classes; as published (original); cleaned 48,129 (+708)"
+    assert lines[-1] == "data     total          596,010 images; as published (original); cleaned 586,575 (+9,435)"
     assert compare_counts({"photo": {"a": ["x"]}}, {})[0] == "data     photo                1 images, 1 classes"

@@ -255,7 +255,7 @@ def test_dry_run_of_every_preset(preset, domains, classes, trees, world, tmp_pat
     assert f"{classes} classes" in text and f"{count:,} trainable parameters" in text
     assert "14,720 trainable parameters" in text and not (tmp_path / "dry").exists()
     if preset == "domainnet/sketch":
-        assert "published: original 48,837" in text
+        assert "; original 48,837 (-48," in text
 
 
 def test_mistakes_are_one_sentence(world, tmp_path, capsys):

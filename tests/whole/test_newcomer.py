@@ -57,6 +57,12 @@ def test_the_lines_of_the_docs_run_in_order_from_an_empty_folder(fast, tmp_path)
     for line in lines:
         done = subprocess.run(line, shell=True, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=1800)
         assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
+    code = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)[1]
+    for here, there in (("weights/", f"{ROOT}/weights/"), *([("runs/demo", "runs/fast"), ("data/toy/", "data/toy-fast/")] if fast else [])):
+        code = code.replace(here, there)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)}, capture_output=True,
+                          text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
     runs = {"fast", "sre-fast"} if fast else {"demo", "sre-demo"}
     assert {path.name for path in (tmp_path / "runs").iterdir()} >= runs
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "data", "sheet.png", "gallery.npy", "gallery.paths.txt"}
@@ -65,7 +71,7 @@ def test_the_lines_of_the_docs_run_in_order_from_an_empty_folder(fast, tmp_path)
 def test_blocks_that_need_data_say_so():
     """Without the mark their commands would be run above; with it they must need something that is not shipped."""
     marked = [block for block in blocks() if block.startswith(NEEDS_DATA)]
-    assert len(marked) == 4
+    assert len(marked) == 5
     for block in marked:
         for line in block.splitlines()[1:]:
             assert re.search(r"data/(mine|DomainNet|Sketchy|TUBerlin|3D2)|runs/mine|/usr/share/wordnet", line), line
