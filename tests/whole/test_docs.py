@@ -73,9 +73,10 @@ def test_commands_parse(script, arguments, monkeypatch):
 @pytest.mark.parametrize("module,arguments", MODULES)
 def test_module_commands_have_the_flags_that_are_given(module, arguments, monkeypatch, capsys):
     name = f"{module}.__main__" if (ROOT / module.replace(".", "/")).is_dir() else module
-    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    monkeypatch.setattr(sys, "argv", [module, "--help"])  # tests.killtest takes no other
+    main = importlib.import_module(name).main
     with pytest.raises(SystemExit) as ended:
-        importlib.import_module(name).main()
+        main(["--help"]) if module.startswith("ucdr_ref") else main()  # without arguments it would end with signals ignored
     shown = capsys.readouterr().out
     assert ended.value.code == 0
     for flag in re.findall(r"--([\w-]+)", arguments):
