@@ -155,19 +155,20 @@ def test_lambda_is_chosen_on_validation_classes_and_recorded(world, tmp_path, mo
     scored, score = [], experiment.score
 
     def noting(query, gallery, queries, files):
-        scored.append(queries)
-        return score(query, gallery, queries, files)
+        found = score(query, gallery, queries, files)
+        scored.append((queries, found[0]["mAP@200"]))
+        return found
 
     monkeypatch.setattr(experiment, "score", noting)
     run = tmp_path / "chosen"
     assert train.main(flags(world, run, "--method", "closed-form")) == 0
     validated = set(json.loads((world / "split.json").read_text())["val"])
-    choosing = scored[:len(closed_form.STRENGTHS)]
-    for queries in choosing:
+    choosing = dict(zip(closed_form.STRENGTHS, scored))
+    for queries, _ in choosing.values():
         assert set(queries.classes) == validated and "sketch" not in queries.domains
-    assert set(scored[len(choosing)].domains) == {"sketch"}
+    assert set(scored[len(choosing)][0].domains) == {"sketch"}
     strength = load_state(run / "best.pt")["strength"]
-    assert strength in closed_form.STRENGTHS and results(run)["strength"] == strength
+    assert choosing[strength][1] == max(value for _, value in choosing.values()) and results(run)["strength"] == strength
     assert f"lambda = {strength:g}" in results(run)["table"]
     assert train.main(flags(world, tmp_path / "last", "--method", "closed-form", "--selection", "last")) == 0
     assert load_state(tmp_path / "last" / "best.pt")["strength"] == 3.0

@@ -34,7 +34,7 @@ from ..distributed import batch_offset, derive_seed, gather_rows, local_shard, m
 from ..metrics import retrieval
 from ..training import PhaseData, load_own_state
 from ..ucdr.adapter import Batch, UCDRAdapter
-from ..ucdr.closed_form import ClosedForm, ClosedFormAdapter, center, choose_strength, measure
+from ..ucdr.closed_form import STRENGTHS, ClosedForm, ClosedFormAdapter, center, measure
 from .report import CENTER_CLASSES
 
 CPU_PART = 10  # images of phase 2 at once: on a CPU no slower than a batch of 50, in a third of the memory
@@ -202,8 +202,8 @@ def fit_closed_form(config: Config, protocol: Protocol, features: FeatureCache) 
     class_ids, domain_ids = (ids.to(z.device) for ids in label_ids(protocol, protocol.train))
     measured, strength = measure(z, class_ids, domain_ids, len(protocol.domain_names)), STRENGTH
     if config.selection == "validation" and protocol.validation and protocol.selected:
-        strength = choose_strength(
-            measured, lambda form: validation_score(behind_form(features, form), protocol))
+        strength = max(STRENGTHS, key=lambda strength: validation_score(
+            behind_form(features, measured.form(strength)), protocol))
     return measured.form(strength), strength
 
 

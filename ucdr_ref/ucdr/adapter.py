@@ -1,4 +1,4 @@
-"""UCDR-Adapter (Jiang et al., WACV 2025): source adapter learning, target prompt generation, encoding."""
+"""UCDR-Adapter: both training phases, and encoding."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..clip.model import CLIP
-from ..clip.zero_shot import check_names, class_text_features
+from ..clip.zero_shot import class_text_features
 from . import losses
 from .options import Options
 from .prompts import TargetPromptGenerator, TextTemplate, prompt_bank
@@ -22,10 +22,10 @@ class Batch(NamedTuple):
 
 
 class ClassQueues(nn.Module):
-    """First-in-first-out queues of momentum features, one per class (M)."""
+    """First-in-first-out queues of momentum features, one a class (M)."""
 
     features: Tensor  # [c * size, e], class after class, in each the oldest first; then free rows
-    labels: Tensor  # [c * size], the class of each row; c: free
+    labels: Tensor  # [c * size], the class of each row, c where it is free
 
     def __init__(self, c: int, size: int, e: int) -> None:
         super().__init__()
@@ -35,29 +35,25 @@ class ClassQueues(nn.Module):
 
     @property
     def counts(self) -> Tensor:
-        """Features in each queue [c]."""
-        classes = torch.arange(self.c, device=self.labels.device)
-        return torch.searchsorted(self.labels, classes, right=True) - torch.searchsorted(self.labels, classes)
+        """Features in each queue [c]"""
+        return torch.searchsorted(self.labels, torch.arange(self.c + 1, device=self.labels.device)).diff()
 
     def push(self, features: Tensor, class_ids: Tensor) -> None:
-        """features [b, e] enter their classes' queues in batch order; the oldest leave."""
+        """features [b, e] enter their queues in batch order; the oldest leave."""
         features = torch.cat([self.features, features.to(self.features.dtype)])
         labels, order = torch.cat([self.labels, class_ids]).sort(stable=True)
         ends = torch.searchsorted(labels, labels, right=True)
-        from_newest = ends - torch.arange(len(labels), device=labels.device)  # 1: the newest of its class
+        from_newest = ends - torch.arange(len(labels), device=labels.device)  # the newest is 1
         labels, kept = torch.where(from_newest <= self.size, labels, self.c).sort(stable=True)
-        rows = len(self.labels)
+        rows = self.c * self.size
         self.features, self.labels = features[order[kept[:rows]]], labels[:rows]
 
     def draw(self, class_ids: Tensor, r: int, first: int, total: int) -> tuple[Tensor, Tensor, Tensor]:
-        """r uniform pairs per image, I_p and I_n [b, r, e], and which images have a pair [b].
-
-        The b images are those from number `first` on of a batch of `total`.
-        """
+        """r uniform pairs I_p, I_n [b, r, e] of the images from `first` on of `total`; which have any [b]"""
         counts = self.counts
         own, start = counts[class_ids, None], (counts.cumsum(0) - counts)[class_ids, None]
         others = counts.sum() - own
-        # Drawn on the CPU for the whole batch: the same pairs on every device and any number of processes.
+        # On the CPU, for the whole batch: the same pairs for any device and number of processes.
         u = torch.rand(2, total, r, dtype=torch.float64)[:, first:first + len(class_ids)].to(own.device)
         positive, negative = start + (u[0] * own).long(), (u[1] * others).long()
         negative = torch.where(negative < start, negative, negative + own)  # skips the own queue
@@ -68,17 +64,16 @@ class ClassQueues(nn.Module):
 class UCDRAdapter(nn.Module):
     """CLIP, frozen, with text template (T), source prompts (P) and target prompt generator (A).
 
-    class_names [c], domain_names [s]: of the training images. class_features [c, e]: anchors in place of text
-    (D13). Where processes share a batch, gather turns rows [b, ...] into those of all, and batch_offset turns
-    this one's number of images into (number of the first, number of all). Raises ValueError for class names
-    that are too long, text without a text tower, and options.class_features that are not given.
+    class_names [c] and domain_names [s] of the training images; class_features [c, e] in place of text (D13).
+    Where processes share a batch, gather: own rows -> everyone's; batch_offset: own number of images ->
+    (number of the first, number of all). Raises ValueError for a class name that is too long.
     """
 
     PHASES: tuple[str, ...] = ("source", "target")
     TRAINED = {"source": ("template.ctx", "domain_prompts", "class_prompts"),
                "target": ("generator.", "class_token", "proj")}  # beginnings of names
 
-    anchors: Tensor  # t_c [c, e]; of a template not before start("target")
+    anchors: Tensor  # t_c [c, e]; a template's not before phase 2
     momentum_domain_prompts: Tensor  # [s, p, d]
     momentum_class_prompts: Tensor  # [c, p, d]
 
@@ -87,8 +82,6 @@ class UCDRAdapter(nn.Module):
                  gather: Callable[[Tensor], Tensor] = lambda rows: rows,
                  batch_offset: Callable[[int], tuple[int, int]] = lambda count: (0, count)) -> None:
         super().__init__()
-        check_names(class_names)
-        check_names(domain_names)
         self.gather, self.batch_offset = gather, batch_offset
         self.clip, self.options = clip.requires_grad_(False), options
         c, s, d, p = len(class_names), len(domain_names), clip.vision_width, options.prompt_length
@@ -108,20 +101,19 @@ class UCDRAdapter(nn.Module):
             self.template = TextTemplate(clip, class_names, options.context_vectors)
             anchors = torch.zeros(c, clip.embed_dim)
         else:
-            raise ValueError(f"class_features {options.class_features!r}: expected template or plain, or the "
-                             "features themselves as an argument")
+            raise ValueError(f"class_features {options.class_features!r} are not given")
         self.register_buffer("anchors", anchors)
 
-        averages = [self.domain_prompts, self.class_prompts]
+        domains, classes = self.domain_prompts, self.class_prompts
         if options.momentum_start == "random":  # D9
-            averages = [prompt_bank(len(bank), p, clip.patch, d) for bank in averages]
-        for name, bank in zip(("momentum_domain_prompts", "momentum_class_prompts"), averages):
-            self.register_buffer(name, bank.detach().clone())
+            domains, classes = prompt_bank(s, p, clip.patch, d), prompt_bank(c, p, clip.patch, d)
+        self.register_buffer("momentum_domain_prompts", domains.detach().clone())
+        self.register_buffer("momentum_class_prompts", classes.detach().clone())
         self.queues = ClassQueues(c, options.queue_size, clip.embed_dim)
 
     def text_features(self) -> Tensor:
-        """Class anchors t_c [c, e], L2-normalised: the text template's, or fixed ones (D13)."""
-        return self.anchors if self.template is None else self.template(self.clip)
+        """Class anchors t_c [c, e], L2-normalised."""
+        return self.anchors if self.template is None else self.template(self.clip)  # D13
 
     def encode_tokens(self, patches: Tensor, domain_prompts: Tensor, class_prompts: Tensor) -> Tensor:
         """[class token + pos_0; prompts; patches] -> ln_pre, blocks -> token k -> ln_post, proj: [b, e]"""
@@ -131,13 +123,13 @@ class UCDRAdapter(nn.Module):
         return visual.pool(visual.blocks(x, at=self.options.feature_token), self.proj)  # D2
 
     def source_features(self, patches: Tensor, class_ids: Tensor, domain_ids: Tensor) -> Tensor:
-        """Source encoding (E) with the true domain and class: patches [b, n, d], ids [b] -> unit f [b, e]."""
+        """Source encoding (E) with true domain and class: patches [b, n, d], ids [b] -> unit f [b, e]"""
         prompts = self.domain_prompts[domain_ids], self.class_prompts[class_ids]
         return unit(self.encode_tokens(patches, *prompts))
 
     @torch.no_grad()
     def query_feature(self, patches: Tensor) -> Tensor:
-        """I_g [b, d]: the frozen tower's feature after ln_post, before projection."""
+        """I_g [b, d]: the frozen tower's feature after ln_post, before projection"""
         visual = self.clip.visual
         if self.options.query_feature == "class":  # D6
             patches = torch.cat([visual.class_token(len(patches)).to(patches.dtype), patches], dim=1)
@@ -145,60 +137,50 @@ class UCDRAdapter(nn.Module):
 
     def target_features(self, images: Tensor, class_ids: Tensor | None = None,
                         domain_ids: Tensor | None = None) -> Tensor:
-        """Target encoding (G): images [b, 3, H, W] -> [b, e], not normalised.
-
-        With ids [b] (phase 2) the rows of the image's own class and domain are masked; a test has none.
-        """
+        """Target encoding (G): images [b, 3, H, W] -> [b, e], not normalised; ids [b] in phase 2: masked."""
         patches = self.clip.visual.embed(images)
+        banks, own = (self.domain_prompts, self.class_prompts), (domain_ids, class_ids)
         if self.options.target_epochs == 0:  # phase 1 alone has no generator: the banks' means stand in
-            means = (bank.mean((0, 1)) for bank in (self.domain_prompts, self.class_prompts))
-            return self.encode_tokens(patches, *(mean.expand(len(images), 1, -1) for mean in means))
-        if self.options.mask == "none":  # D1
-            class_ids = domain_ids = None
-        query = self.query_feature(patches)
-        domain_prompt = self.generator(query, self.domain_prompts, domain_ids)
-        class_prompt = self.generator(query, self.class_prompts, class_ids)
-        return self.encode_tokens(patches, domain_prompt, class_prompt)
+            prompts = [bank.mean((0, 1)).expand(len(images), 1, -1) for bank in banks]
+        else:
+            query, masked = self.query_feature(patches), self.options.mask == "own"  # D1
+            prompts = [self.generator(query, bank, ids if masked else None) for bank, ids in zip(banks, own)]
+        return self.encode_tokens(patches, *prompts)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Test-time features [b, e] of images [b, 3, H, W]: no labels, no text."""
+        """images [b, 3, H, W] -> features [b, e] at test time: no labels, no text"""
         features = self.target_features(images).float()
         return unit(features) if self.options.evaluation_features == "normalized" else features  # D3
 
     def trainable(self, phase: str) -> dict[str, nn.Parameter]:
-        """The parameters that `phase` trains, by name; everything else stays frozen."""
+        """The parameters that the phase trains, by name"""
         names = self.TRAINED[phase]
         return {name: value for name, value in self.named_parameters() if name.startswith(names)}
 
     def optimizer(self, phase: str) -> torch.optim.Optimizer:
-        rate = self.learning_rate(phase, epoch=0, step=0)
-        return torch.optim.Adam(self.trainable(phase).values(), lr=rate, betas=(0.9, 0.999))
+        return torch.optim.Adam(self.trainable(phase).values(), lr=self.learning_rate(phase, epoch=0, step=0))
 
     def learning_rate(self, phase: str, epoch: int, step: int) -> float:
-        """Constant in phase 1; target_lr * 10^(-3 epoch / 20), at least 1e-6, in phase 2 (epochs from 0)."""
-        if phase == "source":
-            return self.options.source_lr
+        """Constant in phase 1; target_lr * 10^(-3 epoch / 20), at least 1e-6, in phase 2."""
         first = self.options.target_lr
-        return max(first * 10 ** (-3 * epoch / 20), min(first, 1e-6))  # D11
+        decayed = max(first * 10 ** (-3 * epoch / 20), min(first, 1e-6))  # D11
+        return self.options.source_lr if phase == "source" else decayed
 
     @torch.no_grad()
     def start(self, phase: str) -> None:
-        """Before phase 2, in which text features are constants, they are computed."""
         if phase == "target":
-            self.anchors.copy_(self.text_features())
+            self.anchors.copy_(self.text_features())  # now constants
             self.started = True
 
     def step(self, batch: Batch, phase: str) -> dict[str, Tensor]:
-        """Loss terms of a batch, `loss` the one to minimise; ValueError for a phase that has not started."""
-        if phase == "source":
-            return self.source_step(batch)
-        if phase == "target" and self.started:
-            return self.target_step(batch)
-        raise ValueError(f'phase {phase!r}: expected "source", or "target" after start("target")')
+        """Loss terms, `loss` to minimise; ValueError where start("target") is missing."""
+        if phase == "target" and not self.started:
+            raise ValueError('call start("target") first')
+        return self.source_step(batch) if phase == "source" else self.target_step(batch)
 
     def source_step(self, batch: Batch) -> dict[str, Tensor]:
-        """Phase 1, source adapter learning: L-align + L-triplet; the momentum features enter the queues."""
+        """Phase 1, source adapter learning: L-align + L-triplet"""
         options, (images, class_ids, domain_ids) = self.options, batch
         patches = self.clip.visual.embed(images)
         f = self.source_features(patches, class_ids, domain_ids)
@@ -220,14 +202,14 @@ class UCDRAdapter(nn.Module):
 
     @torch.no_grad()
     def momentum_features(self, patches: Tensor, batch: Batch) -> Tensor:
-        """Momentum encoder (M): theta_M <- alpha theta_M + (1 - alpha) theta, then unit f_M [b, e]."""
+        """(M) theta_M <- alpha theta_M + (1 - alpha) theta, then unit f_M [b, e]"""
         domains, classes = self.momentum_domain_prompts, self.momentum_class_prompts
         domains.lerp_(self.domain_prompts, 1 - self.options.momentum)
         classes.lerp_(self.class_prompts, 1 - self.options.momentum)
         return unit(self.encode_tokens(patches, domains[batch.domain_ids], classes[batch.class_ids]))
 
     def target_step(self, batch: Batch) -> dict[str, Tensor]:
-        """Phase 2, target prompt generation: L-align against the constant text features."""
+        """Phase 2, target prompt generation: L-align with constant text features"""
         f = unit(self.target_features(*batch))
         align = losses.image_text_contrast(f, self.anchors, batch.class_ids, self.options.tau)
         return {"loss": align, "align": align}

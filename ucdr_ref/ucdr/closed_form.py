@@ -1,12 +1,9 @@
 """A closed form in place of training: the domains' shifts removed, the spread within classes whitened.
 
-Not published: what a trained method must be shown beside. One pass of labelled source images and two
-decompositions. z [n, e]: image features of any length; N(v) = v / |v|.
+Not published: what a trained method must be shown beside. z [n, e]: image features; N(v) = v / |v|.
 """
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,20 +12,17 @@ from torch import Tensor, nn
 
 from ..clip.model import CLIP
 
-STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # lambda
+STRENGTHS = (3.0, 1.0, 10.0, 0.3, 0.1, 0.03)  # lambda; of equally good ones the first is taken
 ROUND_OFF = 1e-12  # squared length that features of length 1 in float32 cannot tell from 0
 
 
 def feature_mean(z: Tensor) -> Tensor:
-    """Mean [e] of N(z)"""
+    """Mean of N(z): [e]"""
     return F.normalize(z.float(), dim=1).mean(dim=0, dtype=torch.float64).float()
 
 
 def center(z: Tensor, mean: Tensor | None = None) -> Tensor:
-    """N(N(z) - mean) [n, e]; mean: another set's `feature_mean`, or z's own. Transductive.
-
-    One image, or equal ones, become zeros or round-off, which rank nothing.
-    """
+    """N(N(z) - mean) [n, e]; mean: another set's `feature_mean`, or z's own (transductive)."""
     mean = feature_mean(z) if mean is None else mean
     return F.normalize(F.normalize(z.float(), dim=1) - mean, dim=1)
 
@@ -39,10 +33,7 @@ def unit(z: Tensor) -> Tensor:
 
 
 def domain_mean(z: Tensor, class_ids: Tensor) -> Tensor:
-    """m_d [e]: over the classes of one domain's images, the mean of the class's mean.
-
-    So other class frequencies in a domain do not pass for its shift.
-    """
+    """m_d [e]: mean over the classes of one domain of the class's mean N(z)"""
     return torch.stack([unit(z[class_ids == k]).mean(dim=0) for k in class_ids.unique()]).mean(dim=0)
 
 
@@ -53,7 +44,7 @@ def remove(z: Tensor, mean: Tensor, subspace: Tensor) -> Tensor:
 
 
 class ClosedForm(nn.Module):
-    """z -> N(a W); one of zeros in these shapes can load a checkpoint."""
+    """z -> N(a W)"""
 
     mean: Tensor  # m [e]
     subspace: Tensor  # U [e, s - 1]
@@ -66,17 +57,15 @@ class ClosedForm(nn.Module):
         self.register_buffer("whitening", whitening.float())
 
     def forward(self, z: Tensor) -> Tensor:
-        """z [n, e] -> [n, e], L2-normalised, float32"""
+        """z [n, e] -> [n, e], L2-normalised"""
         with torch.autocast(z.device.type, enabled=False):
             a = remove(F.normalize(z.float(), dim=1), self.mean, self.subspace)
             return F.normalize(a @ self.whitening, dim=1)
 
 
 class Measured(NamedTuple):
-    """Everything of a ClosedForm but lambda."""
-
-    mean: Tensor
-    subspace: Tensor
+    mean: Tensor  # m [e]
+    subspace: Tensor  # U [e, s - 1]
     within: Tensor  # S_w [e, e]
 
     def form(self, strength: float) -> ClosedForm:
@@ -90,8 +79,8 @@ def measure(z: Tensor, class_ids: Tensor, domain_ids: Tensor, s: int) -> Measure
     """m, U and S_w, in float64, of source features z [n, e] with ids [n].
 
     m: mean of the m_d. U: orthonormal basis of the span of m_d - m, filled with zeros, which remove nothing.
-    S_w = 1/n sum over images of d^T d, d = a - mean of a over all images of its class: what still differs
-    between domains counts as spread within the class. Raises ValueError for a domain without an image.
+    S_w = 1/n sum over images of d^T d, d = a - mean of a over all images of its class, in all domains.
+    Raises ValueError for a domain without an image.
     """
     images = torch.bincount(domain_ids, minlength=s).tolist()
     if 0 in images:
@@ -110,14 +99,8 @@ def measure(z: Tensor, class_ids: Tensor, domain_ids: Tensor, s: int) -> Measure
     return Measured(mean, subspace, within)
 
 
-def choose_strength(measured: Measured, score: Callable[[ClosedForm], float]) -> float:
-    """The lambda of STRENGTHS whose form scores best on validation classes; of equals, the nearest to 3."""
-    nearest_first = sorted(STRENGTHS, key=lambda strength: abs(math.log(strength / 3)))
-    return max(nearest_first, key=lambda strength: score(measured.form(strength)))
-
-
 class ClosedFormAdapter(nn.Module):
-    """A closed form of CLIP's features behind a method's `encode`; its own state is m, U and W."""
+    """CLIP's features in closed form, as a method."""
 
     PHASES: tuple[str, ...] = ()
 

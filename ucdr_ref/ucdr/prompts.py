@@ -9,15 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..clip.model import CLIP
-from ..clip.tokenizer import encode, tokenize
+from ..clip.tokenizer import tokenize
 from ..clip.zero_shot import class_to_text
 
 
 class TextTemplate(nn.Module):
     """Learnable Textual Semantic Template (T): `a photo of {name} from X ... X domain.`, m learnable X's.
 
-    `ctx` [m, t] is shared by all classes, N(0, 0.02^2) at the start; all other token embeddings are frozen.
-    Raises ValueError for a class name too long for the text tower, naming it.
+    `ctx` [m, t] is shared by all classes, N(0, 0.02^2) at the start. Raises ValueError for too long a name.
     """
 
     ctx: nn.Parameter
@@ -28,23 +27,19 @@ class TextTemplate(nn.Module):
         clip.require_text()
         self.ctx = nn.Parameter(torch.empty(m, clip.text_width).normal_(std=0.02))
         texts = [f"a photo of {class_to_text(name)} from {' '.join('X' * m)} domain." for name in class_names]
-        lengths = [len(encode(text)) for text in texts]
-        for name, length in zip(class_names, lengths):
-            if length > clip.context_length:
-                raise ValueError(f"class name {name!r} makes a prompt of {length} tokens, expected at most "
-                                 f"{clip.context_length}: shorten it or lower --context-vectors (now {m})")
-        ids = tokenize(texts, clip.context_length)[:, : max(lengths)]
+        ids = tokenize(texts, clip.context_length)
+        ids = ids[:, :int(ids.argmax(dim=1).max()) + 1]  # end-of-text has the largest id in the vocabulary
         self.register_buffer("ids", ids.to(clip.logit_scale.device), persistent=False)
 
     def forward(self, clip: CLIP) -> Tensor:
         """L2-normalised class text features t_c [c, e]."""
         m, device = len(self.ctx), self.ids.device
-        end = self.ids.argmax(dim=-1)  # end-of-text has the largest id in the vocabulary
+        end = self.ids.argmax(dim=-1)
         start = end - m - 2  # = len(bpe(name)) + 5; behind the X's come `domain`, `.` and end-of-text
         row = torch.arange(len(end), device=device)
         x = clip.token_embedding(self.ids)
         x[row[:, None], start[:, None] + torch.arange(m, device=device)] = self.ctx.to(x.dtype)
-        # Attention is causal: end-of-text, the only token that is read, sees nothing of the padding.
+        # Attention is causal: end-of-text, the only token read, sees nothing of the padding.
         x = clip.transformer(x + clip.positional_embedding[: x.shape[1]], causal=True)
         return F.normalize((clip.ln_final(x[row, end]) @ clip.text_projection).float(), dim=-1)
 
@@ -58,8 +53,7 @@ def prompt_bank(rows: int, p: int, patch: int, d: int) -> nn.Parameter:
 class TargetPromptGenerator(nn.Module):
     """Target Prompt Generator (A): describes an image by attention over a bank B of source prompts.
 
-    K = W_p B, w = softmax(W_i I_g . K / T), P = sum_k w_k K_k, then P <- (P + LayerNorm(W_o P)) / 33. One
-    generator serves both banks, of domains and of classes.
+    K = W_p B, w = softmax(W_i I_g . K / T), P = sum_k w_k K_k, then P <- (P + LayerNorm(W_o P)) / 33.
     """
 
     def __init__(self, d: int, temperature: float) -> None:
@@ -72,7 +66,7 @@ class TargetPromptGenerator(nn.Module):
         """query I_g [b, d], bank [rows, p, d] -> one prompt token [b, 1, d].
 
         own [b]: the row that each image must do without (phase 2): zero before W_p, so W_p's bias after it.
-        The keys take b * rows * p * d floats, 38 MB for 50 images and 245 classes of ViT-B.
+        The keys take b * rows * p * d floats.
         """
         rows, p, _ = bank.shape
         keys = self.W_p(bank.flatten(0, 1)).expand(len(query), -1, -1)
