@@ -6,21 +6,21 @@ from __future__ import annotations
 
 def run(argv: list[str] | None) -> None:
     import argparse
+    from pathlib import Path
 
-    from ucdr_ref.cli import folder_path
     from ucdr_ref.config import FIELDS, MACHINE, add_arguments, parse
 
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
                                      epilog="A field that is not given is the run's own.")
-    parser.add_argument("--run", type=folder_path, metavar="DIR",
+    parser.add_argument("--run", type=Path, metavar="DIR",
                         help="folder of a run (default: the newest demonstration)")
-    parser.add_argument("--out", type=folder_path, metavar="DIR",
+    parser.add_argument("--out", type=Path, metavar="DIR",
                         help="where to write (default: the run folder)")
     parser.add_argument("--force", action="store_true",
                         help="evaluate although images or weights are not the run's; the table says so")
-    parser.add_argument("--cache", type=folder_path, metavar="DIR", default="runs/cache",
+    parser.add_argument("--cache", type=Path, metavar="DIR", default="runs/cache",
                         help="where features of images are kept for all runs (default: %(default)s)")
-    parser.add_argument("--compare", nargs=2, type=folder_path, metavar="RUN",
+    parser.add_argument("--compare", nargs=2, type=Path, metavar="RUN",
                         help="print the tables of two runs and the config fields that differ, and stop")
     add_arguments(parser, (*MACHINE, "data_root", "target", "class_split", "weights"))
     args = parse(parser, argv)

@@ -6,35 +6,35 @@ def run(argv: list[str] | None) -> None:
     import argparse
     import json
     import sys
+    from pathlib import Path
 
-    from ucdr_ref.cli import folder_path
     from ucdr_ref.config import add_arguments, parse
 
     parser = argparse.ArgumentParser(
         description=__doc__, usage="%(prog)s [flags]",
         epilog="--weights without --run: zero-shot CLIP. Another field that is not given is the run's.")
-    parser.add_argument("--run", type=folder_path, metavar="DIR",
+    parser.add_argument("--run", type=Path, metavar="DIR",
                         help="folder of a run (default: the newest demonstration)")
-    parser.add_argument("--gallery", type=folder_path, metavar="DIR",
+    parser.add_argument("--gallery", type=Path, metavar="DIR",
                         help="folder of images to search, with all below it (default: the run's gallery)")
-    parser.add_argument("--query", type=folder_path, nargs="+", default=[], metavar="IMG",
+    parser.add_argument("--query", type=Path, nargs="+", default=[], metavar="IMG",
                         help="query images")
     parser.add_argument("--text", nargs="+", default=[], metavar="TEXT",
                         help="query texts as CLIP reads them, such as \"a red bus\"")
     parser.add_argument("--k", type=int, default=10, metavar="N", help="results per query (default: 10)")
-    parser.add_argument("--center", type=folder_path, metavar="DIR",
+    parser.add_argument("--center", type=Path, metavar="DIR",
                         help="images of the queries' kind and of many classes: queries lose their mean and "
                              "the gallery its own. Helps where the two differ in style, zero-shot CLIP most; "
                              "harms where DIR holds few classes, whose mean is then what is searched for")
     parser.add_argument("--invert", default="auto", choices=("auto", "none"),
                         help="auto: colours are inverted in folders named like a stroke domain and of what "
                              "looks like dark strokes on white, some clip art and icons too (default: auto)")
-    parser.add_argument("--out", type=folder_path, metavar="SHEET.png", help="write a picture of the results")
-    parser.add_argument("--export", type=folder_path, metavar="FILE.npy",
+    parser.add_argument("--out", type=Path, metavar="SHEET.png", help="write a picture of the results")
+    parser.add_argument("--export", type=Path, metavar="FILE.npy",
                         help="write the gallery's vectors, and their paths beside it")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--force", action="store_true", help="search with other CLIP weights than the run's")
-    parser.add_argument("--cache", type=folder_path, metavar="DIR", default="runs/cache",
+    parser.add_argument("--cache", type=Path, metavar="DIR", default="runs/cache",
                         help="where features of images are kept, for all runs (default: %(default)s)")
     fields = ("weights", "device", "workers", "precision")
     add_arguments(parser, fields)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 def run(argv: list[str] | None) -> None:
     import argparse
+    from pathlib import Path
 
-    from ucdr_ref.cli import folder_path
     from ucdr_ref.config import FIELDS, PRESETS, add_arguments, parse, resolve
 
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]")
-    parser.add_argument("--run", type=folder_path, metavar="DIR",
+    parser.add_argument("--run", type=Path, metavar="DIR",
                         help="run folder; the same command again resumes it (default: runs/demo; with --fast "
                              "runs/fast; for sre-clip runs/sre-demo, runs/sre-fast)")
     parser.add_argument("--preset", metavar="NAME",
@@ -17,7 +17,7 @@ def run(argv: list[str] | None) -> None:
     parser.add_argument("--fast", action="store_true", help="the demonstration in under a minute")
     parser.add_argument("--dry-run", action="store_true",
                         help="print config, files, classes and trainable parameters, and stop")
-    parser.add_argument("--cache", type=folder_path, metavar="DIR", default="runs/cache",
+    parser.add_argument("--cache", type=Path, metavar="DIR", default="runs/cache",
                         help="where features of images are kept for all runs (default: %(default)s)")
     add_arguments(parser)
     args = parse(parser, argv)

@@ -10,15 +10,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .cli import Stopped, is_main, one_line, several_processes
+from .cli import is_main, one_line, several_processes
 
-Items = TypeVar("Items", bound=Sequence[Any])
 JOIN_SECONDS = 60  # that the processes have to find each other
 
 
@@ -36,41 +35,34 @@ def processes() -> Iterator[None]:
     if not several_processes():
         yield
         return
-    count = os.environ["WORLD_SIZE"]
     try:
         store, number, total = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
         # Numbers on the CPU go by gloo, so that they never wait for a GPU.
-        nccl = torch.cuda.is_available() and dist.is_nccl_available()
-        backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=total)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"WORLD_SIZE is {count}, but no {count} processes met in {JOIN_SECONDS} s ("
-                         f"{one_line(error)[:150]}); start with torchrun, or unset it") from None
+        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but so many processes did not meet "
+                         f"({one_line(error)[:150]}); start with torchrun, or unset it") from None
     if not is_main():
         sys.stdout = open(os.devnull, "w")
-    try:
-        yield
-    except Stopped:  # after any other exception some process may wait, and so would parting in good order
-        dist.destroy_process_group()
-        raise
-    dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()  # not after an exception: others may wait, and so would this
 
 
 @contextmanager
 def exchange() -> Iterator[None]:
-    """Around every exchange: says that another process is gone."""
+    """Around every exchange: ValueError when another process is gone."""
     try:
         yield
     except RuntimeError as error:
-        print(f"error: process {rank()} lost another one ({one_line(error)}); run the same command to go on",
-              file=sys.stderr)
-        sys.exit(2)
+        raise ValueError(f"process {rank()} lost another one ({one_line(error)}); run the same command to "
+                         "go on") from None
 
 
-def local_shard(items: Items) -> Items:
+def local_shard(items: list[Any]) -> list[Any]:
     """This process's part of a list, contiguous."""
     start, end = (len(items) * n // world_size() for n in (rank(), rank() + 1))
-    return items[start:end]  # type: ignore[return-value]
+    return items[start:end]
 
 
 def all_gather(items: list[Any]) -> list[Any]:
@@ -99,11 +91,11 @@ def average(tensors: Sequence[Tensor], weight: int) -> None:
     """Puts the processes' mean, each counted `weight` times, in place of the tensors."""
     if world_size() == 1:
         return
-    flat = torch.cat([tensor.flatten() for tensor in tensors] + [tensors[0].new_ones(1)])
+    flat = torch.cat([*(tensor.flatten() for tensor in tensors), tensors[0].new_ones(1)])
     flat = flat * weight if weight else torch.zeros_like(flat)  # the mean over an empty share is NaN
     with exchange():
         dist.all_reduce(flat)
-    *means, _ = (flat / flat[-1]).split([*(tensor.numel() for tensor in tensors), 1])
+    means = (flat[:-1] / flat[-1]).split([tensor.numel() for tensor in tensors])
     for tensor, mean in zip(tensors, means):
         tensor.copy_(mean.view_as(tensor))
 
@@ -115,7 +107,7 @@ def barrier() -> None:
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """The block runs in the writing process, and then in the others."""
+    """The block runs in the main process, and then in the others."""
     if not is_main():
         barrier()
     yield
@@ -124,22 +116,19 @@ def main_first() -> Iterator[None]:
 
 
 def one_process(what: str) -> None:
-    """ValueError where there are more."""
     if several_processes():
         raise ValueError(f"{what} needs one process: start it without torchrun, or unset WORLD_SIZE")
 
 
 def pick_device(name: str) -> torch.device:
-    """cpu, cuda, ... or auto; a GPU without a number is the process's own. ValueError when there is none."""
+    """cpu, cuda, ... or auto; each of several processes takes its own GPU. ValueError when there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and world_size() > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    elif name.startswith("cuda:") and world_size() > 1:
-        raise ValueError(f"--device {name}: each process needs a GPU of its own: give --device cuda")
+    if name == "cuda" or name.startswith("cuda") and world_size() > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
-        if device.index is not None and device.type == "cuda":
+        if device.type == "cuda":
             torch.cuda.set_device(device)  # for what names no device, such as NCCL
         torch.ones(1, dtype=torch.float64, device=device).item()  # evaluation needs it; Apple's GPU has none
     except Exception as error:  # drivers raise whatever comes up

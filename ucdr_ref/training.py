@@ -8,9 +8,7 @@ from __future__ import annotations
 import json
 import math
 import signal
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,21 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cli import (
-    ProgressLine,
-    Stopped,
-    as_value_error,
-    is_main,
-    load_state,
-    save_atomic,
-    write_text_atomic,
-    writing,
-)
-from .config import PATHS, differences, from_dict
-from .distributed import all_gather, autocast, average, barrier, derive_seed, world_size
+from .cli import ProgressLine, as_value_error, is_main, load_state, save_atomic, signals_to, write_text_atomic
+from .config import PATHS, Config, differences, from_dict
+from .distributed import all_gather, autocast, average, barrier, derive_seed
 
 SAVE_EVERY = 50  # steps between two checkpoints
-ADVICE = "delete the run folder to start again, or name another --run"
 
 
 @dataclass(frozen=True)
@@ -84,9 +72,10 @@ def train(method: Any, phases: Mapping[str, PhaseData], validate: Callable[[], f
     method: a module with PHASES, trainable(phase) (parameters by name), start(phase), optimizer(phase),
     learning_rate(phase, epoch, step) and step(batch, phase) (loss terms by name).
     validate: the score by which the last phase keeps its best epoch and stops early; None keeps the last.
-    Raises Stopped after SIGINT or SIGTERM, ValueError at a non-finite loss.
+    Raises KeyboardInterrupt after SIGINT or SIGTERM, ValueError at a non-finite loss.
     """
-    with open_checkpointer(run, method) as checkpointer:
+    checkpointer = Checkpointer(run, method)
+    with signals_to(checkpointer.stop):
         for phase in method.PHASES[checkpointer.progress.phase:]:
             selecting = validate if phase == method.PHASES[-1] else None
             fit(method, phase, phases[phase], selecting, checkpointer)
@@ -107,8 +96,7 @@ def fit(method: Any, phase: str, data: PhaseData, validate: Callable[[], float] 
     optimizer = method.optimizer(phase)
     checkpointer.resume(optimizer, phase)
     line = ProgressLine(phase, data.epochs * len(data.order(0)) * data.batch_size)
-    while progress.epoch < data.epochs and (validate is None
-                                            or progress.epochs_without_improvement < run.patience):
+    while progress.epoch < data.epochs and progress.epochs_without_improvement < run.patience:
         order = data.order(progress.epoch)
         for batch, files in data.load(progress.epoch, order[progress.step:]):
             torch.manual_seed(derive_seed(run.seed, phase, progress.epoch, progress.step))
@@ -146,71 +134,68 @@ def fit(method: Any, phase: str, data: PhaseData, validate: Callable[[], float] 
                 progress.best, progress.epochs_without_improvement = score, 0
                 checkpointer.save_best(method)
             checkpointer.log({"phase": phase, "epoch": progress.epoch, "score": score})
-            if is_main():
-                print(f"{phase} epoch {progress.epoch}/{data.epochs} | score {score:.4f}", file=sys.stderr)
+            print(f"{phase} epoch {progress.epoch}/{data.epochs} | score {score:.4f}")
         checkpointer.save(method, optimizer, phase, due=True)
 
 
-@contextmanager
-def open_checkpointer(run: Run, method: Any) -> Iterator[Checkpointer]:
-    """Of a run; the method takes over the weights of last.pt, if there is one."""
-    progress, optimizer_state, last = Progress(), None, run.folder / "last.pt"
-    if last.exists():
-        state = load_state(last)
-        check_config(state, run.extra, last)
-        with as_value_error(last, "is no checkpoint of a training", ADVICE):
-            progress, optimizer_state = Progress(**state["progress"]), state["optimizer"]["state"]
-            weights = state["method"]
-        load_own_state(method, weights, last)
-    with stop_signals() as stopping:
-        yield Checkpointer(run, progress, optimizer_state, stopping)
-
-
-@dataclass
 class Checkpointer:
-    """Writes how far a training is, its log and its checkpoints."""
+    """How far a training is, its log and its checkpoints. The method takes over the weights of last.pt."""
 
-    run: Run
-    progress: Progress
-    optimizer_state: dict[Any, Any] | None  # of last.pt, until a phase takes it
-    stopping: list[int]  # signals received
+    def __init__(self, run: Run, method: Any) -> None:
+        self.run, self.progress, self.last = run, Progress(), run.folder / "last.pt"
+        self.optimizer_state: dict[str, Any] | None = None  # of last.pt, until a phase takes it
+        self.stopping: list[int] = []  # signals received
+        if self.last.exists():
+            state = load_state(self.last)
+            with as_value_error(self.last, "is no checkpoint of a training", "name another --run"):
+                self.progress, self.optimizer_state = Progress(**state["progress"]), state["optimizer"]
+                config, weights = from_dict(state["config"]), state["method"]
+            check_config(from_dict(run.extra["config"]), config, self.last)
+            load_own_state(method, weights, self.last)
+
+    def stop(self, number: int, frame: Any) -> None:
+        """Handles a signal: the step is finished first; a second SIGINT ends the process."""
+        self.stopping.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
     def resume(self, optimizer: torch.optim.Optimizer, phase: str) -> None:
         """The interrupted phase's moments go into its optimizer."""
-        if self.optimizer_state is not None:
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": self.optimizer_state})
+        if self.optimizer_state:
+            optimizer.load_state_dict(self.optimizer_state)
             self.optimizer_state = None
-            print(f"resumed from phase {phase}, epoch {self.progress.epoch + 1}, step {self.progress.step}")
+            print(f"resumed from {self.place(phase)}")
+
+    def place(self, phase: str) -> str:
+        return f"phase {phase}, epoch {self.progress.epoch + 1}, step {self.progress.step}"
 
     def log(self, values: dict[str, Any]) -> None:
         """A line of JSON in log.jsonl; lines of steps that are done again are cut off."""
         if is_main():
-            path = self.run.folder / "log.jsonl"
-            with writing(path, "free space, then run the same command to go on"), open(path, "ab") as file:
+            with open(self.run.folder / "log.jsonl", "ab") as file:
                 file.truncate(min(file.tell(), self.progress.log_bytes))
                 file.write((json.dumps(values) + "\n").encode())
                 self.progress.log_bytes = file.tell()
 
     def save(self, method: Any, optimizer: torch.optim.Optimizer, phase: str, due: bool) -> None:
-        """Writes last.pt where it is due or a process was told to stop, which raises Stopped."""
+        """Writes last.pt where it is due or a process was told to stop, which raises KeyboardInterrupt."""
         stop = all_gather([*self.stopping])  # of all processes; a copy: the next signal waits
         if due or stop:
-            state = {"progress": asdict(self.progress), "method": own_state(method),
-                     "optimizer": optimizer.state_dict()}
-            save_atomic({**state, **self.run.extra}, self.run.folder / "last.pt")
+            save_atomic({"progress": asdict(self.progress), "method": own_state(method),
+                         "optimizer": optimizer.state_dict(), **self.run.extra}, self.last)
             barrier()
         if stop:
             reason = signal.Signals(self.stopping[0]).name if self.stopping else "another process"
-            raise Stopped(f"stopped by {reason} in phase {phase}, epoch {self.progress.epoch + 1}, step "
-                          f"{self.progress.step}; all is saved: run the same command to go on")
+            raise KeyboardInterrupt(f"stopped by {reason} in {self.place(phase)}; all is saved: run the same "
+                                    "command to go on")
 
     def refuse(self, values: dict[str, float], phase: str, files: list[str]) -> None:
         """Raises ValueError for numbers that are not finite; nonfinite.txt names the files of the batch."""
         bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
         path = self.run.folder / "nonfinite.txt"
         write_text_atomic(path, "\n".join(all_gather(files)) + "\n")
-        raise ValueError(f"{bad} not finite in phase {phase}, epoch {self.progress.epoch + 1}, step "
-                         f"{self.progress.step + 1}; look at the files in {path}, or lower the learning rate")
+        raise ValueError(f"{bad} not finite after {self.place(phase)}; look at the files in {path}, or lower "
+                         "the learning rate")
 
     def save_best(self, method: Any) -> None:
         save_atomic({"method": own_state(method), **self.run.extra}, self.run.folder / "best.pt")
@@ -228,37 +213,11 @@ def load_own_state(method: Any, state: Mapping[str, Tensor], path: Path) -> None
     for name in there | here:
         if there.get(name) != here.get(name):
             raise ValueError(f"{path} was trained with other weights, classes or domains ({name} is "
-                             f"{there.get(name)} there, {here.get(name)} here); give the run's own --weights "
-                             "and --data-root")
+                             f"{there.get(name)} there, {here.get(name)} here)")
     method.load_state_dict(state, strict=False)
 
 
-def check_config(state: Mapping[str, Any], extra: Mapping[str, Any], path: Path) -> None:
+def check_config(ours: Config, theirs: Config, path: Path) -> None:
     """ValueError where a checkpoint's config is not the run's."""
-    with as_value_error(path, "holds no config", ADVICE):
-        ours, theirs = (from_dict(part["config"]) for part in (extra, state))
     if different := differences(ours, theirs, also=PATHS):
-        raise ValueError(f"{path} is of a run with another config ({'; '.join(different)}); bring back this "
-                         "run's own, or name another --run")
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM, for a step to be finished; a second SIGINT ends the process."""
-    received: list[int] = []
-
-    def receive(number: int, _: Any) -> None:
-        received.append(number)
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    except Stopped:
-        if world_size() > 1:  # torchrun sends SIGTERM once the first of them has ended: let all say why
-            before[signal.SIGTERM] = signal.SIG_IGN
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        raise ValueError(f"{path} is of a run with another config ({'; '.join(different)})")

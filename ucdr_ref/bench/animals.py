@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..cli import folder_path, make_folder, read_json, run_command, write_text_atomic
+from ..cli import read_json, run_command, write_text_atomic
 from ..data.folders import folder_key
 from ..experiments.classification import SHIPPED
 from ..sre.graph import load_graph, with_ancestors
@@ -88,12 +88,12 @@ def run(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ucdr_ref.bench.animals", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag in ("--data", "--weights", "--out"):
-        parser.add_argument(flag, type=folder_path, required=True)
+        parser.add_argument(flag, type=Path, required=True)
     parser.add_argument("--machine", default=f"cpu-{os.cpu_count()}cores")
     parser.add_argument("--workers", type=int, default=1, help="as in train.py")
     args = parser.parse_args(argv)
     data, weights, out = (path.resolve() for path in (args.data, args.weights, args.out))
-    make_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
     vectors, cache = write_attributes(data, out / "attributes.txt"), out / "cache"
     base = ["--preset", "i2awa", "--source", *(str(data / name) for name in SOURCES),
             "--target", str(data / "photo"), "--class-vectors", vectors, "--weights", str(weights),

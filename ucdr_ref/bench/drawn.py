@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..cli import folder_path, read_json, run_command, write_text_atomic
+from ..cli import read_json, run_command, write_text_atomic
 from .centring import QUERY_CLASSES, centred
 from .record import ROOT, origin, read_results, spread, train, write_results
 from .ridge import compare
@@ -179,8 +179,8 @@ def run(argv: list[str] | None) -> None:
     parser.add_argument("--part", choices=PARTS, default="main")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="of the part; the JSON keeps the others")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--runs", type=folder_path, default=ROOT / "runs" / "benchmark")
-    parser.add_argument("--json", type=folder_path, metavar="FILE", help="write numbers, machine, versions")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "benchmark")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write numbers, machine, versions")
     parser.add_argument("--machine", default=f"cpu-{os.cpu_count()}cores")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1,
                         help="trainings at once, one thread each")

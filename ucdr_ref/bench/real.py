@@ -23,7 +23,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..cli import folder_path, make_folder, read_json, run_command
+from ..cli import read_json, run_command
 from ..config import Config, add_arguments, resolve
 from .frozen import Row, encode_all, frozen_rows, numbers_of
 from .record import origin, spread, train, write_results
@@ -111,14 +111,14 @@ def run(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ucdr_ref.bench.real", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag in ("--data", "--weights", "--out"):
-        parser.add_argument(flag, type=folder_path, required=True)
+        parser.add_argument(flag, type=Path, required=True)
     parser.add_argument("--subset", choices=SETTINGS, default="cpu")
     parser.add_argument("--trainings", type=int, default=len(PLAN), metavar="N", help="of the plan")
     parser.add_argument("--machine", default=f"cpu-{os.cpu_count()}cores")
     parser.add_argument("--workers", type=int, default=1, help="as in train.py")
     args = parser.parse_args(argv)
     data, weights, out = (path.resolve() for path in (args.data, args.weights, args.out))
-    make_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
     settings = [*SETTINGS[args.subset], "--workers", str(args.workers)]
 
     def config_of(domain: str) -> Config:

@@ -24,6 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 from tests import plain
 
 from .. import metrics
-from ..cli import folder_path, run_command
+from ..cli import run_command
 from ..clip.zero_shot import ZeroShot
 from ..config import Config
 from ..data.benchmarks import class_list
@@ -177,7 +178,7 @@ def run(argv: list[str] | None) -> None:
     parser.add_argument("--part", choices=(*SIDES, "all"), default="all")
     parser.add_argument("--steps", type=int, default=1, help="steps measured (default: %(default)s)")
     parser.add_argument("--machine", default=f"cpu-{os.cpu_count()}cores")
-    parser.add_argument("--json", type=folder_path, metavar="FILE", help="write what was measured")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
     args = parser.parse_args(argv)
     sizes = {"arch": args.arch, "steps": args.steps, **PUBLISHED}
     document = read_results(args.json) if args.json else {}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cli import ProgressLine, digest_of, load_state, make_folder, one_line, save_atomic
+from ..cli import ProgressLine, digest_of, load_state, one_line, save_atomic
 from ..clip.zero_shot import normalize, resize_crop
 from ..distributed import all_gather, autocast, rank, world_size
 from .folders import File, list_images, named_like
@@ -111,7 +111,7 @@ def load_index(folder: str | os.PathLike[str], extractor: Extractor, key: str, c
     rows = {file: stored[file] for file in listed if file in stored}
     known, files = len(rows), [file for file in listed if file[0].split(os.sep)[0] not in without]
     if new := [file for file in files if file not in rows]:
-        make_folder(cache)
+        cache.mkdir(parents=True, exist_ok=True)
         names = [name for name, *_ in new]
         domains = [next(iter(named_like(Path(name).parts[:-1], strokes)), "") for name in names]  # D14
         images = Files([os.path.join(root, name) for name in names], names, domains)

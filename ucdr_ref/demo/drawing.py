@@ -24,7 +24,6 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image, ImageDraw
 
-from ..cli import make_folder
 from .goods import GOODS
 from .nature import NATURE
 from .places import PLACES
@@ -81,7 +80,7 @@ def write_dataset(root: str | Path, classes: Sequence[str] = CLASSES, domains: S
         return root
     total = len(classes) * len(domains) * per_class
     workers = workers or (min(8, os.cpu_count() or 1) if total >= 3000 else 1)
-    make_folder(root.parent)
+    root.parent.mkdir(parents=True, exist_ok=True)
     with naming(root), TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as holder, ExitStack() as stack:
         draft = Path(holder) / root.name
         draft.mkdir()

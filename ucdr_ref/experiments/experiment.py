@@ -20,7 +20,7 @@ import torch
 import torchvision
 
 from .. import __version__
-from ..cli import as_value_error, load_state, make_folder, read_json, save_atomic, write_text_atomic
+from ..cli import as_value_error, load_state, read_json, save_atomic, write_text_atomic
 from ..clip.weights import file_digest, load_clip
 from ..config import (
     FIELDS,
@@ -56,7 +56,7 @@ def train(config: Config, folder: Path, cache: Path = CACHE, dry_run: bool = Fal
     """Trains in the run folder, from where it stands, and evaluates; a dry run prints what it would do.
 
     given: fields that the user chose; of the others some follow from the size of an own folder. Raises
-    FileNotFoundError or ValueError when data, weights or folder do not fit, Stopped after SIGINT or SIGTERM.
+    FileNotFoundError or ValueError when data, weights or folder do not fit, KeyboardInterrupt after a signal.
     """
     device = pick_device(config.device)
     set_precision(config.precision)
@@ -120,7 +120,7 @@ def restore(folder: str | Path, overrides: Mapping[str, Any], device: torch.devi
         if not all(value.isfinite().all() for value in state["method"].values()):
             raise ValueError("it holds numbers that are not finite")
     if (folder / "config.json").exists():
-        check_config(state, {"config": read_json(folder / "config.json")}, path)
+        check_config(from_dict(read_json(folder / "config.json")), from_dict(state["config"]), path)
     config = from_dict({**state["config"], **overrides})
     config = replace(config, weights=locate_weights(config.weights))
     if file_digest(config.weights) != state["weights_sha256"] and not force:
@@ -153,7 +153,7 @@ def evaluate(folder: Path, overrides: Mapping[str, Any], out: Path | None = None
     out = out or (folder / "forced" if remarks else folder)
     if out != folder and (out / "config.json").exists():
         raise ValueError(f"--out {out} is the folder of another run; name one for these results")
-    make_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
     finished = finished or is_finished(folder) or not (folder / "last.pt").exists()
     if not finished:
         remarks.append("of the best epoch so far: the training has not finished")
@@ -205,7 +205,7 @@ def open_run(folder: Path, config: Config, weights: str, digests: Digests,
     if different:
         raise ValueError(f"{folder} holds another run ({'; '.join(different)}); name another --run, or "
                          "delete that folder")
-    make_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     lock = lock_run(folder)
     write_text_atomic(path, to_json(config))  # first: it makes this a run folder, whatever happens next
     about = {"command": sys.argv, "weights_sha256": weights, "files": digests, "versions": versions(device)}

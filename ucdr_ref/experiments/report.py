@@ -185,7 +185,7 @@ def write_classification(rows: Sequence[Row], folder: Path, about: Row) -> None:
 
 def write_files(rows: Sequence[Row], folder: Path, about: Row, words: str,
                 per_class: Sequence[Sequence[Any]], sheet: Sheet) -> None:
-    """per_class: a header and lines, where bars are drawn of the last column but one. Raises WriteError."""
+    """per_class: a header and lines, where bars are drawn of the last column but one. Raises OSError."""
     kept = [{key: value for key, value in row.items() if key != "details"} for row in rows]
     write_text_atomic(folder / "results.json", json.dumps({**about, "rows": kept}, indent=2) + "\n")
     table = io.StringIO()
@@ -284,7 +284,7 @@ def thumbnail(shown: Shown) -> Image.Image:
 
 
 def write_png(picture: Image.Image, path: Path) -> None:
-    """A picture that is marked as of this package. Raises WriteError."""
+    """A picture that is marked as of this package. Raises OSError."""
     mark = PngInfo()
     mark.add_text("Software", SOFTWARE)
     write_atomic(path, lambda file: picture.save(file, "PNG", pnginfo=mark))

@@ -152,7 +152,7 @@ def as_text(found: Mapping[str, Any]) -> str:
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
-    """The contact sheet of the answers, inverted images as the model saw them. Raises WriteError."""
+    """The contact sheet of the answers, inverted images as the model saw them. Raises OSError."""
     sheet = []
     for answer in found["queries"]:
         file, caption = (answer["query"], "") if answer["kind"] == "image" else ("", answer["query"])
@@ -163,7 +163,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
 
 
 def export(index: Index, path: Path) -> None:
-    """The vectors, float32 [g, e], as .npy; beside it .paths.txt, a row's path a line. Raises WriteError."""
+    """The vectors, float32 [g, e], as .npy; beside it .paths.txt, a row's path a line. Raises OSError."""
     names = [os.fsencode(name) + b"\n" for name in index.paths]
     write_atomic(path, lambda file: np.save(file, index.features.numpy()))
     write_atomic(path.with_suffix(".paths.txt"), lambda file: file.writelines(names))
