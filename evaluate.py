@@ -8,7 +8,8 @@ def run(argv: list[str] | None) -> None:
     import argparse
     from pathlib import Path
 
-    from ucdr_ref.config import FIELDS, MACHINE, add_arguments, parse
+    from ucdr_ref.cli import read_json
+    from ucdr_ref.config import FIELDS, MACHINE, add_arguments, differences, from_dict, parse
 
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
                                      epilog="A field that is not given is the run's own.")
@@ -17,7 +18,7 @@ def run(argv: list[str] | None) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR",
                         help="where to write (default: the run folder)")
     parser.add_argument("--force", action="store_true",
-                        help="evaluate although images or weights are not the run's; the table says so")
+                        help="evaluate with other images or weights, or before the end; the table says so")
     parser.add_argument("--cache", type=Path, metavar="DIR", default="runs/cache",
                         help="where features of images are kept for all runs (default: %(default)s)")
     parser.add_argument("--compare", nargs=2, type=Path, metavar="RUN",
@@ -25,15 +26,20 @@ def run(argv: list[str] | None) -> None:
     add_arguments(parser, (*MACHINE, "data_root", "target", "class_split", "weights"))
     args = parse(parser, argv)
 
+    if args.compare:
+        found = [read_json(run / "results.json") for run in args.compare]
+        for run, results in zip(args.compare, found):
+            print(f"{run}\n{results['table']}\n")
+        first, second = (from_dict(results["config"]) for results in found)
+        print("{} -> {}:".format(*args.compare), "; ".join(differences(second, first)) or "the same fields")
+        return
+
     from ucdr_ref.distributed import processes  # PyTorch: seconds
     from ucdr_ref.experiments import experiment
 
-    if args.compare:
-        experiment.compare(*args.compare)
-        return
     overrides = {name: value for name, value in vars(args).items() if name in FIELDS}
     with processes():
-        experiment.evaluate(args.run or experiment.newest_run(), overrides, args.out, args.cache, args.force)
+        experiment.evaluate(args.run or experiment.newest_run(), overrides, args.cache, args.out, args.force)
 
 
 def main(argv: list[str] | None = None) -> int:

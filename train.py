@@ -27,7 +27,8 @@ def run(argv: list[str] | None) -> None:
     from ucdr_ref.experiments import experiment
 
     fast = args.fast or str(args.preset).endswith("fast")
-    folder = args.run or experiment.default_run(config.method, fast)
+    name = ("sre-" if config.method == "sre-clip" else "") + ("fast" if fast else "demo")
+    folder = args.run or Path("runs", name)
     with processes():
         experiment.train(config, folder, args.cache, args.dry_run, given=FIELDS.keys() & vars(args).keys())
 

@@ -100,7 +100,7 @@ def test_dataset_goes_into_an_empty_folder_only(tmp_path, capsys):
         write_dataset(root, per_class=1, **settings)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    with pytest.raises(ValueError, match="something other"):
+    with pytest.raises(ValueError, match="no drawn data"):
         write_dataset(tmp_path / "mine", per_class=1, **settings)
     assert main(["--out", str(tmp_path / "mine")]) == 2
     assert capsys.readouterr().err.count("error: ") == 1

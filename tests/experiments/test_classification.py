@@ -76,7 +76,7 @@ def test_a_run_trains_and_leaves_a_small_complete_checkpoint(run):
         target = 3 * steps[i]["entropy"] + 5 * steps[i]["diversity"] + 5 * steps[i]["bias"]
         assert steps[i]["loss"] == pytest.approx(source if i < 20 else target + 1.5 * source, rel=1e-4)
     state = load_state(run / "best.pt")
-    assert state["unseen_ids"] == UNSEEN and state["class_names"] == NAMES and state["graph"]["notice"] == "notice"
+    assert state["unseen_ids"] == UNSEEN and state["graph"]["names"][:8] == NAMES and state["graph"]["notice"] == "notice"
     assert not any(name.startswith("clip.") or "adjacency" in name for name in state["method"])
 
 
@@ -189,9 +189,7 @@ def test_image_tower_alone_with_a_file_of_class_vectors(scene, tmp_path, capsys)
     vectors = tmp_path / "vectors.txt"
     vectors.write_text("".join(f"n{k:08d} {' '.join(map(str, row))}\n" for k, row in enumerate(torch.randn(10, 6).tolist())))
     assert train.main([*call, "--class-vectors", str(vectors)]) == 0
-    assert "no text tower: nearest mean" in capsys.readouterr().out
-    row = rows(tmp_path / "run")[0]
-    assert row["method"] == "prototypes" and row["instance"]["zsl"] is None and row["instance"]["unseen"] == 0
+    assert [row["method"] for row in rows(tmp_path / "run")] == ["sre-clip"]
     assert_close(weights(tmp_path / "run")["class_vectors"].norm(dim=1), torch.ones(10))
 
 
@@ -252,7 +250,6 @@ def test_mistakes_are_one_sentence(scene, tmp_path, capsys):
     refused(capsys, run_with("--target", str(tmp_path / "absent")), "--target", "no such folder")
     refused(capsys, run_with("--target", ""), "--source", "--target DIR")
     refused(capsys, run_with("--source", str(scene / "sketch")), f"--target {scene / 'sketch'} is a --source too")
-    refused(capsys, run_with("--dataset", "toy", "--preset", "sre/toy"), "--dataset toy draws its own images; leave --source")
     refused(capsys, run_with("--class-vectors", equal_vectors), "'shape 3' and 'shape 5' have identical vectors")
     broken = Path(shutil.copytree(scene / "sketch", tmp_path / "broken"))
     (broken / "shape_3" / "0.png").write_bytes(b"broken")
@@ -268,9 +265,3 @@ def test_another_config_or_graph_does_not_resume_a_run(run, scene, tmp_path, cap
     graph = json.loads((moved / "graph.json").read_text())
     (moved / "graph.json").write_text(json.dumps({**graph, "edges": graph["edges"][:-1]}))
     refused(capsys, train.main(call), "graph: ")
-
-
-def test_a_checkpoint_of_something_else_is_refused(run, tmp_path, capsys):
-    for key, value in (("graph", {"ids": []}), ("unseen_ids", [99]), ("method", {})):
-        torch.save({**load_state(run / "best.pt"), key: value}, tmp_path / "best.pt")
-        refused(capsys, evaluate.main(["--run", str(tmp_path), "--workers", "0"]), "best.pt")

@@ -19,7 +19,7 @@ import retrieve
 import train
 from tests.helpers import refused, tiny_state_dict
 from ucdr_ref.config import resolve
-from ucdr_ref.experiments.experiment import default_run, newest_run
+from ucdr_ref.experiments.experiment import newest_run
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDS_DATA = "# needs data that is not shipped"  # the first line of such a block
@@ -85,12 +85,6 @@ def test_help_fits_80_columns(script, capsys, monkeypatch):
         script.main(["--help"])
     text = capsys.readouterr().out
     assert ended.value.code == 0 and max(map(len, text.splitlines())) <= 80 and "--device" in text
-
-
-def test_demonstrations_do_not_share_a_folder():
-    folders = [default_run(resolve({"method": method}, fast=fast).method, fast)
-               for method in ("ucdr-adapter", "sre-clip") for fast in (False, True)]
-    assert [folder.as_posix() for folder in folders] == ["runs/demo", "runs/fast", "runs/sre-demo", "runs/sre-fast"]
 
 
 def test_without_a_run_the_one_that_was_evaluated_last_is_taken(tmp_path, monkeypatch, capsys):

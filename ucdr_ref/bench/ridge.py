@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,8 +78,8 @@ def calibrated(scores: Tensor, unseen: Sequence[int], kappa: float) -> Tensor:
     return torch.where(is_unseen, scores, scores - edges[k:k + 2].mean())
 
 
-def compare(folder: Path, cache: Path, centered: bool = False) -> dict[str, dict[str, float]]:
-    """{row: accuracies over images, in 0..1}: a finished run of SRE-CLIP, zero-shot CLIP and the ridge.
+def compare(folder: Path, cache: Path, centered: bool = False) -> dict[str, dict[str, Any]]:
+    """{row: accuracies over images, in 0..1}: a run of SRE-CLIP, zero-shot CLIP or prototypes, the ridge.
 
     Each also calibrated, with the run's kappa. centered: source and target features lose their mean before
     the ridge (transductive). cache: where the run's features are.
@@ -100,5 +101,12 @@ def compare(folder: Path, cache: Path, centered: bool = False) -> dict[str, dict
     scores["ridge, centred" if centered else "ridge"], _ = ridge_scores(x, source.labels, y, vectors)
     scores |= {f"{name}, calibrated": calibrated(found, unseen, config.sre_kappa)
                for name, found in scores.items()}
-    return {name: zero_shot_accuracy(found, target.labels, unseen)["instance"]
-            for name, found in scores.items()}
+    if not method.clip.has_text:  # nearest mean direction of source images, which no unseen class has
+        sums = torch.zeros(graph.classes, x.shape[1]).index_add_(0, source.labels, F.normalize(source.rows))
+        found = F.normalize(target.rows) @ F.normalize(sums).T
+        scores["prototypes"] = found.masked_fill(~sums.any(dim=1), -torch.inf)
+    accuracies: dict[str, dict[str, Any]] = {
+        name: zero_shot_accuracy(found, target.labels, unseen)["instance"]
+        for name, found in scores.items()}
+    accuracies.get("prototypes", {})["zsl"] = None
+    return accuracies

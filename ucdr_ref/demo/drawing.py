@@ -121,7 +121,7 @@ def is_complete(root: Path, settings: dict) -> bool:
         return False
     record = root / "toy.json"
     if not record.is_file():
-        raise ValueError(f"{root} holds something other than drawn data; name a folder that does not exist yet")
+        raise ValueError(f"{root} holds no drawn data; for images of your own add --dataset folder")
     try:
         found = json.loads(record.read_text(encoding="utf-8"))
     except ValueError as error:

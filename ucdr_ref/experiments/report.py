@@ -119,8 +119,6 @@ def classification_table(rows: Sequence[dict[str, Any]], config: Config) -> list
             found = [row[average][name] for name in ACCURACIES]
             values = "".join(f"{'-':>9}" if value is None else f"{100 * value:9.2f}" for value in found)
             lines.append(f"{row['method']:<14}{things:<10}{values}")
-        if row["method"] == "prototypes":
-            lines.append("  (no text tower: nearest mean of source images, which knows no unseen class)")
         if "evaluations" in row:
             lines.append(f"  (each metric's maximum over {row['evaluations']} test evaluations, S6)")
     if config.graph == "awa2" and classes == 50 and file_digest(config.weights) in OPENAI_SHA256.values():

@@ -7,14 +7,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..cli import as_value_error
 from ..clip.model import CLIP
 from ..clip.zero_shot import ZeroShot, normalize
 from ..config import FIELDS, Config
@@ -32,30 +29,25 @@ from ..data.images import (
 )
 from ..distributed import batch_offset, derive_seed, gather_rows, local_shard, main_first
 from ..metrics import retrieval
-from ..training import PhaseData, load_own_state
+from ..training import PhaseData
 from ..ucdr.adapter import Batch, UCDRAdapter
 from ..ucdr.closed_form import STRENGTHS, ClosedForm, ClosedFormAdapter, center, measure
 from .report import CENTER_CLASSES
 
 CPU_PART = 10  # images of phase 2 at once: on a CPU no slower than a batch of 50, in a third of the memory
-SOURCE_LR, TARGET_LR = 1e-3, 3e-3  # of a training on an own folder
 STRENGTH = 3.0  # lambda of the closed form where no validation classes choose it
 Encode = Callable[[Files], Tensor]  # n files -> features [n, e] on the device
 
 
-def load_data(config: Config, given: Collection[str] = tuple(FIELDS)) -> tuple[Config, Protocol]:
+def load_data(config: Config, given: Collection[str] = ()) -> tuple[Config, Protocol]:
     """The protocol's file lists; drawn data is drawn first where it is absent.
 
     given: the fields that the user chose; UCDR-Adapter's others follow from the size of an own folder.
     """
     if config.dataset == "toy":
         from ..demo.drawing import write_dataset
-        root = Path(config.data_root)
-        if root.is_dir() and any(root.iterdir()) and not (root / "toy.json").is_file():
-            raise ValueError(f"--data-root {root} holds no drawn data; for images of your own add "
-                             "--dataset folder")
         with main_first():
-            write_dataset(root, per_class=config.toy_images)
+            write_dataset(config.data_root, per_class=config.toy_images)
     protocol = build_protocol(config)
     if (config.dataset, config.method, config.variant) == ("folder", "ucdr-adapter", "paper"):
         fitting = fitting_schedule(protocol.train)
@@ -67,7 +59,7 @@ def fitting_schedule(train: Files) -> dict[str, Any]:
     """Batches, epochs and rates that learn from a few images; the paper's are for 200,000."""
     counts = Counter(train.domains)
     smallest, domains = min(counts.values()), len(counts)
-    fitting: dict[str, Any] = {"source_lr": SOURCE_LR, "target_lr": TARGET_LR}
+    fitting: dict[str, Any] = {"source_lr": 1e-3, "target_lr": 3e-3}
     for phase, steps in (("source", 50), ("target", 100)):  # at least so many
         most, usual = FIELDS[f"{phase}_batch"].default, FIELDS[f"{phase}_epochs"].default
         batch = max(domains, min(most, max(20, domains * smallest // steps)))
@@ -78,7 +70,7 @@ def fitting_schedule(train: Files) -> dict[str, Any]:
 
 
 def features_of(method: Any, config: Config) -> FeatureCache:
-    device = next(method.clip.parameters()).device
+    device = method.clip.visual.proj.device
     return FeatureCache(Extractor(method, device, config.precision, config.workers, config.stroke_domains))
 
 
@@ -86,86 +78,68 @@ def zero_shot(config: Config, clip: CLIP) -> ZeroShot:
     return ZeroShot(clip, normalized=config.evaluation_features == "normalized")  # D18
 
 
-def new_method(config: Config, clip: CLIP, protocol: Protocol, device: torch.device) -> Any:
-    """The method before training, drawn from torch's global generator where it is trained by steps."""
-    if config.method != "ucdr-adapter":
-        return zero_shot(config, clip)  # `training` fits the closed form
-    anchors = class_anchors(config, protocol, features_of(ZeroShot(clip), config))
-    return UCDRAdapter(clip, protocol.class_names, protocol.domain_names, config, anchors, gather_rows,
-                       batch_offset).to(device)
+def new_method(config: Config, clip: CLIP, protocol: Protocol) -> Any:
+    """The method before training, drawn from torch's global generator."""
+    own = {"anchors": prototypes(config, protocol, clip)} if config.class_features == "prototypes" else {}
+    names = {"class_names": protocol.class_names, "domain_names": protocol.domain_names}
+    return build_method(config, clip, {**names, "method": own})
 
 
-def restore_method(config: Config, clip: CLIP, state: dict[str, Any], path: Path) -> Any:
-    """The method of a checkpoint, ready to encode."""
-    method: Any = zero_shot(config, clip)
+def build_method(config: Config, clip: CLIP, state: Mapping[str, Any]) -> Any:
+    """The method of a checkpoint, without its weights."""
     classes, domains, e = state["class_names"], state["domain_names"], clip.embed_dim
-    if config.method == "closed-form":
+    method: Any = zero_shot(config, clip)
+    if config.method == "ucdr-adapter":
+        anchors = state["method"].get("anchors")
+        method = UCDRAdapter(clip, classes, domains, config, anchors, gather_rows, batch_offset)
+    elif config.method == "closed-form":
         form = ClosedForm(torch.zeros(e), torch.zeros(e, len(domains) - 1), torch.zeros(e, e))
         method = ClosedFormAdapter(clip, form)
-    elif config.method == "ucdr-adapter":
-        anchors = torch.zeros(len(classes), e)  # the trained ones are in the checkpoint
-        method = UCDRAdapter(clip, classes, domains, config, anchors, gather_rows, batch_offset)
-    own = {name: value for name, value in state["method"].items() if name != "template.ctx"}
-    load_own_state(method, own, path)
-    return method.to(next(clip.parameters()).device).eval()
+    return method.to(clip.visual.proj.device)
 
 
-def label_ids(protocol: Protocol, files: Files) -> tuple[Tensor, Tensor]:
-    """Class and domain ids [n] of training images."""
-    classes, domains = ({name: i for i, name in enumerate(names)}
-                        for names in (protocol.class_names, protocol.domain_names))
-    return (torch.tensor([classes[name] for name in files.classes]),
-            torch.tensor([domains[name] for name in files.domains]))
+def numbers_of(values: Sequence[str], names: Sequence[str]) -> Tensor:
+    """The index [n] in `names` of each value."""
+    number = {name: i for i, name in enumerate(names)}
+    return torch.tensor([number[value] for value in values])
 
 
-def class_anchors(config: Config, protocol: Protocol, features: FeatureCache) -> Tensor | None:
-    """Class features [c, e] that replace the text template (D13): a file's rows or prototypes; None for text.
-
-    A prototype is the mean direction of zero-shot CLIP's features of a class's training images in the gallery
-    domain. Raises ValueError for a class without such images, and for a file of anything else.
+def prototypes(config: Config, protocol: Protocol, clip: CLIP) -> Tensor:
+    """Class features [c, e] in place of text (D13): the mean direction of zero-shot CLIP's features of a
+    class's training images in the gallery domain. ValueError for a class without any.
     """
-    names, kind, train = protocol.class_names, config.class_features, protocol.train
-    if kind in ("template", "plain"):
-        return None
-    shape, device = (len(names), features.extractor.method.clip.embed_dim), features.extractor.device
-    if kind == "prototypes":
-        files = train.keep([i for i, name in enumerate(train.domains) if name == protocol.gallery_domain])
-        if missing := sorted(set(names) - set(files.classes)):
-            raise ValueError(f"--class-features prototypes: no training image in {protocol.gallery_domain} "
-                             f"for {abbreviate(missing)}")
-        class_ids, _ = label_ids(protocol, files)
-        return torch.zeros(shape).index_add_(0, class_ids, features.encode(files).cpu()).to(device)
-    expected = "expected template, plain, prototypes or a .npy file of class features in class order"
-    with as_value_error(f"--class-features {kind}", "is not usable", expected):
-        rows = torch.from_numpy(np.load(kind, allow_pickle=False)).float()
-        if rows.shape != shape or not rows.isfinite().all() or not rows.any(dim=1).all():
-            raise ValueError(f"{list(rows.shape)} numbers, not {list(shape)}, finite, no row zero")
-    return rows.to(device)
+    names, gallery, train = protocol.class_names, protocol.gallery_domain, protocol.train
+    files = train.keep([i for i, name in enumerate(train.domains) if name == gallery])
+    if missing := sorted(set(names) - set(files.classes)):
+        raise ValueError(f"--class-features prototypes: no training image in {gallery} for "
+                         f"{abbreviate(missing)}")
+    features = features_of(ZeroShot(clip), config).encode(files).cpu()
+    sums = torch.zeros(len(names), clip.embed_dim)
+    return sums.index_add_(0, numbers_of(files.classes, names), features).to(clip.visual.proj.device)
 
 
 def phase_data(phase: str, protocol: Protocol, config: Config, clip: CLIP) -> PhaseData:
     """Domain-balanced, augmented batches of the training images for one phase of UCDR-Adapter."""
-    image_size, device = clip.image_size, next(clip.parameters()).device
-    class_ids, domain_ids = label_ids(protocol, protocol.train)
-    epochs, size, epochs_before = config.source_epochs, config.source_batch, 0
-    if phase == "target":
-        epochs, size, epochs_before = config.target_epochs, config.target_batch, config.source_epochs
+    train, image_size, device = protocol.train, clip.image_size, clip.visual.proj.device
+    class_ids = numbers_of(train.classes, protocol.class_names)
+    domain_ids = numbers_of(train.domains, protocol.domain_names)
+    epochs, size = getattr(config, f"{phase}_epochs"), getattr(config, f"{phase}_batch")
 
     def order(epoch: int) -> list[list[int]]:
         if config.balance == "released":  # D15
-            return released_batches(domain_ids.tolist(), config.target_batch, size, epochs_before + epoch)
+            turn = epoch + (config.source_epochs if phase == "target" else 0)
+            return released_batches(domain_ids.tolist(), config.target_batch, size, turn)
         return balanced_batches(domain_ids.tolist(), size, derive_seed(config.seed, phase), epoch)
 
     def load(epoch: int, left: Sequence[list[int]]) -> Iterator[tuple[Batch, list[str]]]:
-        dataset = ImageDataset(protocol.train, augment(image_size), config.stroke_domains,
-                               derive_seed(config.seed, phase, epoch))
-        shards = [local_shard(batch) for batch in left]
-        for indices, images, _ in load_batches(dataset, shards, config.workers, device):
+        seed = derive_seed(config.seed, phase, epoch)
+        dataset = ImageDataset(train, augment(image_size), config.stroke_domains, seed)
+        for indices, images, _ in load_batches(dataset, list(map(local_shard, left)), config.workers, device):
             images = images.view(-1, 3, image_size, image_size)  # a shard may be empty
-            images, classes, domains = (part.to(device, non_blocking=True)
-                                        for part in (images, class_ids[indices], domain_ids[indices]))
-            images = normalize(images, *STATISTICS[config.train_normalization])  # D4
-            yield Batch(images, classes, domains), [protocol.train.paths[i] for i in indices]
+            parts = [part.to(device, non_blocking=True)
+                     for part in (images, class_ids[indices], domain_ids[indices])]
+            parts[0] = normalize(parts[0], *STATISTICS[config.train_normalization])  # D4
+            yield Batch(*parts), [train.paths[i] for i in indices]
 
     return PhaseData(epochs, order, load, partial(microbatches, phase=phase, config=config),
                      batch_size=len(order(0)[0]))
@@ -183,25 +157,26 @@ def microbatches(batch: Batch, phase: str, config: Config) -> list[tuple[Batch, 
     return [(Batch(*part), len(part[0]) / b) for part in zip(*(rows.split(size) for rows in batch))]
 
 
-def training(config: Config, protocol: Protocol,
-             method: Any) -> tuple[Any, dict[str, PhaseData], Callable[[], float] | None, dict[str, Any]]:
-    """The method, its phases, what chooses the epoch, and what checkpoints hold beside the weights."""
-    learned = {"class_names": protocol.class_names, "domain_names": protocol.domain_names}
+def training(config: Config, protocol: Protocol, method: Any,
+             ) -> tuple[dict[str, PhaseData], Callable[[], float] | None, dict[str, Any]]:
+    """The phases, what chooses the epoch, and what checkpoints hold beside the weights."""
+    learned: dict[str, Any] = {"class_names": protocol.class_names, "domain_names": protocol.domain_names}
     if config.method == "closed-form":
-        form, strength = fit_closed_form(config, protocol, features_of(method, config))
-        return ClosedFormAdapter(method.clip, form), {}, None, {**learned, "strength": strength}
+        features = features_of(ZeroShot(method.clip), config)
+        method.form, learned["strength"] = fit_closed_form(config, protocol, features)
     phases = {phase: phase_data(phase, protocol, config, method.clip) for phase in method.PHASES}
-    if protocol.validation is None or protocol.selected is None:
-        return method, phases, None, learned
-    return method, phases, lambda: validation_score(features_of(method, config).encode, protocol), learned
+    if not phases or protocol.selected is None:
+        return phases, None, learned
+    return phases, lambda: validation_score(features_of(method, config).encode, protocol), learned
 
 
 def fit_closed_form(config: Config, protocol: Protocol, features: FeatureCache) -> tuple[ClosedForm, float]:
     """The closed form of the training images, and its lambda, chosen on validation classes if there are."""
-    z = features.encode(protocol.train)
-    class_ids, domain_ids = (ids.to(z.device) for ids in label_ids(protocol, protocol.train))
+    train, z = protocol.train, features.encode(protocol.train)
+    class_ids, domain_ids = (numbers_of(values, names).to(z.device) for values, names in (
+        (train.classes, protocol.class_names), (train.domains, protocol.domain_names)))
     measured, strength = measure(z, class_ids, domain_ids, len(protocol.domain_names)), STRENGTH
-    if config.selection == "validation" and protocol.validation and protocol.selected:
+    if config.selection == "validation" and protocol.selected:
         strength = max(STRENGTHS, key=lambda strength: validation_score(
             behind_form(features, measured.form(strength)), protocol))
     return measured.form(strength), strength
@@ -209,18 +184,14 @@ def fit_closed_form(config: Config, protocol: Protocol, features: FeatureCache) 
 
 def behind_form(features: FeatureCache, form: ClosedForm) -> Encode:
     """Features behind a closed form: no image is encoded again."""
-    def encode(files: Files) -> Tensor:
-        with torch.inference_mode():
-            return form(features.encode(files))
-
-    return encode
+    return lambda files: form(features.encode(files))
 
 
 def describe(config: Config, protocol: Protocol, method: Any) -> list[str]:
     """What training and tests consist of, a line each."""
-    classes, domains = protocol.class_names, protocol.domain_names
-    lines = [*protocol.notes, f"train    {len(protocol.train)} images, {len(classes)} classes, "
-                              f"{len(domains)} domains ({', '.join(domains)})"]
+    c, domains = len(protocol.class_names), protocol.domain_names
+    lines = [*protocol.notes, f"train    {len(protocol.train)} images, {c} classes, {len(domains)} domains "
+                              f"({', '.join(domains)})"]
     for test in protocol.all_tests:
         galleries = ", ".join(f"{name} {len(files)}" for name, files in test.galleries.items())
         c = len(set(test.query.classes))
@@ -250,15 +221,13 @@ def evaluate(config: Config, protocol: Protocol, method: Any) -> list[dict[str, 
 def score(query: Tensor, gallery: Tensor, queries: Files, files: Files) -> tuple[dict[str, Any], list[str]]:
     """`metrics.retrieval` of features [q, e] and [g, e] by the files' classes, and its labels' names."""
     names = sorted({*queries.classes, *files.classes})
-    number = {name: i for i, name in enumerate(names)}
-    labels = [torch.tensor([number[name] for name in part.classes], device=query.device)
-              for part in (queries, files)]
+    labels = [numbers_of(part.classes, names).to(query.device) for part in (queries, files)]
     return retrieval(query, labels[0], gallery, labels[1]), names
 
 
 def validation_score(encode: Encode, protocol: Protocol) -> float:
-    """The metric, in the gallery, by which phase 2 keeps its best epoch: `Protocol.selected` (D5)."""
-    assert protocol.validation is not None and protocol.selected is not None
+    """The metric by which phase 2 keeps its best epoch: `Protocol.selected` (D5)."""
+    assert protocol.validation and protocol.selected
     gallery, metric = protocol.selected
     queries, files = protocol.validation.query, protocol.validation.galleries[gallery]
     return score(encode(queries), encode(files), queries, files)[0][metric]

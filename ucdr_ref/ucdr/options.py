@@ -41,9 +41,9 @@ class Options:
     queue_push: Annotated[
         Literal["after", "before"], "D12: momentum features are queued after or before the loss"] = "after"
     class_features: Annotated[
-        str, "KIND",
-        "D13: class anchors: template, plain (a photo of a NAME), prototypes, or a .npy file [c, e] in class "
-        "order"] = "template"
+        Literal["template", "plain", "prototypes"],
+        "D13: class anchors: the text template, a photo of a NAME, or means of gallery-domain images"
+    ] = "template"
     balance: Annotated[
         Literal["exact", "released"], "D15: as many of each domain in every batch, or the released order"
     ] = "exact"
