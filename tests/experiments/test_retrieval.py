@@ -254,7 +254,7 @@ def test_mistakes_are_one_sentence(world, tmp_path, capsys):
         return train.main(flags(world, tmp_path / "none", *more))
 
     refused(capsys, run_with("--source-batch", "1"), "batch of 1 cannot hold the 2 source domains")
-    refused(capsys, run_with("--context-vectors", "90"), "'shape_3'", "--context-vectors")
+    refused(capsys, run_with("--context-vectors", "90"), "100 tokens, CLIP reads 77")
     refused(capsys, run_with("--weights", str(tmp_path / "absent.pt")), "absent.pt")
     for method in ("ucdr-adapter", "zero-shot", "closed-form"):  # nor is another method trained under this one's name
         refused(capsys, run_with("--method", method, "--graph", "awa2", "--target", "x"), "--target: only for")
