@@ -245,7 +245,7 @@ def test_mistakes_are_one_sentence(scene, tmp_path, capsys):
     refused(capsys, run_with("--unseen", ""), "--unseen FILE", "--graph awa2")
     refused(capsys, run_with("--graph", str(tmp_path / "absent.json")), "absent.json", "ucdr_ref.sre.wordnet")
     twins = {**graph, "names": ["shape 4", *graph["names"][1:]]}
-    refused(capsys, run_with("--graph", written("t.json", json.dumps(twins))), "shape 4; where several have it, give an id")
+    refused(capsys, run_with("--graph", written("t.json", json.dumps(twins))), "shape 4 is none or several of the graph's classes")
     refused(capsys, run_with("--graph", "awa2", "--unseen", ""), "--source", "named after one of the 40 classes; there are shape_10")
     refused(capsys, run_with("--target", str(tmp_path / "absent")), "--target", "no such folder")
     refused(capsys, run_with("--target", ""), "--source", "--target DIR")

@@ -29,24 +29,13 @@ def test_structure_loss_equals_a_slow_loop(c: int) -> None:
     assert float(losses.relation_structure(x, e, permutation)) == pytest.approx(slow_structure(x, e, permutation.tolist()))
 
 
-def test_structure_loss_is_zero_for_the_same_order_of_distances_and_has_a_gradient_otherwise() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(12, 5)
-    turned = x @ torch.linalg.qr(torch.randn(5, 5)).Q * 3 + 1  # a similarity transform keeps the order
-    assert float(losses.relation_structure(x, turned, torch.randperm(12))) < 1e-6
-    e = torch.randn(12, 5, requires_grad=True)
-    loss = losses.relation_structure(x, e, torch.randperm(12))
-    loss.backward()
-    assert float(loss.detach()) > 0.01 and e.grad is not None and bool((e.grad.abs().sum(dim=1) > 1e-4).all())
-
-
 def test_structure_loss_of_many_classes_has_the_same_mean() -> None:
     torch.manual_seed(0)
     x, e = torch.randn(12, 5), torch.randn(12, 5)
-    whole = torch.stack([losses.relation_structure(x, e, torch.randperm(12)) for _ in range(600)])
-    part = torch.stack([losses.relation_structure(x, e, torch.randperm(12), limit=150) for _ in range(6000)])
+    whole = torch.stack([losses.relation_structure(x, e, torch.randperm(12)) for _ in range(400)])
+    part = torch.stack([losses.relation_structure(x, e, torch.randperm(12), limit=150) for _ in range(2000)])
     assert part.std() > whole.std()  # fewer pairs a step
-    assert abs(float(part.mean() - whole.mean())) < 4 * float((part.var() / 6000 + whole.var() / 600).sqrt())
+    assert abs(float(part.mean() - whole.mean())) < 4 * float((part.var() / 2000 + whole.var() / 400).sqrt())
     assert float(part.mean()) > 0.1
 
 

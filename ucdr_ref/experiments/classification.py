@@ -22,7 +22,7 @@ from ..data.features import Extractor
 from ..data.folders import abbreviate
 from ..distributed import one_process
 from ..metrics import predicted_accuracy
-from ..sre.adapter import EPOCH, SRECLIP, Batch, check_unseen, test_batches
+from ..sre.adapter import EPOCH, SRECLIP, Batch, test_batches
 from ..sre.graph import Graph, load_graph, node_vectors, normalized_adjacency, parse_graph
 from ..sre.wordnet import unseen_classes
 from ..training import PhaseData
@@ -103,9 +103,7 @@ def read_graph(config: Config) -> tuple[Graph, list[int]]:
         raise ValueError("which classes, and which of them are unseen? give --graph awa2, or --graph FILE "
                          "(python -m ucdr_ref.sre.wordnet builds one) and --unseen FILE, a name a line")
     graph = load_graph(graph_file)
-    unseen = unseen_classes(graph, unseen_file)
-    check_unseen(torch.tensor(unseen, dtype=torch.long), graph.names[:graph.classes])
-    return graph, unseen
+    return graph, unseen_classes(graph, unseen_file)
 
 
 def describe(config: Config, data: Data, method: SRECLIP) -> list[str]:

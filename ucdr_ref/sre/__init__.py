@@ -1,4 +1,4 @@
-"""SRE-CLIP adapter (Yu et al., arXiv 2510.21808): domain-adaptive zero-shot classification by a class graph.
+"""SRE-CLIP (Yu et al., arXiv 2510.21808): domain-adaptive zero-shot classification by a graph of classes.
 
-Read `losses`, then `adapter` beside the paper; `graph` and `wordnet` make what it is built of.
+Read `losses`, then `adapter` beside the paper.
 """

@@ -1,8 +1,6 @@
-"""SRE-CLIP adapter (Yu et al., arXiv 2510.21808): image adapter and graph head over frozen CLIP features.
+"""SRE-CLIP: image adapter and graph head over frozen CLIP features.
 
-It learns from labelled source images of seen classes and unlabelled target images of seen and unseen classes.
-`b` batch, `e` CLIP embedding, `h` adapter width, `c` classes, `N` graph nodes (classes first), `w` width of a
-class vector.
+`b` batch, `e` CLIP embedding, `h` adapter width, `c` classes, `N` graph nodes, `w` width of a class vector.
 """
 from __future__ import annotations
 
@@ -19,15 +17,13 @@ from . import losses
 from .options import Options
 
 EPOCH = 100  # iterations that the training loop calls an epoch
-TEST_BATCH = 512  # the released code's batch of test images, which attend to each other (S2)
 
 
 class Batch(NamedTuple):
-    source: Tensor  # [b, e], features of labelled images
+    source: Tensor  # [b, e], labelled
     labels: Tensor  # [b]
-    target: Tensor  # [b, e], features of unlabelled images
+    target: Tensor  # [b, e], unlabelled
     iteration: int
-    permutation: Tensor | None = None  # [c], of the structure loss; drawn when None
 
 
 class ImageAdapter(nn.Module):
@@ -38,7 +34,7 @@ class ImageAdapter(nn.Module):
         self.query, self.key, self.value = (nn.Linear(e, h) for _ in range(3))
 
     def forward(self, x: Tensor, self_only: bool = False) -> Tensor:
-        """x [b, e] -> f [b, h]. self_only: every image attends to itself alone, which leaves v + v."""
+        """x [b, e] -> f [b, h]; self_only: every image attends to itself alone"""
         v = self.value(x)
         if self_only:
             return v + v
@@ -47,7 +43,7 @@ class ImageAdapter(nn.Module):
 
 
 class GCN(nn.Module):
-    """H = LeakyReLU_0.2(Â (drop(X) W1) + b1); G = Â (drop(H) W2) + b2; H is as wide as G."""
+    """H = LeakyReLU_0.2(Â (drop(X) W1) + b1), G = Â (drop(H) W2) + b2"""
 
     def __init__(self, w: int, h: int, dropout: float) -> None:
         super().__init__()
@@ -58,22 +54,20 @@ class GCN(nn.Module):
         nn.init.xavier_uniform_(self.w2)
 
     def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
-        """class vectors X [N, w], adjacency Â [N, N] (rows sum to one, sparse or dense) -> G [N, h]"""
+        """class vectors X [N, w], adjacency Â [N, N] -> G [N, h]"""
         hidden = F.leaky_relu(adjacency @ (self.drop(x) @ self.w1) + self.b1, 0.2)
         return adjacency @ (self.drop(hidden) @ self.w2) + self.b2
 
     def drop(self, x: Tensor) -> Tensor:
         """F.dropout, drawn on the CPU: the same on every device."""
-        if not self.training:
-            return x
-        return x * F.dropout(torch.ones(x.shape), self.dropout).to(x.device)
+        return x * F.dropout(torch.ones(x.shape), self.dropout, self.training).to(x.device)
 
 
 class TargetBank(nn.Module):
-    """The last `size` target features: appended while there is room, then overwritten in a ring.
+    """The last `size` target features, in a ring.
 
-    ring "exact": right for any batch. "released" (S7): only whole batches of at most `batch`, so it may
-    outgrow `size`, and the pointer returns to 0 when the next batch would pass `size`: rows behind go stale.
+    ring "released" (S7): whole batches of at most `batch`, so it may outgrow `size`; the pointer returns to 0
+    when the next batch would pass `size`, and rows behind it go stale.
     """
 
     store: Tensor  # [capacity, h]
@@ -90,7 +84,6 @@ class TargetBank(nn.Module):
 
     @property
     def rows(self) -> Tensor:
-        """[count, h]"""
         return self.store[:int(self.count)]
 
     @property
@@ -99,13 +92,13 @@ class TargetBank(nn.Module):
 
     @torch.no_grad()
     def push(self, x: Tensor) -> None:
-        """x [b, h], detached here."""
-        size, start, x = self.size, int(self.pointer), x.to(self.store.dtype)
+        """x [b, h]"""
+        size, start = self.size, int(self.pointer)
         end = start + len(x)
         if self.ring == "exact":
             # Only the last `size` rows: of two writes to one row, a GPU leaves open which wins.
             index = torch.arange(start, end, device=x.device)[-size:] % size
-            self.store[index] = x[-size:]
+            self.store[index] = x[-size:].to(self.store.dtype)
             pointer = end % size
         else:  # S7
             self.store[start:end] = x
@@ -116,11 +109,11 @@ class TargetBank(nn.Module):
 
 
 class SRECLIP(nn.Module):
-    """Frozen CLIP features -> adapter; class graph -> graph head; cosine / temperature between the two.
+    """Frozen CLIP features x -> adapter -> x^; class graph -> graph head -> E; logits P = x^ E^T.
 
-    class_names [c]; class_vectors X [N, w], rows L2-normalised; adjacency Â [N, N] of `normalized_adjacency`;
-    unseen_ids: indices of the classes without labelled images. `clip` is frozen here.
-    Raises ValueError for impossible unseen classes, or names, vectors and graph that do not belong together.
+    class_names [c]; class_vectors X [N, w], classes first, rows L2-normalised; adjacency Â [N, N];
+    unseen_ids: classes without labelled images. Raises ValueError for none, all, or other than classes.
+    After `eval()`, `encode_features(x) @ class_embeddings().T` are the cosines by which to predict.
     """
 
     PHASES: tuple[str, ...] = ("sre",)
@@ -132,13 +125,10 @@ class SRECLIP(nn.Module):
     def __init__(self, clip: CLIP, class_names: Sequence[str], class_vectors: Tensor, adjacency: Tensor,
                  unseen_ids: Sequence[int] | Tensor, options: Options) -> None:
         super().__init__()
-        unseen = torch.as_tensor(unseen_ids, dtype=torch.long)
-        check_unseen(unseen, class_names)
-        c, vectors, nodes = len(class_names), len(class_vectors), len(adjacency)
-        if not c <= vectors == nodes:
-            raise ValueError(f"{c} classes, {vectors} class vectors, {nodes} graph nodes: expected a vector "
-                             "for each node, the classes first")
         self.clip, self.options, self.class_names = clip.requires_grad_(False), options, list(class_names)
+        c, unseen = len(class_names), torch.as_tensor(unseen_ids, dtype=torch.long)
+        if not 0 < len(unseen) < c or not 0 <= unseen.min() <= unseen.max() < c:
+            raise ValueError(f"unseen_ids: expected indices of one or more of the {c} classes, not of all")
         h = options.sre_hidden
         self.adapter = ImageAdapter(clip.embed_dim, h)
         self.gcn = GCN(class_vectors.shape[1], h, options.sre_dropout)
@@ -148,15 +138,14 @@ class SRECLIP(nn.Module):
         self.register_buffer("unseen_ids", unseen, persistent=False)
 
     def trainable(self, phase: str) -> dict[str, nn.Parameter]:
-        """The parameters that the one phase trains, by name: all but CLIP's."""
+        """Parameters by name: all but CLIP's"""
         return {name: value for name, value in self.named_parameters() if not name.startswith("clip.")}
 
     def start(self, phase: str) -> None:
-        """Nothing to prepare; dropout is on in training."""
-        self.train()
+        self.train()  # dropout
 
     def optimizer(self, phase: str) -> torch.optim.SGD:
-        """SGD with Nesterov momentum; a group's rate is `learning_rate` times its `factor`."""
+        """A group's rate is `learning_rate` times its `factor`."""
         groups = [{"params": list(self.adapter.parameters()), "factor": 1.0},
                   {"params": list(self.gcn.parameters()), "factor": 5.0}]
         return torch.optim.SGD(groups, lr=self.options.sre_lr, momentum=0.9, weight_decay=1e-4, nesterov=True)
@@ -167,18 +156,15 @@ class SRECLIP(nn.Module):
         return self.options.sre_lr * (1 + 0.001 * after_warmup) ** -0.75
 
     def class_embeddings(self) -> Tensor:
-        """E [c, h]: L2-normalised first c rows of the graph head's output."""
+        """E [c, h]: first c rows of G, L2-normalised"""
         return F.normalize(self.gcn(self.class_vectors, self.adjacency)[:len(self.class_names)], dim=1)
 
     def scaled(self, features: Tensor) -> Tensor:
-        """features [b, e] -> f / |f| / temperature [b, h]"""
+        """x [b, e] -> x^ = f / |f| / temperature [b, h]"""
         return F.normalize(self.adapter(features), dim=1) / self.options.sre_temperature
 
     def step(self, batch: Batch, phase: str) -> dict[str, Tensor]:
-        """Loss terms of one iteration; `loss` is the one to minimise.
-
-        L_s during the warm-up (the target images enter the bank all the same), then L_t + 1.5 L_s.
-        """
+        """Terms, `loss` to minimise: L_s in the warm-up, then L_t + 1.5 L_s."""
         source, target = self.source_step(batch), self.target_step(batch.target)
         loss = source["source"]
         if batch.iteration >= self.options.sre_warmup:
@@ -195,23 +181,19 @@ class SRECLIP(nn.Module):
         structure = e.new_zeros(())
         if options.structure_pairs == "pairs":  # S1: the released index has no gradient
             c = min(options.structure_classes or len(e), len(e))  # S8
-            # Drawn on the CPU: the same pairs on every device.
-            permutation = torch.randperm(c).to(e.device) if batch.permutation is None else batch.permutation
+            permutation = torch.randperm(c).to(e.device)  # drawn on the CPU: the same on every device
             structure = losses.relation_structure(self.class_vectors[:c], e[:c], permutation)
         total = ce + options.sre_structure * structure + options.sre_retention * retention
         return {"source": total, "ce": ce, "structure": structure, "retention": retention}
 
     def target_step(self, features: Tensor) -> dict[str, Tensor]:
-        """L_t = 3 L-ent + 5 L-div + 5 L-bias of features [b, e], the last two once the bank is full.
-
-        It fills the bank. The graph head runs again: its dropout mask is another than the source's.
-        """
-        options, e = self.options, self.class_embeddings()
+        """L_t = 3 L-ent + 5 L-div + 5 L-bias of features [b, e], the last two once the bank is full."""
+        options, e = self.options, self.class_embeddings()  # under another dropout mask than the source's
         x = self.scaled(features)
         entropy = losses.entropy(x @ e.detach().T)
         diversity = bias = e.new_zeros(())
         was_full = self.bank.full
-        self.bank.push(x)
+        self.bank.push(x)  # in the warm-up too
         if was_full:
             diversity = losses.bank_diversity(self.bank.rows @ e.T)
             bias = losses.seen_bias(x @ e.T, self.unseen_ids, options.sre_kappa)  # S5
@@ -219,37 +201,20 @@ class SRECLIP(nn.Module):
         return {"target": total, "entropy": entropy, "diversity": diversity, "bias": bias}
 
     @torch.no_grad()
-    def logits(self, features: Tensor) -> Tensor:
-        """CLIP features [b, e], not normalised -> class logits [b, c]; call `eval()` first (dropout)."""
-        return self.encode_features(features) @ self.class_embeddings().T / self.options.sre_temperature
-
-    @torch.no_grad()
     def encode_features(self, features: Tensor) -> Tensor:
-        """CLIP features [b, e], not normalised -> adapted features [b, h], L2-normalised."""
+        """CLIP features [b, e], not normalised -> adapted ones [b, h], L2-normalised."""
         return F.normalize(self.adapter(features, self.options.test_attention == "alone"), dim=1)  # S2
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """images [b, 3, H, W], preprocessed -> adapted features [b, h], L2-normalised."""
+        """images [b, 3, H, W] -> adapted features [b, h], L2-normalised."""
         return self.encode_features(self.clip.encode_image(images).float())
 
 
-def check_unseen(unseen: Tensor, class_names: Sequence[str]) -> None:
-    """ValueError unless there are an unseen and a seen class, and every index is a class."""
-    c, ids = len(class_names), unseen.tolist()
-    if not 0 < len(ids) < c:
-        raise ValueError(f"{len(ids)} of {c} classes are unseen; expected at least one, and not all")
-    if len(set(ids) & set(range(c))) < len(ids):
-        raise ValueError(f"unseen class indices {ids}: expected different numbers from 0 to {c - 1}")
-
-
 def test_batches(labels: Tensor, unseen: Sequence[int], released: bool, size: int) -> Sequence[Tensor]:
-    """Which rows pass at once: `size` in their order, which makes no difference to an image that attends to
-    itself; released (S2), images of unseen and of seen classes apart, class by class, 512 at once.
-    """
+    """Rows that pass at once: `size` in order; released (S2), unseen and seen classes apart, by class."""
     if not released:
         return torch.arange(len(labels)).split(size)
     by_class = labels.argsort(stable=True)
     of_unseen = torch.isin(labels[by_class], torch.tensor(unseen))
-    parts = by_class[of_unseen].split(TEST_BATCH) + by_class[~of_unseen].split(TEST_BATCH)
-    return [part for part in parts if len(part)]
+    return by_class[of_unseen].split(512) + by_class[~of_unseen].split(512)

@@ -14,9 +14,8 @@ def relation_structure(class_vectors: Tensor, embeddings: Tensor, permutation: T
 
     Mean over { D0(a, u) < D0(a, v) } of relu(D(a, u) - D(a, v)), 0 when there is none. D0, D: Euclidean
     distances between class vectors [c, w] and between embeddings E [c, h]; a: every class; (u, v): classes at
-    positions (i, j) of `permutation` [c] with i + j <= k - 1, where k = c. Those are c k^2 / 2 triples; where
-    they pass `limit` (beyond 256 classes), k is lowered: all anchors and the pairs of a random k classes,
-    with the same mean in expectation when no two distances tie (S8).
+    positions (i, j) of `permutation` [c] with i + j <= k - 1, k = c. Where these c k^2 / 2 triples pass
+    `limit` (beyond 256 classes), k is lowered, to pairs of a random k classes with the same expectation (S8).
     """
     c = len(permutation)
     k = c if c ** 3 <= 2 * limit else max(2, int((2 * limit / c) ** 0.5))  # S8
@@ -34,7 +33,7 @@ def alignment_retention(similarity: Tensor, embeddings: Tensor) -> Tensor:
     """L-retain: mean over images and classes of (P_ba - <E_yhat, E_a>)^2, yhat = argmax_a P_ba.
 
     similarity P [b, c]: cosines of images and classes, or these over the temperature (S3); embeddings E
-    [c, h], L2-normalised. Both have a gradient.
+    [c, h], L2-normalised.
     """
     predicted = embeddings[similarity.argmax(dim=1)]
     return F.mse_loss(similarity, predicted @ embeddings.T)

@@ -12,29 +12,23 @@ class Options:
 
     source: Annotated[tuple[str, ...], "DIR", "labelled source folders <folder>/<class>/*"] = ()
     target: Annotated[
-        str, "DIR",
-        "unlabelled target folder <folder>/<class>/* (evaluation alone reads its class folders)"] = ""
-    graph: Annotated[
-        str, "FILE",
-        "class graph, JSON of `python -m ucdr_ref.sre.wordnet`; awa2 and toy name the shipped ones"] = ""
-    unseen: Annotated[
-        str, "FILE", "file with the unseen class names, one a line; empty: as marked in the class list"] = ""
+        str, "DIR", "unlabelled target folder; evaluation reads its class folders <folder>/<class>/*"] = ""
+    graph: Annotated[str, "FILE", "class graph: awa2, toy or a file of `python -m ucdr_ref.sre.wordnet`"] = ""
+    unseen: Annotated[str, "FILE", "unseen class names, one a line; empty: the shipped graph's own"] = ""
 
     # ledger S
     structure_pairs: Annotated[
-        Literal["pairs", "diagonal"],
-        "S1: structure loss over pairs, or the released diagonal (no gradient)"] = "pairs"
+        Literal["pairs", "diagonal"], "S1: L-structure over pairs, or the diagonal (no gradient)"] = "pairs"
     test_attention: Annotated[Literal["alone", "batch"], "S2: attention at test time"] = "alone"
-    retention_scale: Annotated[
-        Literal["cosine", "scaled"], "S3: what retention compares with cosines"] = "cosine"
+    retention_scale: Annotated[Literal["cosine", "scaled"], "S3: scale of P in L-retain"] = "cosine"
     class_vectors: Annotated[
         str, "KIND",
-        "S4: node vectors: clip (text features), clip-classes (of the classes; ancestors: means), or a file "
+        "S4: node vectors: clip (text features), clip-classes (ancestors: means of the classes), or a file "
         "`word v1 v2 ...`"] = "clip"
     sre_kappa: Annotated[float, (0, 1), "S5: kappa of L-bias"] = 0.3
     sre_report: Annotated[
         Literal["last", "best-test"],
-        "S6: the last iteration, or each metric's maximum over evaluations on the test images"] = "last"
+        "S6: the last iteration, or each metric's maximum over evaluations on test images"] = "last"
     bank_ring: Annotated[Literal["exact", "released"], "S7: target bank"] = "exact"
     structure_classes: Annotated[
         int, (0, inf), "S8: classes in the structure loss; 0: all, the released code takes the first 100"] = 0
@@ -49,8 +43,7 @@ class Options:
     sre_bias: Annotated[float, (0, inf), "weight of L-bias"] = 5.0
     sre_warmup: Annotated[int, (0, inf), "iterations of the source loss alone"] = 600
     sre_dropout: Annotated[float, (0, 0.99), "dropout in the graph head"] = 0.5
-    sre_lr: Annotated[
-        float, (0, inf), "learning rate of the adapter; the graph head's is five times it"] = 1e-3
+    sre_lr: Annotated[float, (0, inf), "learning rate of the adapter; of the graph head, times five"] = 1e-3
 
     # fixed, as published
     sre_batch: ClassVar[int] = 256  # source and target batch
