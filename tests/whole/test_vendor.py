@@ -67,7 +67,7 @@ adjacency = normalized_adjacency([(0, 3), (1, 3), (2, 3)], 4)
 options = Options(sre_hidden=16, sre_warmup=1)
 method = SRECLIP(clip, ["cat", "dog", "owl"], vectors, adjacency, [2], options)
 steps(method, Batch(torch.randn(4, 32), torch.tensor([0, 1, 0, 1]), torch.randn(4, 32), 0), "sre")
-assert method.class_embeddings().shape == (3, 16) and method.encode(image).shape == (1, 16)
+assert method.logits(torch.randn(5, 32)).shape == (5, 3) and method.encode(image).shape == (1, 16)
 """
 METRICS = """
 from theirs import metrics

@@ -92,7 +92,7 @@ def compare(folder: Path, cache: Path, centered: bool = False) -> dict[str, dict
     source = features_of(sources, method.clip, config, cache)
     target = features_of([scan_folder("--target", config.target, graph)], method.clip, config, cache)
     x, y = source.rows, target.rows
-    scores = {"sre-clip": method.encode_features(y) @ method.class_embeddings().T}
+    scores = {"sre-clip": method.logits(y)}
     if method.clip.has_text:
         scores["zero-shot"] = F.normalize(y, dim=1) @ class_text_features(method.clip, method.class_names).T
     if centered:

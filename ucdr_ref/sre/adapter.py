@@ -113,7 +113,6 @@ class SRECLIP(nn.Module):
 
     class_names [c]; class_vectors X [N, w], classes first, rows L2-normalised; adjacency Â [N, N];
     unseen_ids: classes without labelled images. Raises ValueError for none, all, or other than classes.
-    After `eval()`, `encode_features(x) @ class_embeddings().T` are the cosines by which to predict.
     """
 
     PHASES: tuple[str, ...] = ("sre",)
@@ -199,6 +198,11 @@ class SRECLIP(nn.Module):
             bias = losses.seen_bias(x @ e.T, self.unseen_ids, options.sre_kappa)  # S5
         total = options.sre_entropy * entropy + options.sre_diversity * diversity + options.sre_bias * bias
         return {"target": total, "entropy": entropy, "diversity": diversity, "bias": bias}
+
+    @torch.no_grad()
+    def logits(self, features: Tensor) -> Tensor:
+        """CLIP features [b, e] -> class logits P [b, c]; call `eval()` first (dropout)."""
+        return self.encode_features(features) @ self.class_embeddings().T / self.options.sre_temperature
 
     @torch.no_grad()
     def encode_features(self, features: Tensor) -> Tensor:
