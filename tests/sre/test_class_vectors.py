@@ -23,14 +23,14 @@ def written(path: Path, *lines: str) -> str:
     return str(path)
 
 
-def test_text_features_of_every_node_are_the_default() -> None:
+def test_text_features_of_every_node_are_the_default():
     clip = CLIP.from_state_dict(tiny_state_dict())
     vectors = node_vectors(GRAPH, clip)
     assert_close(vectors, class_text_features(clip, ["killer whale", "horse", "odd thing", "whale"]))
     assert_close(vectors.norm(dim=1), torch.ones(4))
 
 
-def test_ancestors_may_be_means_of_the_classes_below() -> None:
+def test_ancestors_may_be_means_of_the_classes_below():
     names = ["cow", "horse", "tree", "palm tree"]  # a class may be the ancestor of another
     nodes = [*names, "ungulate", "plant", "entity"]
     edges = [(0, 4), (1, 4), (3, 2), (2, 5), (4, 6), (5, 6)]
@@ -44,7 +44,7 @@ def test_ancestors_may_be_means_of_the_classes_below() -> None:
         node_vectors(loose, clip, "clip-classes")
 
 
-def test_word_vectors_are_averaged_over_lemmas(tmp_path: Path) -> None:
+def test_word_vectors_are_averaged_over_lemmas(tmp_path):
     vectors = node_vectors(GRAPH, None, written(tmp_path / "glove.txt", *GLOVE))  # no CLIP needed
     expected = torch.tensor([[0.25, 0.25, 0.5], [1, 1, 0], [0, 0, 1], [0, 1, 0]])
     assert_close(vectors, F.normalize(expected, dim=1))
@@ -53,7 +53,7 @@ def test_word_vectors_are_averaged_over_lemmas(tmp_path: Path) -> None:
     assert_close(vectors, F.normalize(expected, dim=1))
 
 
-def test_bad_vector_files(tmp_path: Path) -> None:
+def test_bad_vector_files(tmp_path):
     path = tmp_path / "vectors.txt"
     with pytest.raises(FileNotFoundError, match="does not exist; class vectors are"):
         node_vectors(GRAPH, None, str(path))
@@ -66,7 +66,7 @@ def test_bad_vector_files(tmp_path: Path) -> None:
             node_vectors(GRAPH, None, written(path, *lines))
 
 
-def test_classes_with_identical_vectors_are_named(tmp_path: Path) -> None:
+def test_classes_with_identical_vectors_are_named(tmp_path):
     names = ["chihuahua", "persian cat", "siamese cat", "cat", "dog"]
     graph = Graph([f"n{k:08d}" for k in range(5)], names, [[]] * 5, [(0, 4), (1, 3), (2, 3)], 3, "")
     numbers = ["1 0", "0 1", "0 2", "0 3", "1 1"]  # an ancestor may share

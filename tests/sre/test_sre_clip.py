@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import random
 
 import pytest
@@ -26,7 +24,7 @@ def small_method(**options: object) -> SRECLIP:
                    Options(sre_hidden=8, **options))
 
 
-def test_encoding_depends_neither_on_the_batch_nor_on_its_order() -> None:
+def test_encoding_depends_neither_on_the_batch_nor_on_its_order():
     encode, x = small_method().encode_features, torch.randn(9, 6)
     together, order = encode(x), torch.randperm(9)
     assert_close(torch.cat([encode(row[None]) for row in x]), together)
@@ -35,7 +33,7 @@ def test_encoding_depends_neither_on_the_batch_nor_on_its_order() -> None:
     assert (encode(x[:4]) - encode(x)[:4]).abs().max() > 1e-3
 
 
-def test_retention_compares_cosines_or_scaled_cosines() -> None:
+def test_retention_compares_cosines_or_scaled_cosines():
     x, y = torch.randn(5, 6), torch.arange(5)
     for scale, divisor in (("cosine", 1.0), ("scaled", 0.05)):
         method = small_method(retention_scale=scale).eval()
@@ -44,7 +42,7 @@ def test_retention_compares_cosines_or_scaled_cosines() -> None:
         assert_close(method.source_step(Batch(x, y, x, 0))["retention"], expected)
 
 
-def test_structure_classes_limits_the_loss_to_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_structure_classes_limits_the_loss_to_the_first(monkeypatch):
     seen = []
 
     def noted(x: Tensor, e: Tensor, permutation: Tensor) -> Tensor:
@@ -59,7 +57,7 @@ def test_structure_classes_limits_the_loss_to_the_first(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_bank_equals_a_list_for_any_batch_and_size(seed: int) -> None:
+def test_bank_equals_a_list_for_any_batch_and_size(seed):
     draw = random.Random(seed)
     size = draw.randint(1, 9)
     bank, plain, pointer = TargetBank(size, 2), [], 0
@@ -80,7 +78,7 @@ def test_bank_equals_a_list_for_any_batch_and_size(seed: int) -> None:
             bank.load_state_dict(state)
 
 
-def test_released_bank_leaves_rows_stale() -> None:
+def test_released_bank_leaves_rows_stale():
     bank = TargetBank(5, 1, "released")
     for k in range(6):
         bank.push(torch.full((2, 1), float(k)))
@@ -90,12 +88,12 @@ def test_released_bank_leaves_rows_stale() -> None:
 
 
 @pytest.mark.parametrize("unseen", [[], [0, 1, 2], [3], [-1]])
-def test_unseen_classes_are_checked(unseen: list[int]) -> None:
+def test_unseen_classes_are_checked(unseen):
     with pytest.raises(ValueError, match="expected indices of one or more of the 3 classes, not of all"):
         SRECLIP(Width(4), ["killer_whale", "cow", "horse"], torch.eye(3), normalized_adjacency([], 3), unseen, Options(sre_hidden=4))
 
 
-def test_images_are_encoded_through_clip() -> None:
+def test_images_are_encoded_through_clip():
     clip = CLIP.from_state_dict(tiny_state_dict())
     adjacency = normalized_adjacency([(0, 3)], 4)
     method = SRECLIP(clip, ["a", "b", "c"], F.normalize(torch.randn(4, 5), dim=1), adjacency, [2], Options(sre_hidden=12)).eval()
@@ -106,13 +104,13 @@ def test_images_are_encoded_through_clip() -> None:
     assert not any(name.startswith("clip") for name in method.trainable("sre"))
 
 
-def test_a_checkpoint_does_not_overwrite_the_caller_s_class_vectors() -> None:
+def test_a_checkpoint_does_not_overwrite_the_caller_s_class_vectors():
     vectors = torch.ones(3, 5)
     SRECLIP(Width(6), ["a", "b", "c"], vectors, torch.eye(3), [1], Options(sre_hidden=8)).class_vectors.zero_()
     assert torch.equal(vectors, torch.ones(3, 5))
 
 
-def test_dropout_is_pytorch_s_own_on_a_cpu() -> None:
+def test_dropout_is_pytorch_s_own_on_a_cpu():
     p = 0.3
     gcn, x = sre_clip.GCN(5, 8, p), torch.randn(40, 5)
     torch.manual_seed(1)

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -21,7 +19,7 @@ def slow_structure(x: Tensor, e: Tensor, permutation: list[int]) -> float:
 
 
 @pytest.mark.parametrize("c", [1, 2, 3, 8, 11])
-def test_structure_loss_equals_a_slow_loop(c: int) -> None:
+def test_structure_loss_equals_a_slow_loop(c):
     torch.manual_seed(c)
     x, e, permutation = torch.randn(c, 4).double(), torch.randn(c, 3).double(), torch.randperm(c)
     if c > 3:
@@ -29,7 +27,7 @@ def test_structure_loss_equals_a_slow_loop(c: int) -> None:
     assert float(losses.relation_structure(x, e, permutation)) == pytest.approx(slow_structure(x, e, permutation.tolist()))
 
 
-def test_structure_loss_of_many_classes_has_the_same_mean() -> None:
+def test_structure_loss_of_many_classes_has_the_same_mean():
     torch.manual_seed(0)
     x, e = torch.randn(12, 5), torch.randn(12, 5)
     whole = torch.stack([losses.relation_structure(x, e, torch.randperm(12)) for _ in range(400)])
@@ -39,7 +37,7 @@ def test_structure_loss_of_many_classes_has_the_same_mean() -> None:
     assert float(part.mean()) > 0.1
 
 
-def test_other_losses_equal_slow_loops() -> None:
+def test_other_losses_equal_slow_loops():
     torch.manual_seed(1)
     logits, e = torch.randn(5, 4).double() * 3, F.normalize(torch.randn(4, 6).double(), dim=1)
     p = [[float(v.exp() / row.exp().sum()) for v in row] for row in logits]
@@ -52,7 +50,7 @@ def test_other_losses_equal_slow_loops() -> None:
     assert float(losses.seen_bias(logits, torch.tensor([1, 3]), 0.3)) == pytest.approx(u + 0.09 / u)
 
 
-def test_diversity_stays_finite_where_probabilities_underflow() -> None:
+def test_diversity_stays_finite_where_probabilities_underflow():
     logits = torch.tensor([[200.0, 0.0], [190.0, 0.0]], requires_grad=True)
     loss = losses.bank_diversity(logits)
     loss.backward()

@@ -58,7 +58,7 @@ def check_loss(value: Tensor, expected: Tensor | float) -> None:
     assert float(value.detach()) == pytest.approx(float(expected), rel=1e-5, abs=1e-6)
 
 
-def test_forward_equals_released(golden: Golden) -> None:
+def test_forward_equals_released(golden):
     method = golden_method(golden)
     assert_close(method.adjacency.to_dense(), golden["adj"])
     x = golden["x_source"]
@@ -69,7 +69,7 @@ def test_forward_equals_released(golden: Golden) -> None:
     assert_close(method.logits(x), golden["logits"], **tolerance)
 
 
-def test_source_losses_and_gradients_equal_released(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_losses_and_gradients_equal_released(golden, monkeypatch):
     method = golden_method(golden)
     monkeypatch.setattr(torch, "randperm", lambda c: golden["perm"])
     batch = Batch(golden["x_source"], golden["y_source"], golden["x_target.0"], 0)
@@ -84,7 +84,7 @@ def test_source_losses_and_gradients_equal_released(golden: Golden, monkeypatch:
 
 
 @pytest.mark.parametrize("ring", ["released", "exact"])  # the same where the bank is a multiple of the batch
-def test_target_steps_equal_released(golden: Golden, ring: str) -> None:
+def test_target_steps_equal_released(golden, ring):
     method = golden_method(golden, bank_ring=ring)
     for k, (total, entropy, diversity, bias, rows, pointer) in enumerate(golden["target.steps"].tolist()):
         terms = method.target_step(golden[f"x_target.{k}"])
@@ -99,7 +99,7 @@ def test_target_steps_equal_released(golden: Golden, ring: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["fixed", "effective"])
-def test_trajectory_equals_released(golden: Golden, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trajectory_equals_released(golden, name, monkeypatch):
     method = golden_method(golden, structure_pairs="pairs" if name == "fixed" else "diagonal")
     sgd = method.optimizer("sre")
     for k, row in enumerate(golden[f"traj.{name}.rows"].tolist()):
@@ -121,7 +121,7 @@ def test_trajectory_equals_released(golden: Golden, name: str, monkeypatch: pyte
         assert_close(parameters[ours].detach(), golden[f"traj.{name}.{theirs}"], rtol=1e-4, atol=1e-5)
 
 
-def test_graph_head_under_given_dropout_masks_equals_released(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graph_head_under_given_dropout_masks_equals_released(golden, monkeypatch):
     stored = Golden("sre_released_tiny_dropout.npz")
     inputs: list[Tensor] = []
 

@@ -99,15 +99,16 @@ def parents_of(graph: Graph) -> list[set[int]]:
 
 
 def with_ancestors(vectors: Tensor, graph: Graph) -> Tensor:
-    """Class vectors [c, w] -> X [N, w]: an ancestor's is the normalised mean over the classes below it."""
+    """Class vectors [c, w] -> X [N, w]: an ancestor's is the normalised mean over the classes below it"""
     parents, below = parents_of(graph), [list[int]() for _ in graph.ids]
     for k in range(graph.classes):
         above = [k]
         for node in above:  # grows: the class and all its ancestors
             above += [parent for parent in parents[node] if parent not in above]
             below[node].append(k)
-    means = [vectors[classes].mean(dim=0, keepdim=True) for classes in below[graph.classes:]]
-    return torch.cat([vectors, *(F.normalize(mean, dim=1) for mean in means)])
+    x = F.normalize(torch.stack([vectors[classes].mean(dim=0) for classes in below]), dim=1)
+    x[:graph.classes] = vectors
+    return x
 
 
 def read_vectors(path: str | Path, graph: Graph) -> Tensor:

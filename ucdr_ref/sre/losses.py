@@ -40,7 +40,7 @@ def alignment_retention(similarity: Tensor, embeddings: Tensor) -> Tensor:
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """L-ent: - sum_c p ln p with p = softmax(logits [b, c]), mean over the batch, in nats."""
+    """L-ent: - sum_c p ln p with p = softmax(logits [b, c]), mean over the batch."""
     log_p = F.log_softmax(logits, dim=1)
     return -(log_p.exp() * log_p).sum(dim=1).mean()
 

@@ -59,10 +59,7 @@ class WordNet:
 
 
 def read_classes(path: str | Path) -> list[ClassLine]:
-    """Lines `[seen|unseen] [nXXXXXXXX] name`; after an id the name may be missing. `#` starts a comment line.
-
-    Raises FileNotFoundError, or ValueError for a file without a class.
-    """
+    """Lines `[seen|unseen] [nXXXXXXXX] name`, the name optional after an id; `#` starts a comment line"""
     lines = []
     for text in read_text(path).splitlines():
         words = text.split()
@@ -71,8 +68,6 @@ def read_classes(path: str | Path) -> list[ClassLine]:
         split = words.pop(0) if words[0] in ("seen", "unseen") and len(words) > 1 else None
         synset = words.pop(0) if re.fullmatch(r"n\d{8}", words[0]) else None
         lines.append(ClassLine(split, synset, " ".join(words)))
-    if not lines:
-        raise ValueError(f"{path} lists no class")
     return lines
 
 

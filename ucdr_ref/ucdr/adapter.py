@@ -66,7 +66,7 @@ class UCDRAdapter(nn.Module):
 
     class_names [c] and domain_names [s] of the training images; class_features [c, e] in place of text (D13).
     Where processes share a batch, gather: own rows -> everyone's; batch_offset: own number of images ->
-    (number of the first, number of all). Raises ValueError for a class name that is too long.
+    (number of the first, of all). Raises ValueError for a class name too long.
     """
 
     PHASES: tuple[str, ...] = ("source", "target")
