@@ -5,14 +5,12 @@ from __future__ import annotations
 def run(argv: list[str] | None) -> None:
     import argparse
     import json
-    import sys
     from pathlib import Path
 
     from ucdr_ref.config import add_arguments, parse
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, usage="%(prog)s [flags]",
-        epilog="--weights without --run: zero-shot CLIP. Another field that is not given is the run's.")
+    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
+                                     epilog="--weights without --run: zero-shot CLIP.")
     parser.add_argument("--run", type=Path, metavar="DIR",
                         help="folder of a run (default: the newest demonstration)")
     parser.add_argument("--gallery", type=Path, metavar="DIR",
@@ -39,31 +37,25 @@ def run(argv: list[str] | None) -> None:
     fields = ("weights", "device", "workers", "precision")
     add_arguments(parser, fields)
     args = parse(parser, argv)
-    if not (args.query or args.text or args.export):
-        raise ValueError("nothing to do: give --query IMG ..., --text TEXT ... or --export FILE.npy")
-    if args.out and not (args.query or args.text):
-        raise ValueError(f"--out {args.out}: shows the answers to queries; give --query or --text")
-    if args.k < 1:
-        raise ValueError(f"--k {args.k}: must be at least 1")
+    if not (args.query or args.text or args.export and not args.out):
+        raise ValueError("nothing to do: give --query IMG ... or --text TEXT ..., or --export FILE.npy alone")
     if not all(text.strip() for text in args.text):
         raise ValueError("--text: an empty text finds nothing; say what to look for")
+    if args.center and args.text:
+        raise ValueError("--center: the mean of images is none of --text; leave out one of the two")
+    if args.k < 1:
+        raise ValueError(f"--k {args.k}: must be at least 1")
 
     from ucdr_ref.experiments import experiment, search  # PyTorch: seconds
 
     overrides = {name: value for name, value in vars(args).items() if name in fields}
     folder = args.run or (None if "weights" in overrides else experiment.newest_run())
-    model = search.load_model(folder, overrides, args.force)
-    gallery = args.gallery or search.own_gallery(model.config)
-    inputs = [*args.query, gallery, *filter(None, [args.center])]
-    for flag, path, ending in (("--out", args.out, ".png"), ("--export", args.export, ".npy")):
-        if path:
-            search.check_output(flag, path, ending, inputs)
-    index, found = search.search(model, gallery, list(map(str, args.query)), args.text, args.k, args.cache,
-                                 args.invert, args.center)
+    index, found = search.search(
+        folder, args.gallery, list(map(str, args.query)), args.text, args.k, args.center, args.invert,
+        args.out, args.export, args.cache, args.force, overrides)
     print(json.dumps(found) if args.json else search.as_text(found))  # whatever becomes of the files
     if args.export:
         search.export(index, args.export)
-        print(f"{args.export}: {' x '.join(map(str, index.features.shape))} float32", file=sys.stderr)
     if args.out:
         search.draw(found, args.out)
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 import retrieve
 import train
-from tests.helpers import flags, refused, tiny_state_dict
+from tests.helpers import files_of_at_most, flags, refused, tiny_state_dict
 from ucdr_ref.clip import load_clip, preprocess, tokenize
 from ucdr_ref.demo.drawing import CLASSES, write_dataset
 from ucdr_ref.experiments.experiment import restore
@@ -123,11 +123,9 @@ def test_center_removes_the_means_of_a_folder_and_of_the_gallery(world, ask, pho
 @pytest.mark.parametrize("name", ["giraffe", "bus"])
 def test_centring_the_documented_way_is_no_worse_on_one_class(name, tmp_path, ask):
     """Drawn sketches of a single class, centred by the mean of a folder of sketches of many classes."""
-    classes = sorted({"giraffe", "bus", *CLASSES[::6]})
-    write_dataset(tmp_path / "data", classes, ["sketch", "real"], 8)
-    data = tmp_path / "data"
-    queries = sorted((data / "sketch" / name).iterdir())
-    given = ("--weights", ROOT / "weights/demo-clip.pt", "--gallery", data / "real", "--query", *queries, "--k", "8")
+    data = write_dataset(tmp_path / "data", sorted({"giraffe", "bus", *CLASSES[::6]}), ["sketch", "real"], 8)
+    given = ("--weights", ROOT / "weights/demo-clip.pt", "--gallery", data / "real", "--k", "8", "--query",
+             *sorted((data / "sketch" / name).iterdir()))
     hits = []
     for center in ((), ("--center", data / "sketch")):
         answers = ask(*given, *center)["queries"]
@@ -138,38 +136,36 @@ def test_centring_the_documented_way_is_no_worse_on_one_class(name, tmp_path, as
 def test_what_cannot_be_searched_is_refused_in_one_sentence(run, world, tmp_path, capsys, monkeypatch, call):
     monkeypatch.chdir(tmp_path)
 
-    def no(*given: object, says: tuple[str, ...]) -> None:
-        refused(capsys, call(*given), *says)
+    def no(*given: object, says: str) -> None:
+        refused(capsys, call(*given), says)
 
     photos, query = world / "data/photo", world / "data/icon/shape_4/0.png"
     here = ("--weights", world / "clip.pt", "--gallery", photos)
-    no("--gallery", photos, "--query", query, says=("no --run was given", "python train.py"))
-    no("--weights", world / "clip.pt", "--query", query, says=("--gallery DIR",))
-    no("--run", run, "--query", query, says=("--gallery DIR",))
-    no(*here, says=("nothing to do", "--text"))
-    no(*here, "--text", " ", says=("--text", "empty"))
-    no(*here, "--text", "long " * 100, says=("tokens",))
-    no(*here, "--query", query, "--k", "0", says=("--k 0: must be at least 1",))
-    no(*here, "--center", world / "data/icon", "--text", "a", says=("--center", "--text"))
-    no(*here, "--center", tmp_path / "no", "--query", query, says=("No such file",))
-    no(*here, "--query", tmp_path / "gone.png", says=("gone.png",))
-    with pytest.raises(SystemExit):
-        call(*here, "--query", "")
-    assert "--query: it is empty" in capsys.readouterr().err
+    no("--gallery", photos, "--query", query, says="no --run was given")
+    no("--weights", world / "clip.pt", "--query", query, says="--gallery DIR")
+    no("--run", run, "--query", query, says="--gallery DIR")
+    no(*here, says="nothing to do")
+    no(*here, "--out", tmp_path / "x.png", "--export", tmp_path / "x.npy", says="nothing to do")
+    no(*here, "--text", " ", says="--text: an empty text")
+    no(*here, "--text", "long " * 100, says="tokens")
+    no(*here, "--query", query, "--k", "0", says="--k 0: must be at least 1")
+    no(*here, "--center", world / "data/icon", "--text", "a", says="none of --text")
+    no(*here, "--query", tmp_path / "gone.png", says="gone.png")
+    no(*here, "--query", "", says="not a readable image")
     tower = {key: value for key, value in tiny_state_dict().items() if key.startswith("visual.")}
     torch.save(tower, tmp_path / "tower.pt")
-    no("--weights", tmp_path / "tower.pt", "--gallery", photos, "--text", "a", says=("image tower alone",))
+    no("--weights", tmp_path / "tower.pt", "--gallery", photos, "--text", "a", says="image tower alone")
     assert train.main(flags(world, tmp_path / "form", "--method", "closed-form")) == 0
-    no("--run", tmp_path / "form", "--gallery", photos, "--text", "a", says=("--text cannot search", "form"))
+    no("--run", tmp_path / "form", "--gallery", photos, "--text", "a", says="--text cannot search")
     torch.save(tiny_state_dict(7), tmp_path / "other.pt")
-    no("--run", run, "--gallery", photos, "--query", query, "--weights", tmp_path / "other.pt", says=("--force",))
+    no("--run", run, "--gallery", photos, "--query", query, "--weights", tmp_path / "other.pt", says="--force")
 
 
 def test_features_that_depend_on_neighbours_are_not_searched(tmp_path, capsys, call):
     given = ["--method", "sre-clip", "--fast", "--sre-iterations", "1", "--toy-images", "2", "--workers", "0",
              "--data-root", tmp_path / "data", "--run", tmp_path / "run", "--cache", tmp_path / "cache"]
     assert train.main([*map(str, given), "--test-attention", "batch"]) == 0
-    refused(capsys, call("--run", tmp_path / "run", "--text", "a"), "--test-attention batch", "zero-shot CLIP")
+    refused(capsys, call("--run", tmp_path / "run", "--text", "a"), "--test-attention batch")
 
 
 def test_other_weights_are_named_and_leave_the_index_alone(run, world, tmp_path, ask):
@@ -178,7 +174,7 @@ def test_other_weights_are_named_and_leave_the_index_alone(run, world, tmp_path,
     before = ask(*given)
     other = ask(*given, "--weights", tmp_path / "other.pt", "--force")
     assert before["encoded"] == other["encoded"] == 48 and before["queries"] != other["queries"]
-    assert "other.pt in place of its own" in other["model"] and before["model"] == f"run {run}"
+    assert "other.pt" in other["model"] and before["model"].startswith(f"run {run}, CLIP of ")
     after = ask(*given)
     assert (after["encoded"], after["queries"]) == (0, before["queries"])
     assert ask(*given, "--invert", "none")["encoded"] == 48
@@ -199,8 +195,7 @@ def test_inversion_is_told_and_asked_for(world, tmp_path, ask, call, capsys, pho
             expect_order(answer, row, gallery, paths)
     (tmp_path / "bad.png").write_bytes(b"no image")
     found = ask("--weights", world / "clip.pt", "--gallery", tmp_path, "--query", icon)
-    assert found["inverted"] == 2 == sum(hit["inverted"] for hit in found["queries"][0]["results"])
-    assert found["images"] == 3 == found["encoded"] and "bad.png" in found["unreadable"][0]
+    assert (found["images"], found["encoded"], found["inverted"]) == (3, 3, 2) and "bad.png" in found["unreadable"][0]
     assert call("--weights", world / "clip.pt", "--gallery", tmp_path, "--query", look) == 0
     printed = capsys.readouterr().out
     assert f"{look} (inverted)\n" in printed and "1 unreadable" in printed and "left out: " in printed
@@ -227,19 +222,15 @@ def test_no_file_of_others_is_overwritten(world, tmp_path, capsys, call):
     given = ("--weights", world / "clip.pt", "--gallery", photos, "--query", query)
     picture = draw_strokes(tmp_path / "picture.png")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    for flag, path, reason in (
-            ("--out", query, "images of this search"), ("--out", photos / "shape_4/0.png", "images of this search"),
-            ("--out", photos / "new.png", "images of this search"), ("--out", tmp_path / "notes.png", "no earlier search"),
-            ("--out", picture, "no earlier search"),
-            ("--out", tmp_path / "x.txt", ".png"), ("--out", tmp_path / "no/x.png", "folder that exists"),
-            ("--export", tmp_path / "mine.npy", "no earlier search"), ("--export", tmp_path / "x.png", ".npy")):
-        refused(capsys, call(*given, flag, path), f"{flag} {path}", reason)
+    for flag, path in (("--out", query), ("--out", photos / "shape_4/0.png"), ("--out", photos / "new.png"),
+                       ("--out", tmp_path / "notes.png"), ("--out", picture), ("--export", tmp_path / "mine.npy")):
+        refused(capsys, call(*given, flag, path), str(path), "name another")
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.name != "cache"} == before
     for _ in range(2):  # the second time over its own files
         assert call(*given, "--out", tmp_path / "sheet.png", "--export", tmp_path / "x.npy") == 0
 
 
-def test_answers_survive_a_lost_reader_and_a_sheet_that_cannot_be_written(world, tmp_path, capsys, call, monkeypatch):
+def test_answers_survive_a_lost_reader_and_a_sheet_that_cannot_be_written(world, tmp_path, capsys, call):
     given = ["--weights", world / "clip.pt", "--gallery", world / "data/photo", "--query", world / "data/icon/shape_4/0.png"]
     script = [sys.executable, ROOT / "retrieve.py", *given, "--workers", "0", "--out", "sheet.png", "--export", "x.npy"]
     reader, writer = os.pipe()
@@ -249,10 +240,9 @@ def test_answers_survive_a_lost_reader_and_a_sheet_that_cannot_be_written(world,
     assert done.returncode == 1 and b"Traceback" not in done.stderr, done.stderr
     assert all((tmp_path / name).exists() for name in ("sheet.png", "x.npy", "x.paths.txt"))
 
-    def full(*arguments: object, **options: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Image.Image, "save", full)
-    assert call(*given, "--out", tmp_path / "sheet.png") == 2
+    assert call(*given) == 0  # fills the cache
+    capsys.readouterr()
+    with files_of_at_most(1000):
+        assert call(*given, "--out", tmp_path / "other.png") == 2
     printed = capsys.readouterr()
-    assert "   1  0." in printed.out and "sheet.png (No space left on device)" in printed.err
+    assert "   1  0." in printed.out and "could not write" in printed.err and "other.png" in printed.err

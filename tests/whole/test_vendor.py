@@ -75,7 +75,8 @@ query, gallery = torch.eye(3)[:2], torch.eye(3)
 found = metrics.retrieval(query, torch.tensor([0, 1]), gallery, torch.tensor([0, 1, 2]), k=2)
 assert found["mAP@2"] == 1.0
 assert metrics.search(query, gallery, 1)[1].tolist() == [[0], [1]]
-assert metrics.zero_shot_accuracy(gallery, torch.tensor([0, 1, 2]), [2])["instance"]["h"] == 1.0
+predicted = torch.tensor([[0, 2], [1, 2], [2, 2]])
+assert metrics.zero_shot_accuracy(predicted, predicted[:, 0], torch.tensor([2]))["instance"]["h"] == 1.0
 """
 WHOLE = """
 from theirs.cli import load_state

@@ -105,8 +105,9 @@ def compare(folder: Path, cache: Path, centered: bool = False) -> dict[str, dict
         sums = torch.zeros(graph.classes, x.shape[1]).index_add_(0, source.labels, F.normalize(source.rows))
         found = F.normalize(target.rows) @ F.normalize(sums).T
         scores["prototypes"] = found.masked_fill(~sums.any(dim=1), -torch.inf)
-    accuracies: dict[str, dict[str, Any]] = {
-        name: zero_shot_accuracy(found, target.labels, unseen)["instance"]
-        for name, found in scores.items()}
+    ids, accuracies = torch.tensor(unseen), dict[str, dict[str, Any]]()
+    for name, found in scores.items():
+        best = torch.stack([found.argmax(dim=1), ids[found[:, ids].argmax(dim=1)]], dim=1)
+        accuracies[name] = zero_shot_accuracy(best, target.labels, ids)["instance"]
     accuracies.get("prototypes", {})["zsl"] = None
     return accuracies

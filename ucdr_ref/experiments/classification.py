@@ -21,7 +21,7 @@ from ..data.class_folders import ClassFolder, Features, draw_batch, load_feature
 from ..data.features import Extractor
 from ..data.folders import abbreviate
 from ..distributed import one_process
-from ..metrics import predicted_accuracy
+from ..metrics import zero_shot_accuracy
 from ..sre.adapter import EPOCH, SRECLIP, Batch, test_batches
 from ..sre.graph import Graph, load_graph, node_vectors, normalized_adjacency, parse_graph
 from ..sre.wordnet import unseen_classes
@@ -198,7 +198,7 @@ def phase_data(source: Features, target: Features, config: Config, device: torch
 @torch.no_grad()
 def accuracies(score: Callable[[Tensor], Tensor], target: Features,
                method: SRECLIP) -> tuple[dict[str, dict[str, float | None]], Tensor]:
-    """`metrics.predicted_accuracy` by score (features [b, e] -> [b, c]), None where there are no images.
+    """`metrics.zero_shot_accuracy` by score (features [b, e] -> [b, c]), None where there are no images.
 
     And the predictions [n, 2]: the best class among all and among the unseen ones.
     """
@@ -209,8 +209,7 @@ def accuracies(score: Callable[[Tensor], Tensor], target: Features,
         scores = score(target.rows[rows].to(unseen.device))
         of_unseen = unseen[scores[:, unseen].argmax(dim=1)]
         best[rows] = torch.stack([scores.argmax(dim=1), of_unseen], dim=1).cpu()
-    is_unseen = torch.isin(torch.arange(len(method.class_names)), unseen.cpu())
-    found = predicted_accuracy(best[:, 0], best[:, 1], labels, is_unseen)
+    found = zero_shot_accuracy(best, labels, unseen)
     return {average: {name: None if math.isnan(value) else value for name, value in values.items()}
             for average, values in found.items()}, best
 

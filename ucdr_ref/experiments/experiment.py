@@ -123,10 +123,10 @@ def evaluate(folder: Path, overrides: Mapping[str, Any], cache: Path, out: Path 
     out.mkdir(parents=True, exist_ok=True)
     if sre:
         rows = classification.evaluate(config, data, method, folder, cache)
-        lines, write = report.classification_table(rows, config), report.write_classification
+        lines, write = report.classification_table(rows), report.write_classification
     else:
         rows = retrieval.evaluate(config, data, method)
-        lines, write = report.retrieval_table(rows, config), report.write_retrieval
+        lines, write = report.retrieval_table(rows), report.write_retrieval
     if "strength" in state:
         lines.append(f"closed form: lambda = {state['strength']:g}")
     text = "\n".join([*lines, *remarks])
