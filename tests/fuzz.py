@@ -25,7 +25,7 @@ from PIL import Image
 from tests.clip.test_weights import SMALL, WRITERS
 from tests.helpers import tiny_state_dict
 from ucdr_ref.clip.weights import load_clip, read_text
-from ucdr_ref.config import Config, from_dict, to_json
+from ucdr_ref.config import Config, from_dict
 from ucdr_ref.sre.graph import load_graph
 
 try:
@@ -107,7 +107,7 @@ def files(folder: Path) -> dict[str, tuple[bytes, Callable[[Path], object]]]:
     for form in IMAGES:
         Image.effect_noise((24, 20), 90).convert("P" if form == "gif" else "RGB").save(folder / "a", form)
         found[form] = (folder / "a").read_bytes(), open_image
-    found["config.json"] = to_json(Config()).encode(), read_config
+    found["config.json"] = json.dumps(vars(Config())).encode(), read_config
     found["graph"] = json.dumps(GRAPH).encode(), load_graph
     return found
 

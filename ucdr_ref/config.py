@@ -1,12 +1,11 @@
 """One frozen Config of both methods' options: presets named after table rows, flags and JSON.
 
-A field's type holds its choices (`Literal`); `Annotated` adds a number's closed range, or the name of what a
-text stands for, and the help. No PyTorch is imported.
+A field's type is its choices (`Literal`), or `Annotated` adds a number's closed range or what a text stands
+for; then the help. No PyTorch is imported.
 """
 from __future__ import annotations
 
 import argparse
-import json
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -65,27 +64,27 @@ class Config(sre.Options, ucdr.Options, Shared):
     """Every option of a run. Defaults are the paper's, or a careful reading's."""
 
 
-# May differ when a run is resumed: what changes nothing beyond rounding, and paths, compared by digests.
+# May differ when a run is resumed: what changes rounding alone, and paths, compared by digests.
 MACHINE = ("device", "workers", "precision", "micro_batch")
 PATHS = ("data_root", "class_split", "weights", "source", "target", "graph", "unseen")
 
 
 class Field(NamedTuple):
-    kind: type
-    choices: tuple[Any, ...]  # empty: any value of the kind
-    range: tuple[float, float]  # the least and the largest number
-    metavar: str | None
-    help: str
     default: Any
+    help: str
+    choices: tuple[Any, ...] = ()  # none: any value of the default's type
+    limits: tuple[float, float] = (-inf, inf)  # the least and the largest number
+    metavar: str | None = None
 
 
 def read_field(hint: Any, default: Any) -> Field:
     """A field from its annotation."""
     *about, text = hint.__metadata__
-    choices = () if about else typing.get_args(hint.__origin__)
-    limits = about[0] if about and type(default) in (int, float) else (-inf, inf)
-    metavar = None if choices else {int: "N", float: "X"}.get(type(default), about[0])
-    return Field(type(default), choices, limits, metavar, text, default)
+    if not about:
+        return Field(default, text, choices=typing.get_args(hint.__origin__))
+    if isinstance(about[0], str):
+        return Field(default, text, metavar=about[0])
+    return Field(default, text, limits=about[0], metavar="N")
 
 
 HINTS = typing.get_type_hints(Config, include_extras=True)
@@ -104,10 +103,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 DOMAINNET = dict(dataset="domainnet", data_root="data/DomainNet", weights="weights/ViT-B-32.pt")
 SKETCHY = dict(dataset="sketchy", data_root="data/Sketchy", weights="weights/ViT-B-32.pt", held_out="none",
                prompt_length=4, context_vectors=8)
-# The drawn data and its CLIP are small: larger and fewer steps, a shorter context than the paper's.
+# The drawn data is small: larger and fewer steps, a shorter context than the paper's.
 TOY = dict(dataset="toy", context_vectors=4, source_batch=50, source_lr=1e-3, target_epochs=2, target_lr=1e-2,
            micro_batch=50)
-# D14 is the other method's: SRE-CLIP inverts no image by itself.
+# SRE-CLIP inverts no image by itself (D14 is the other method's), whatever the variant.
 SRE = dict(method="sre-clip", dataset="folder", data_root="", weights="weights/ViT-B-32.pt",
            stroke_domains=())
 # The small CLIP knows no words but the 60 class names.
@@ -119,15 +118,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "toy": TOY,
     "toy/fast": dict(TOY, data_root="data/toy-fast", toy_images=8, target_epochs=1),
     "folder": dict(dataset="folder", data_root="", weights="weights/ViT-B-16.pt"),
+    "domainnet": DOMAINNET,
     **{f"domainnet/{held_out}": dict(DOMAINNET, held_out=held_out, seen=seen)
        for held_out, seen in (("sketch", "quickdraw"), ("quickdraw", "sketch"), ("painting", "infograph"),
                               ("infograph", "painting"), ("clipart", "painting"))},
-    "sketchy/eccv": SKETCHY,
-    "sketchy/random": dict(SKETCHY, dataset="sketchy-random"),
+    "sketchy": SKETCHY,
+    "sketchy-random": dict(SKETCHY, dataset="sketchy-random"),
     "tuberlin": dict(SKETCHY, dataset="tuberlin", data_root="data/TUBerlin"),
     "sre": SRE,
     "sre/toy": SRE_TOY,
-    "sre/toy-fast": dict(SRE_TOY, data_root="data/toy-sre-fast", toy_images=8, sre_iterations=500),
+    "sre/toy/fast": dict(SRE_TOY, data_root="data/toy-sre-fast", toy_images=8, sre_iterations=500),
     "i2awa": dict(SRE, graph="awa2", sre_kappa=0.3),
     "i2webv": dict(SRE, sre_kappa=0.82)}
 
@@ -137,20 +137,19 @@ def add_arguments(parser: argparse.ArgumentParser, names: Sequence[str] = ()) ->
     for options in (Shared, ucdr.Options, sre.Options):
         group = parser.add_argument_group(str(options.__doc__).split(".")[0])
         for name in (field.name for field in fields(options) if not names or field.name in names):
-            kind, choices, _, metavar, text, default = FIELDS[name]
-            shown = " ".join(default) if kind is tuple else default
+            default, text, choices, _, metavar = FIELDS[name]
+            several = isinstance(default, tuple)
+            shown = " ".join(default) if several else str(default)
             group.add_argument(
-                flag_of(name), type=str if kind is tuple else kind, nargs="+" if kind is tuple else None,
+                flag_of(name), type=str if several else type(default), nargs="+" if several else None,
                 choices=choices or None, metavar=metavar, default=argparse.SUPPRESS,
-                help=f"{text} (default: {'empty' if shown == '' else shown})")
+                help=f"{text} (default: {shown or 'empty'})")
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        own = unknown[0].partition("=")[0] in map(flag_of, FIELDS)
-        why = "the run's own: it needs a training" if own else "no flag of this command; see --help"
-        parser.error(f"{' '.join(unknown)}: {why}")
+        parser.error(f"{' '.join(unknown)}: no flag of this command; a run's options need a training")
     return args
 
 
@@ -159,26 +158,12 @@ def flag_of(name: str) -> str:
 
 
 def resolve(flags: Mapping[str, Any], preset: str | None = None, fast: bool = False) -> Config:
-    """Defaults < preset < variant < flags. fast: the short demonstration.
-
-    Raises ValueError for an unknown preset, or one of another dataset or method, or not fast.
-    """
-    name = preset or default_preset(flags, fast)
+    """Defaults < variant < preset < flags; fast: the preset's short demonstration. Raises ValueError."""
+    name = (preset or default_preset(flags)) + "/fast" * fast
     if name not in PRESETS:
         raise ValueError(f"--preset {name}: no such preset; there are {', '.join(PRESETS)}")
-    if fast and not name.endswith("fast"):
-        raise ValueError(f"--fast is for the demonstration alone, and this is {name}; leave it out")
-    values = {"method": "ucdr-adapter", **PRESETS[name]}
-    if not preset:
-        values.pop("seen", None)  # of the table's rows
-    variant = dict(VARIANTS[flags.get("variant", "paper")])
-    if values["method"] == "sre-clip":
-        variant.pop("stroke_domains", None)  # D14 is the other method's
-    merged = {**values, **variant, **{key: value for key, value in flags.items() if key in FIELDS}}
-    other_task = (merged["method"] == "sre-clip") != (values["method"] == "sre-clip")
-    if other_task or merged["dataset"] != values["dataset"]:
-        raise ValueError(f"--preset {name} is for --dataset {values['dataset']} and --method "
-                         f"{values['method']}, not {merged['dataset']} and {merged['method']}")
+    variant = VARIANTS[flags.get("variant", "paper")]
+    merged = {**variant, **PRESETS[name], **{key: value for key, value in flags.items() if key in FIELDS}}
     other_sets = merged["dataset"] in ("sketchy", "sketchy-random", "tuberlin")
     if variant and other_sets and merged["selection"] != "validation":
         # D10: the released code holds the validation classes out of training on DomainNet alone.
@@ -187,15 +172,13 @@ def resolve(flags: Mapping[str, Any], preset: str | None = None, fast: bool = Fa
     return from_dict(merged)
 
 
-def default_preset(flags: Mapping[str, Any], fast: bool) -> str:
+def default_preset(flags: Mapping[str, Any]) -> str:
     """The preset of a command that names none."""
     dataset = flags.get("dataset", "toy")
-    if flags.get("method") == "sre-clip":
-        own_folders = dataset != "toy" or flags.get("source") or flags.get("target")
-        return "sre" if own_folders else "sre/toy-fast" if fast else "sre/toy"
-    if fast and dataset == "toy":
-        return "toy/fast"
-    return next(name for name in PRESETS if PRESETS[name]["dataset"] == dataset)
+    if flags.get("method") != "sre-clip":
+        return str(dataset)
+    own_folders = dataset != "toy" or flags.get("source") or flags.get("target")
+    return "sre" if own_folders else "sre/toy"
 
 
 def locate_weights(path: str) -> str:
@@ -206,31 +189,27 @@ def locate_weights(path: str) -> str:
 
 def from_dict(values: Mapping[str, Any]) -> Config:
     """A checked Config from plain values; ValueError names a field that does not exist or fit."""
-    if unknown := sorted(map(str, set(values) - set(FIELDS))):
+    if unknown := [str(name) for name in values if name not in FIELDS]:
         raise ValueError(f"{', '.join(unknown)[:300]}: no option of this version; see --help")
     return Config(**{name: check(name, value) for name, value in values.items()})
 
 
 def check(name: str, value: Any) -> Any:
     """The value as the field's type; ValueError when it is no value of that field."""
-    kind, choices, (low, high), *_ = FIELDS[name]
-    if kind is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
+    default, _, choices, (low, high), _ = FIELDS[name]
+    if isinstance(default, tuple) and isinstance(value, list) and all(type(item) is str for item in value):
         return tuple(value)
-    if kind is float and type(value) is int and abs(value) < 2**53:
+    if isinstance(default, float) and type(value) is int:
         value = float(value)
-    if type(value) is not kind:
-        expected = f"of type {kind.__name__}"
+    if type(value) is not type(default):
+        expected = f"of type {type(default).__name__}"
     elif choices and value not in choices:
         expected = f"one of {', '.join(map(str, choices))}"
-    elif isinstance(value, (int, float)) and not (low <= value <= high and abs(value) < inf):
+    elif isinstance(value, (int, float)) and not (low <= value <= high and value < inf):
         expected = f"at least {low:g}" + f" and at most {high:g}" * (high < inf)
     else:
         return value
     raise ValueError(f"{flag_of(name)} {str(value)[:100]}: must be {expected}")
-
-
-def to_json(config: Config) -> str:
-    return json.dumps(asdict(config), indent=2) + "\n"
 
 
 def differences(ours: Config, theirs: Config, also: Sequence[str] = ()) -> list[str]:

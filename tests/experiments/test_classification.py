@@ -217,7 +217,7 @@ def test_dry_run_counts_and_lists_what_is_left_out(scene, tmp_path, capsys):
     assert not (tmp_path / "dry").exists()
 
 
-@pytest.mark.parametrize("preset", ["i2awa", "i2webv", "sre/toy-fast"])
+@pytest.mark.parametrize("preset", ["i2awa", "i2webv", "sre/toy/fast"])
 def test_dry_run_of_every_preset(preset, world, tmp_path, capsys):
     graph, unseen = classification.read_graph(resolve({"graph": "awa2"}, "i2awa"))
     names = graph.names[:graph.classes]

@@ -222,7 +222,7 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("preset, domains, classes", [
-    ("domainnet/sketch", 5, 245), ("sketchy/random", 2, 90), ("tuberlin", 2, 200), ("folder", 2, 42), ("toy/fast", 5, 40)])
+    ("domainnet/sketch", 5, 245), ("sketchy-random", 2, 90), ("tuberlin", 2, 200), ("folder", 2, 42), ("toy/fast", 5, 40)])
 def test_dry_run_of_every_preset(preset, domains, classes, trees, world, tmp_path, capsys):
     dataset = PRESETS[preset]["dataset"]
     more = {"folder": ["--gallery", "photo"], "toy": ["--toy-images", "2", "--source-batch", "10", "--target-batch", "10"]}

@@ -21,7 +21,7 @@ import torchvision
 from .. import __version__
 from ..cli import as_value_error, load_state, read_json, write_text_atomic
 from ..clip.weights import file_digest, load_clip
-from ..config import FIELDS, PATHS, Config, changes, differences, from_dict, locate_weights, to_json
+from ..config import FIELDS, PATHS, Config, changes, differences, from_dict, locate_weights
 from ..distributed import barrier, derive_seed, is_main, pick_device, set_precision
 from ..training import Run, check_config, load_own_state
 from ..training import train as train_phases
@@ -159,7 +159,8 @@ def open_run(folder: Path, config: Config, weights: str, digests: Mapping[str, t
                          "delete that folder")
     folder.mkdir(parents=True, exist_ok=True)
     lock = lock_run(folder)
-    write_text_atomic(path, to_json(config))  # first: it makes this a run folder, whatever happens next
+    # first: it makes this a run folder, whatever happens next
+    write_text_atomic(path, json.dumps(asdict(config), indent=2) + "\n")
     about = {"command": sys.argv, "weights_sha256": weights, "files": digests, "versions": versions(device)}
     write_text_atomic(record, json.dumps(about, indent=2) + "\n")
     return lock
