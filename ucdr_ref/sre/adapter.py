@@ -163,7 +163,7 @@ class SRECLIP(nn.Module):
         return F.normalize(self.adapter(features), dim=1) / self.options.sre_temperature
 
     def step(self, batch: Batch, phase: str) -> dict[str, Tensor]:
-        """Terms, `loss` to minimise: L_s in the warm-up, then L_t + 1.5 L_s."""
+        """Loss terms, `loss` to minimise: L_s in the warm-up, then L_t + 1.5 L_s."""
         source, target = self.source_step(batch), self.target_step(batch.target)
         loss = source["source"]
         if batch.iteration >= self.options.sre_warmup:

@@ -33,7 +33,7 @@ def alignment_retention(similarity: Tensor, embeddings: Tensor) -> Tensor:
     """L-retain: mean over images and classes of (P_ba - <E_yhat, E_a>)^2, yhat = argmax_a P_ba.
 
     similarity P [b, c]: cosines of images and classes, or these over the temperature (S3); embeddings E
-    [c, h], L2-normalised.
+    [c, h], L2-normalised. Both have a gradient.
     """
     predicted = embeddings[similarity.argmax(dim=1)]
     return F.mse_loss(similarity, predicted @ embeddings.T)

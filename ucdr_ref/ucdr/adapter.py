@@ -137,7 +137,7 @@ class UCDRAdapter(nn.Module):
 
     def target_features(self, images: Tensor, class_ids: Tensor | None = None,
                         domain_ids: Tensor | None = None) -> Tensor:
-        """Target encoding (G): images [b, 3, H, W] -> [b, e], not normalised; ids [b] in phase 2: masked."""
+        """Target encoding (G): images [b, 3, H, W] -> [b, e], not normalised; rows of ids [b] are masked."""
         patches = self.clip.visual.embed(images)
         banks, own = (self.domain_prompts, self.class_prompts), (domain_ids, class_ids)
         if self.options.target_epochs == 0:  # phase 1 alone has no generator: the banks' means stand in
@@ -175,7 +175,7 @@ class UCDRAdapter(nn.Module):
 
     def step(self, batch: Batch, phase: str) -> dict[str, Tensor]:
         """Loss terms, `loss` to minimise; ValueError where start("target") is missing."""
-        if phase == "target" and not self.started:
+        if phase != "source" and not self.started:
             raise ValueError('call start("target") first')
         return self.source_step(batch) if phase == "source" else self.target_step(batch)
 
