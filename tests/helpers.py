@@ -196,6 +196,10 @@ def logged(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
+def results(run: Path) -> dict[str, Any]:
+    return json.loads((run / "results.json").read_text())
+
+
 def equal(a: Any, b: Any) -> bool:
     """To the last bit, tensors and all that holds them."""
     if isinstance(a, Tensor):
@@ -216,8 +220,7 @@ def same_runs(a: Path, b: Path, ignored: Iterable[str] = ()) -> None:
                 state["config"].pop(field)
         assert equal(*states), name
     assert (a / "log.jsonl").read_bytes() == (b / "log.jsonl").read_bytes()
-    rows = [json.loads((folder / "results.json").read_text())["rows"] for folder in (a, b)]
-    assert rows[0] == rows[1]
+    assert results(a)["rows"] == results(b)["rows"]
 
 
 class Width(nn.Module):

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from ..clip.weights import load_clip
+from ..clip.zero_shot import ZeroShot
 from ..config import resolve
 from ..data.images import Files
-from ..experiments.retrieval import features_of, load_data, score, zero_shot
+from ..experiments.retrieval import features_of, load_data, score
 from ..ucdr.closed_form import center, feature_mean
 
 QUERY_CLASSES = (1, 3, 6, 12)
@@ -24,7 +25,7 @@ def centred(seeds: list[int]) -> list[dict[str, Any]]:
     images in their own domain; "of quickdraw": the queries lose that of the source domain most like theirs.
     """
     config, protocol = load_data(resolve({}, fast=True))
-    features = features_of(zero_shot(config, load_clip(config.weights)), config)
+    features = features_of(ZeroShot(load_clip(config.weights)), config)
     test = protocol.tests[0]
     queries, files = test.query, test.galleries["unseen"]
     query, gallery = features.encode(queries), features.encode(files)

@@ -29,6 +29,7 @@ from ..training import PhaseData
 from .report import ACCURACIES
 
 SHIPPED = Path(__file__).parent.parent / "sre" / "graphs"
+Training = tuple[dict[str, PhaseData], Callable[[], float] | None, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -45,24 +46,25 @@ class Data:
         return {"graph": asdict(self.graph), "unseen_ids": self.unseen}
 
     def digests(self) -> dict[str, tuple[int, str]]:
-        """Length and digest of every list of images, and of the graph."""
-        found = {"graph": (len(self.graph.ids), digest_of(self.classes()))}
-        for i, folder in enumerate([self.target, *self.sources]):
-            name = f"source {i}" if i else "target"
-            found[name] = (len(folder.files), folder.files.digest(os.path.realpath(folder.root)))
-        return found
+        """Length and digest of the graph and of every list of images."""
+        folders = {"target": self.target, **{f"source {i}": one for i, one in enumerate(self.sources, 1)}}
+        return {"graph": (len(self.graph.ids), digest_of(self.classes())),
+                **{name: (len(one.files), one.files.digest(one.root)) for name, one in folders.items()}}
 
 
 def load_data(config: Config) -> tuple[Config, Data]:
-    """Graph and folders, and the config that names them; drawn data is drawn first where it is absent."""
+    """Graph and folders; the demonstration's, real and sketch, are drawn first where they are absent."""
     one_process("sre-clip")
     if config.dataset == "toy":
-        config = draw_data(config)
-    graph, unseen = read_graph(config)
+        from ..demo.drawing import CLASSES, write_dataset
+        source, target = (str(Path(config.data_root, domain)) for domain in ("real", "sketch"))
+        write_dataset(config.data_root, CLASSES, ["real", "sketch"], config.toy_images)
+        config = replace(config, source=config.source or (source,), target=config.target or target)
     if not (config.source and config.target):
         raise ValueError("sre-clip needs labelled and unlabelled images: give --source DIR and --target DIR")
     if os.path.realpath(config.target) in map(os.path.realpath, config.source):
         raise ValueError(f"--target {config.target} is a --source too, whose labels would be trained on")
+    graph, unseen = read_graph(config)
     seen = set(range(graph.classes)) - set(unseen)
     sources = [scan_folder("--source", root, graph, seen) for root in config.source]
     return config, Data(graph, unseen, sources, scan_folder("--target", config.target, graph))
@@ -70,7 +72,6 @@ def load_data(config: Config) -> tuple[Config, Data]:
 
 def test_data(config: Config, state: dict[str, Any]) -> Data:
     """What a run is evaluated on: the graph it was trained with, and the target images."""
-    one_process("sre-clip")
     graph = parse_graph(state["graph"])
     return Data(graph, state["unseen_ids"], [], scan_folder("--target", config.target, graph))
 
@@ -79,22 +80,8 @@ def scan_folder(flag: str, root: str, graph: Graph, only: set[int] | None = None
     return scan_class_folder(flag, root, graph.names[:graph.classes], graph.ids[:graph.classes], only)
 
 
-def draw_data(config: Config) -> Config:
-    """The demonstration: photographs of the seen classes as source, sketches of all classes as target."""
-    from ..demo.drawing import CLASSES, SPLIT, write_dataset
-    source, target = Path(config.data_root, "source"), Path(config.data_root, "target")
-    seen = [name for name in CLASSES if name not in SPLIT["test"]]
-    write_dataset(source, seen, ["real"], config.toy_images)
-    write_dataset(target, CLASSES, ["sketch"], config.toy_images)
-    return replace(config, source=config.source or (str(source / "real"),),
-                   target=config.target or str(target / "sketch"))
-
-
 def read_graph(config: Config) -> tuple[Graph, list[int]]:
-    """The class graph, and the indices of its unseen classes; `--graph` names a shipped one or a file.
-
-    Raises FileNotFoundError or ValueError, also when no class is unseen.
-    """
+    """The class graph, shipped or of a file, and the indices of its unseen classes."""
     graph_file, unseen_file = config.graph, config.unseen
     if (SHIPPED / f"{graph_file}.json").exists():
         unseen_file = unseen_file or str(SHIPPED / f"{graph_file}.txt")
@@ -115,8 +102,7 @@ def describe(config: Config, data: Data, method: SRECLIP) -> list[str]:
         classes = len(set(folder.labels))
         lines.append(f"{part}   {len(folder.files)} images, {classes} classes ({folder.root})")
         if folder.skipped:
-            lines.append(f"note     {len(folder.skipped)} folders of other than seen classes are not used: "
-                         f"{abbreviate(folder.skipped, 100)}")
+            lines.append(f"note     not used, being of no seen class: {abbreviate(folder.skipped, 100)}")
     count = sum(parameter.numel() for parameter in method.trainable("sre").values())
     return [*lines, f"phase sre: {config.sre_iterations} steps of {config.sre_batch} source and target "
                     f"images; {count:,} trainable parameters"]
@@ -144,8 +130,7 @@ def features_of(folders: Sequence[ClassFolder], clip: CLIP, config: Config, cach
     return load_features(folders, extractor, key, cache)
 
 
-def training(config: Config, data: Data, method: SRECLIP, folder: Path,
-             cache: Path) -> tuple[dict[str, PhaseData], Callable[[], float] | None, dict[str, Any]]:
+def training(config: Config, data: Data, method: SRECLIP, folder: Path, cache: Path) -> Training:
     """Batches, the score of the evaluations on test images (S6), and what goes into the checkpoints."""
     source, target = (features_of(folders, method.clip, config, cache)
                       for folders in (data.sources, [data.target]))
@@ -176,9 +161,9 @@ def phase_data(source: Features, target: Features, config: Config, device: torch
         for i in left:
             s, t = (draw_batch(len(part.paths), b, i, config.seed, name)
                     for part, name in ((source, "source"), (target, "target")))
-            parts = [rows.to(device) for rows in (source.rows[s], source.labels[s], target.rows[t])]
-            files = [source.paths[k] for k in s] + [target.paths[k] for k in t]
-            yield Batch(parts[0], parts[1], parts[2], i), files
+            rows, labels, unlabelled = source.rows[s], source.labels[s], target.rows[t]
+            yield (Batch(rows.to(device), labels.to(device), unlabelled.to(device), i),
+                   [source.paths[k] for k in s] + [target.paths[k] for k in t])
 
     def validates(epochs: int) -> bool:
         """S6: as released, where a multiple of a tenth of the iterations is passed, but not at the end
@@ -216,8 +201,6 @@ def accuracies(score: Callable[[Tensor], Tensor], target: Features,
 
 def evaluate(config: Config, data: Data, method: SRECLIP, folder: Path, cache: Path) -> list[dict[str, Any]]:
     """Rows of zero-shot CLIP and method: accuracies in 0..1 under `instance` and `class`, and `details`."""
-    names = [f"{name} ({synset})" if method.class_names.count(name) > 1 else name  # WebVision: two cranes
-             for name, synset in zip(method.class_names, data.graph.ids)]
     target = features_of([data.target], method.clip, config, cache)
     scores: dict[str, Callable[[Tensor], Tensor]] = {}
     if method.clip.has_text:
@@ -229,8 +212,8 @@ def evaluate(config: Config, data: Data, method: SRECLIP, folder: Path, cache: P
     for name, score in scores.items():
         found, predicted = accuracies(score, target, method)
         rows.append({"method": name, **about, **found, "details": {
-            "predicted": predicted, "labels": target.labels, "names": names, "unseen": data.unseen,
-            "paths": target.paths}})
+            "predicted": predicted, "labels": target.labels, "names": method.class_names,
+            "unseen": data.unseen, "paths": target.paths}})
     if config.sre_report == "best-test":  # S6: each metric's own maximum over the test evaluations
         tried = load_state(folder / "last.pt")["evaluations"]
         best = {average: {name: max((found[average][name] or 0 for found in tried), default=None)

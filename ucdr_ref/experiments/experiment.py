@@ -75,8 +75,7 @@ def restore(folder: str | Path, overrides: Mapping[str, Any], device: torch.devi
     """The config of a run, its best method, ready to encode images, and all that best.pt holds.
 
     overrides: other paths of weights and data, and machine fields. The weights need no text tower. Raises
-    FileNotFoundError or ValueError when the folder holds no model, or one of another config, or, unless
-    `force`, the weights are not the run's.
+    ValueError or OSError without such a model, and, unless `force`, for other weights than the run's.
     """
     path, advice = Path(folder, "best.pt"), f"train first: python train.py --run {folder}"
     if path.with_name("results.json").exists():  # the same command alone would only evaluate
@@ -136,21 +135,29 @@ def evaluate(folder: Path, overrides: Mapping[str, Any], cache: Path, out: Path 
     print(f"{text}\n{out}: report.html, results.json, per_class.csv and a picture")
 
 
+def newest_run() -> Path:
+    """The run below runs/ that was evaluated last, named on stderr."""
+    found = sorted(Path("runs").glob("*/results.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError("no --run was given, and runs/ holds no finished run; train first: python "
+                                "train.py")
+    print(f"{found[-1].parent} (the newest run; --run names another)", file=sys.stderr)
+    return found[-1].parent
+
+
 # Run folders
 
 
 def open_run(folder: Path, config: Config, weights: str, digests: Mapping[str, tuple[int, str]],
              device: torch.device) -> AbstractContextManager[object]:
-    """Makes the run folder, or checks that it is of this config, these weights and images.
+    """Makes the run folder, or checks that it is of this config, these weights and images, wherever they lie.
 
-    Returns a context in which no other process can train there. Data and weights may have moved. Raises
-    ValueError for another run (saying what differs), another kind of folder, or one that is in use.
+    Returns a context in which no other process can train there; ValueError for another or a busy folder.
     """
     path, record, different = folder / "config.json", folder / "run.json", list[str]()
     if path.exists():
-        with as_value_error(path, "is no config of this version", "name another --run, or delete it"):
-            different += differences(config, from_dict(read_json(path)), PATHS)
-    elif folder.exists() and (not folder.is_dir() or any(folder.glob("[!.]*"))):  # .x: a killed write's
+        different += differences(config, from_dict(read_json(path)), PATHS)
+    elif folder.exists() and any(folder.glob("[!.]*")):  # .x: a killed write's
         raise ValueError(f"{folder} exists and is no run folder (it has no config.json); name another --run")
     if record.exists():
         different += other_inputs(folder, weights, digests)
@@ -181,14 +188,13 @@ def lock_run(folder: Path) -> AbstractContextManager[object]:
 
 def other_inputs(folder: Path, weights: str, digests: Mapping[str, tuple[int, str]]) -> list[str]:
     """What of weights (a digest) and image lists {name: (length, digest)} is not the run's."""
-    with as_value_error(folder / "run.json", "is no record of a run", "name another --run"):
-        record = read_json(folder / "run.json")
-        found = ["other weights than the run's"] * (record["weights_sha256"] != weights)
-        for name, now in digests.items():
-            count, digest = record["files"][name]
-            if now != (count, digest):
-                found.append(f"other images than the run's ({name}: {now[0]} now, {count} at the start)")
-        return found
+    record = read_json(folder / "run.json")
+    found = ["other weights than the run's"] * (record["weights_sha256"] != weights)
+    for name, now in digests.items():
+        count, digest = record["files"][name]
+        if now != (count, digest):
+            found.append(f"other images than the run's ({name}: {now[0]} now, {count} at the start)")
+    return found
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -197,13 +203,3 @@ def versions(device: torch.device) -> dict[str, str]:
             "torchvision": torchvision.__version__, "pillow": PIL.__version__,
             "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none"}
-
-
-def newest_run() -> Path:
-    """The run below runs/ that was evaluated last, named on stderr; FileNotFoundError where there is none."""
-    found = sorted(Path("runs").glob("*/results.json"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise FileNotFoundError("no --run was given, and runs/ holds no finished run; train first: python "
-                                "train.py")
-    print(f"{found[-1].parent} (the newest run; --run names another)", file=sys.stderr)
-    return found[-1].parent

@@ -58,24 +58,20 @@ def load_data(config: Config, given: Collection[str] = ()) -> tuple[Config, Prot
 def fitting_schedule(train: Files) -> dict[str, Any]:
     """Batches, epochs and rates that learn from a few images; the paper's are for 200,000."""
     counts = Counter(train.domains)
-    smallest, domains = min(counts.values()), len(counts)
+    smallest, s = min(counts.values()), len(counts)
     fitting: dict[str, Any] = {"source_lr": 1e-3, "target_lr": 3e-3}
     for phase, steps in (("source", 50), ("target", 100)):  # at least so many
-        most, usual = FIELDS[f"{phase}_batch"].default, FIELDS[f"{phase}_epochs"].default
-        batch = max(domains, min(most, max(20, domains * smallest // steps)))
-        steps_per_epoch = smallest // min(batch // domains, smallest)  # as in `balanced_batches`
+        most, epochs = FIELDS[f"{phase}_batch"].default, FIELDS[f"{phase}_epochs"].default
+        batch = max(s, min(most, max(20, s * smallest // steps)))
+        steps_per_epoch = smallest // min(batch // s, smallest)  # as in `balanced_batches`
         fitting[f"{phase}_batch"] = batch
-        fitting[f"{phase}_epochs"] = max(usual, math.ceil(steps / steps_per_epoch))
+        fitting[f"{phase}_epochs"] = max(epochs, math.ceil(steps / steps_per_epoch))
     return fitting
 
 
 def features_of(method: Any, config: Config) -> FeatureCache:
     device = method.clip.visual.proj.device
     return FeatureCache(Extractor(method, device, config.precision, config.workers, config.stroke_domains))
-
-
-def zero_shot(config: Config, clip: CLIP) -> ZeroShot:
-    return ZeroShot(clip, normalized=config.evaluation_features == "normalized")  # D18
 
 
 def new_method(config: Config, clip: CLIP, protocol: Protocol) -> Any:
@@ -88,7 +84,7 @@ def new_method(config: Config, clip: CLIP, protocol: Protocol) -> Any:
 def build_method(config: Config, clip: CLIP, state: Mapping[str, Any]) -> Any:
     """The method of a checkpoint, without its weights."""
     classes, domains, e = state["class_names"], state["domain_names"], clip.embed_dim
-    method: Any = zero_shot(config, clip)
+    method: Any = ZeroShot(clip, config.evaluation_features == "normalized")  # D18
     if config.method == "ucdr-adapter":
         anchors = state["method"].get("anchors")
         method = UCDRAdapter(clip, classes, domains, config, anchors, gather_rows, batch_offset)
@@ -111,15 +107,14 @@ def prototypes(config: Config, protocol: Protocol, clip: CLIP) -> Tensor:
     names, gallery, train = protocol.class_names, protocol.gallery_domain, protocol.train
     files = train.keep([i for i, name in enumerate(train.domains) if name == gallery])
     if missing := sorted(set(names) - set(files.classes)):
-        raise ValueError(f"--class-features prototypes: no training image in {gallery} for "
-                         f"{abbreviate(missing)}")
-    features = features_of(ZeroShot(clip), config).encode(files).cpu()
-    sums = torch.zeros(len(names), clip.embed_dim)
-    return sums.index_add_(0, numbers_of(files.classes, names), features).to(clip.visual.proj.device)
+        raise ValueError(f"--class-features prototypes: no image in {gallery} for {abbreviate(missing)}")
+    features = features_of(ZeroShot(clip), config).encode(files)
+    sums = features.new_zeros(len(names), clip.embed_dim)
+    return sums.index_add_(0, numbers_of(files.classes, names).to(sums.device), features)
 
 
 def phase_data(phase: str, protocol: Protocol, config: Config, clip: CLIP) -> PhaseData:
-    """Domain-balanced, augmented batches of the training images for one phase of UCDR-Adapter."""
+    """Domain-balanced, augmented batches of the training images for a phase of UCDR-Adapter."""
     train, image_size, device = protocol.train, clip.image_size, clip.visual.proj.device
     class_ids = numbers_of(train.classes, protocol.class_names)
     domain_ids = numbers_of(train.domains, protocol.domain_names)
@@ -136,10 +131,10 @@ def phase_data(phase: str, protocol: Protocol, config: Config, clip: CLIP) -> Ph
         dataset = ImageDataset(train, augment(image_size), config.stroke_domains, seed)
         for indices, images, _ in load_batches(dataset, list(map(local_shard, left)), config.workers, device):
             images = images.view(-1, 3, image_size, image_size)  # a shard may be empty
-            parts = [part.to(device, non_blocking=True)
-                     for part in (images, class_ids[indices], domain_ids[indices])]
-            parts[0] = normalize(parts[0], *STATISTICS[config.train_normalization])  # D4
-            yield Batch(*parts), [train.paths[i] for i in indices]
+            images, classes, domains = (part.to(device, non_blocking=True)
+                                        for part in (images, class_ids[indices], domain_ids[indices]))
+            images = normalize(images, *STATISTICS[config.train_normalization])  # D4
+            yield Batch(images, classes, domains), [train.paths[i] for i in indices]
 
     return PhaseData(epochs, order, load, partial(microbatches, phase=phase, config=config),
                      batch_size=len(order(0)[0]))
@@ -172,10 +167,10 @@ def training(config: Config, protocol: Protocol, method: Any,
 
 def fit_closed_form(config: Config, protocol: Protocol, features: FeatureCache) -> tuple[ClosedForm, float]:
     """The closed form of the training images, and its lambda, chosen on validation classes if there are."""
-    train, z = protocol.train, features.encode(protocol.train)
-    class_ids, domain_ids = (numbers_of(values, names).to(z.device) for values, names in (
-        (train.classes, protocol.class_names), (train.domains, protocol.domain_names)))
-    measured, strength = measure(z, class_ids, domain_ids, len(protocol.domain_names)), STRENGTH
+    train, z, strength = protocol.train, features.encode(protocol.train), STRENGTH
+    class_ids = numbers_of(train.classes, protocol.class_names).to(z.device)
+    domain_ids = numbers_of(train.domains, protocol.domain_names).to(z.device)
+    measured = measure(z, class_ids, domain_ids, len(protocol.domain_names))
     if config.selection == "validation" and protocol.selected:
         strength = max(STRENGTHS, key=lambda strength: validation_score(
             behind_form(features, measured.form(strength)), protocol))
@@ -189,14 +184,10 @@ def behind_form(features: FeatureCache, form: ClosedForm) -> Encode:
 
 def describe(config: Config, protocol: Protocol, method: Any) -> list[str]:
     """What training and tests consist of, a line each."""
-    c, domains = len(protocol.class_names), protocol.domain_names
-    lines = [*protocol.notes, f"train    {len(protocol.train)} images, {c} classes, {len(domains)} domains "
-                              f"({', '.join(domains)})"]
-    for test in protocol.all_tests:
-        galleries = ", ".join(f"{name} {len(files)}" for name, files in test.galleries.items())
-        c = len(set(test.query.classes))
-        lines.append(f"{test.protocol:<10} {len(test.query)} queries ({test.query_domain}, {c} classes); "
-                     f"gallery {galleries} ({protocol.gallery_domain})")
+    domains, queries = ", ".join(protocol.domain_names), protocol.tests[0].query_domain
+    lines = [*protocol.notes, f"train    {len(protocol.class_names)} classes; domains {domains}; gallery "
+                              f"{protocol.gallery_domain}; queries {queries}"]
+    lines += [f"images   {name} {count:,}" for name, (count, _) in protocol.digests().items()]
     for phase in method.PHASES:
         count = sum(parameter.numel() for parameter in method.trainable(phase).values())
         plan = phase_data(phase, protocol, config, method.clip).plan()
@@ -209,7 +200,7 @@ def describe(config: Config, protocol: Protocol, method: Any) -> list[str]:
 
 def evaluate(config: Config, protocol: Protocol, method: Any) -> list[dict[str, Any]]:
     """`rank`'s rows of zero-shot CLIP and of the run's method."""
-    clip = features_of(zero_shot(config, method.clip), config)
+    clip = features_of(ZeroShot(method.clip, config.evaluation_features == "normalized"), config)  # D18
     methods: dict[str, Encode] = {"zero-shot": clip.encode}
     if config.method == "closed-form":
         methods["closed-form"] = behind_form(clip, method.form)
@@ -228,9 +219,8 @@ def score(query: Tensor, gallery: Tensor, queries: Files, files: Files) -> tuple
 def validation_score(encode: Encode, protocol: Protocol) -> float:
     """The metric by which phase 2 keeps its best epoch: `Protocol.selected` (D5)."""
     assert protocol.validation and protocol.selected
-    gallery, metric = protocol.selected
-    queries, files = protocol.validation.query, protocol.validation.galleries[gallery]
-    return score(encode(queries), encode(files), queries, files)[0][metric]
+    queries, [files] = protocol.validation.query, protocol.validation.galleries.values()
+    return score(encode(queries), encode(files), queries, files)[0][protocol.selected[1]]
 
 
 def rank(methods: Mapping[str, Encode], tests: Sequence[Test]) -> list[dict[str, Any]]:
@@ -249,10 +239,10 @@ def rank(methods: Mapping[str, Encode], tests: Sequence[Test]) -> list[dict[str,
                 versions.append((f"{name}, centred", center(query), center(gallery)))
             for title, q, g in versions:
                 metrics, names = score(q, g, queries, files)
-                numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
                 rows.append({
                     "protocol": test.protocol, "query_domain": test.query_domain, "gallery_name": where,
-                    "method": title, "transductive": title != name, **numbers, "query_classes": classes,
+                    "method": title, "transductive": title != name, "query_classes": classes,
+                    **{key: value for key, value in metrics.items() if isinstance(value, (int, float))},
                     "details": {"metrics": metrics, "names": names, "queries": queries, "gallery": files,
                                 "query_features": q.cpu(), "gallery_features": g.cpu()}})
     return rows
