@@ -52,7 +52,7 @@ def run(argv: list[str] | None) -> None:
     folder = args.run or (None if "weights" in overrides else experiment.newest_run())
     index, found = search.search(
         folder, args.gallery, list(map(str, args.query)), args.text, args.k, args.center, args.invert,
-        args.out, args.export, args.cache, args.force, overrides)
+        [path for path in (args.out, args.export) if path], args.cache, args.force, overrides)
     print(json.dumps(found) if args.json else search.as_text(found))  # whatever becomes of the files
     if args.export:
         search.export(index, args.export)

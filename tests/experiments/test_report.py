@@ -117,7 +117,7 @@ def test_the_picture_shows_the_nearest(tmp_path: Path) -> None:
     for query, hits in lines:
         i = queries.paths.index(query.path)
         distances = [math.dist(details["query_features"][i], other) for other in details["gallery_features"]]
-        order = sorted(range(12), key=distances.__getitem__)[:report.HITS]
+        order = sorted(range(12), key=distances.__getitem__)[:report.SHOWN]
         assert [hit.path for hit in hits] == [gallery.paths[j] for j in order]
         assert [hit.caption for hit in hits] == [gallery.classes[j] for j in order]
         assert [hit.hit for hit in hits] == [gallery.classes[j] == queries.classes[i] for j in order]

@@ -25,14 +25,14 @@ from ..metrics import search
 SOFTWARE = "ucdr_ref"  # a mark in our pictures
 FRAMES = {True: "green", False: "red", None: "grey"}  # hit, miss, unknown
 SIZE, FRAME, LINE = 96, 4, 20  # pixels: thumbnail, its frame, caption
-SHOWN, HITS, POINTS = 8, 8, 400  # at most: queries and hits of a sheet, points of a curve
+SHOWN, POINTS = 8, 400  # at most: queries of a sheet and hits of each, points of a curve
 TEST = ("protocol", "query_domain", "gallery_name")
 PAGE = Template("""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>$title</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: auto; padding: 12px }
 h1 { font-size: 20px; overflow-wrap: break-word } figure { display: inline-block; margin: 16px 16px 16px 0 }
 svg { display: block; border: solid #999; border-width: 0 0 1px 1px } div { overflow: auto }
-td, th { font-size: 12px; text-align: left; white-space: nowrap; padding-right: 12px }
+td { font-size: 12px; white-space: nowrap; padding-right: 12px } tr:first-child { font-weight: bold }
 i { display: inline-block; height: 10px; margin-right: 6px; background: #0072b2 }
 </style><h1>$title</h1><div><pre>$table</pre></div>
 <p>In %. UCDR: queries of a domain and of classes that training never saw; UdCDR (U^dCDR): of such a domain;
@@ -54,13 +54,13 @@ class Shown(NamedTuple):
     hit: bool | None = None  # None: unknown
 
 
-Sheet = Sequence[tuple[Shown, Sequence[Shown]]]  # a query, or a class, and the images beside it
+Sheet = list[tuple[Shown, list[Shown]]]  # a query, or a class, and the images beside it
 
 
-def retrieval_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+def retrieval_table(rows: Sequence[Row]) -> list[str]:
     """The rows as lines of at most 80 columns, in %."""
     lines = [f"{'in %':<28}" + "".join(f"{name:>10}" for name in METRICS)]
-    tests = itemgetter("protocol", "query_domain", "gallery_name", "queries", "gallery", "no_relevant")
+    tests = itemgetter(*TEST, "queries", "gallery", "no_relevant")
     for (protocol, domain, gallery, q, g, alone), group in groupby(rows, tests):
         lines.append(f"{protocol}: {q} queries ({domain}), {g} images in the {gallery} gallery")
         for row in group:
@@ -77,7 +77,7 @@ def retrieval_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def classification_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+def classification_table(rows: Sequence[Row]) -> list[str]:
     """The rows as lines of at most 80 columns, in %."""
     images, classes = rows[0]["images"], rows[0]["classes"]
     lines = [f"{images} target images of {classes} classes",
@@ -116,7 +116,7 @@ def examples(method: str, details: Row) -> Sheet:
     queries, gallery, sheet = details["queries"], details["gallery"], []
     one_each = list({name: i for i, name in enumerate(queries.classes)}.values())
     chosen = one_each[::math.ceil(len(one_each) / SHOWN)]
-    _, nearest = search(details["query_features"][chosen], details["gallery_features"], HITS)
+    _, nearest = search(details["query_features"][chosen], details["gallery_features"], SHOWN)
     for i, found in zip(chosen, nearest.tolist()):
         name = queries.classes[i]
         hits = [Shown(gallery.paths[j], gallery.classes[j], gallery.classes[j] == name) for j in found]
@@ -127,7 +127,7 @@ def examples(method: str, details: Row) -> Sheet:
 def write_classification(rows: Sequence[Row], folder: Path, about: Row) -> None:
     """The same for `classification.evaluate`; the picture is of the last method that predicts."""
     per_class = []
-    sheet: list[tuple[Shown, list[Shown]]] = []
+    sheet: Sheet = []
     for method, details in ((row["method"], row["details"]) for row in rows if "details" in row):
         names, labels, predicted, sheet = details["names"], details["labels"], details["predicted"], []
         for k in labels.unique().tolist():
@@ -137,7 +137,7 @@ def write_classification(rows: Sequence[Row], folder: Path, about: Row) -> None:
                 "class": names[k], "method": method, "accuracy": accuracy,
                 "among_unseen": among_unseen if unseen else "", "images": len(images),
                 "split": "unseen" if unseen else "seen"})
-            found = [(details["paths"][i], int(predicted[i, 0])) for i in images[:HITS]]
+            found = [(details["paths"][i], int(predicted[i, 0])) for i in images[:SHOWN]]
             sheet.append((Shown("", names[k]), [Shown(path, names[j], j == k) for path, j in found]))
     write_files(rows, folder, about, per_class, sheet[::math.ceil(len(sheet) / SHOWN)])
 
@@ -146,27 +146,24 @@ def write_files(rows: Sequence[Row], folder: Path, about: Row, per_class: Sequen
                 sheet: Sheet) -> None:
     kept = [{key: value for key, value in row.items() if key != "details"} for row in rows]
     write_text_atomic(folder / "results.json", json.dumps({**about, "rows": kept}, indent=2) + "\n")
+    header, lines = list(per_class[0]), [list(line.values()) for line in per_class]
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([per_class[0], *(line.values() for line in per_class)])
+    csv.writer(text, lineterminator="\n").writerows([header, *lines])
     write_text_atomic(folder / "per_class.csv", text.getvalue())
     picture = contact_sheet(sheet)
     write_atomic(folder / "queries.png", lambda file: file.write(picture))
+    by_class = [header, *sorted(lines, key=itemgetter(0))]
     write_text_atomic(folder / "report.html", PAGE.substitute(
         title=escape(f"{about['config']['method']}: {about['run']}"), table=escape(about["table"]),
         picture=b64encode(picture).decode(), curves="".join(curves(Path(about["run"], "log.jsonl"))),
-        bars="\n".join(bars(sorted(per_class, key=lambda line: line["class"])))))
+        bars="\n".join("\n".join(["<tr>", *map(cell, line)]) for line in by_class)))
 
 
-def bars(lines: Sequence[Row]) -> Iterator[str]:
-    """The HTML table of lines with the same keys; numbers of 0..1 become bars."""
-    yield "<tr>" + "".join(f"<th>{escape(key)}" for key in lines[0])
-    for line in lines:
-        yield "<tr>"
-        for value in line.values():
-            if isinstance(value, float):
-                yield f'<td><i style="width:{60 * value:.0f}px"></i>{100 * value:.1f}'
-            else:
-                yield f"<td>{escape(str(value))}"
+def cell(value: Any) -> str:
+    """Of an HTML table; a number of 0..1 with a bar."""
+    if isinstance(value, float):
+        return f'<td><i style="width:{60 * value:.0f}px"></i>{100 * value:.1f}'
+    return f"<td>{escape(str(value))}"
 
 
 def curves(log: Path) -> Iterator[str]:

@@ -29,22 +29,20 @@ OTHERS = "name another --run, or --weights without --run for zero-shot CLIP"
 
 
 def search(run: Path | None, gallery: Path | None, images: list[str], texts: list[str], k: int,
-           like: Path | None, invert: str, out: Path | None, vectors: Path | None, cache: Path, force: bool,
+           like: Path | None, invert: str, outputs: Sequence[Path], cache: Path, force: bool,
            overrides: Mapping[str, Any]) -> tuple[Index, dict[str, Any]]:
     """The index of the gallery, and what --json prints: the k nearest images of each query.
 
     run: None for zero-shot CLIP of the overrides' `weights`; gallery: None for the run's own; like: images of
-    the queries' kind whose mean they lose, as the gallery loses its own; out, vectors: where `draw` and
-    `export` will write. Raises ValueError where features depend on their neighbours or are not comparable
-    with texts, and as `restore`, `check_output` and `load_index`.
+    the queries' kind whose mean they lose, as the gallery loses its own. Raises ValueError for features that
+    depend on their neighbours or that texts cannot search, and as `restore`, `check_output`, `load_index`.
     """
     one_process("a search")
     device = pick_device(overrides.get("device", "auto"))
     if run:
         config, method, _ = restore(run, overrides, device, force)
         if config.method == "sre-clip" and config.test_attention == "batch":  # S2
-            raise ValueError(f"{run}: with --test-attention batch an image's features depend on those beside "
-                             f"it; {OTHERS}")
+            raise ValueError(f"{run}: --test-attention batch makes features depend on others; {OTHERS}")
         title, files = f"run {run}, CLIP of {config.weights}", [Path(config.weights), run / "best.pt"]
     else:
         config = from_dict({**overrides, "method": "zero-shot", "data_root": ""})
@@ -54,9 +52,8 @@ def search(run: Path | None, gallery: Path | None, images: list[str], texts: lis
     gallery = gallery or Path(config.target or os.path.join(config.data_root, config.gallery or "real"))
     if not gallery.is_dir():
         raise ValueError(f"{gallery} is no folder of images to search; give one as --gallery DIR")
-    for path, ending in ((out, ".png"), (vectors, ".npy")):
-        if path:
-            check_output(path, ending, [gallery, like or gallery, *map(Path, images)])
+    for path in outputs:
+        check_output(path, [gallery, like or gallery, *map(Path, images)])
     set_precision(config.precision)
     extractor = Extractor(method, device, config.precision, config.workers, config.stroke_domains)
     invert = "none" if "none" in config.stroke_domains else invert
@@ -78,20 +75,20 @@ def search(run: Path | None, gallery: Path | None, images: list[str], texts: lis
         mean = feature_mean(load_index(like, extractor, key, cache, invert).features)
         parts = [center(features, mean) for features in parts]
         index = replace(index, features=center(index.features))
+        title += f"; queries centred by {like}, gallery by itself"
     if answers:
         distances, nearest = metrics.search(torch.cat(parts), index.features, k)
         for answer, *found in zip(answers, distances.tolist(), nearest.tolist()):
             answer["results"] = [{"path": index.path(i), "distance": distance} for distance, i in zip(*found)]
     return index, {
         "model": title, "gallery": str(gallery), "images": len(index.paths), "encoded": index.encoded,
-        "inverted": int(index.inverted.sum()), "unreadable": index.unreadable,
-        "centred": str(like or ""), "queries": answers}
+        "inverted": int(index.inverted.sum()), "unreadable": index.unreadable, "queries": answers}
 
 
 def text_features(method: Any, config: Config, texts: list[str], device: torch.device) -> Tensor:
     """CLIP's features [q, e] of the texts as they are, L2-normalised; L-align pulls an adapter's to these."""
     if config.method not in ("zero-shot", "ucdr-adapter") or config.evaluation_features != "normalized":
-        raise ValueError(f"--text cannot search features of {config.method} outside CLIP's space; {OTHERS}")
+        raise ValueError(f"--text cannot search features outside CLIP's space; {OTHERS}")
     method.clip.require_text()
     with torch.no_grad():
         ids = tokenize(texts, method.clip.context_length).to(device)
@@ -103,12 +100,10 @@ def as_text(found: Mapping[str, Any]) -> str:
     lines = [found["model"], f"{found['images']} images in {found['gallery']}: {found['encoded']} encoded "
              f"now, {found['inverted']} inverted as strokes, {len(found['unreadable'])} unreadable",
              *(f"left out: {sentence}" for sentence in found["unreadable"])]
-    if found["centred"]:
-        lines.append(f"centred: queries less the mean of {found['centred']}, gallery less its own")
     for answer in found["queries"]:
-        lines += ["", f"{answer['query']}{' (inverted)' if answer['inverted'] else ''}"]
-        for rank, hit in enumerate(answer["results"], 1):
-            lines.append(f"{rank:4d}  {hit['distance']:.4f}  {hit['path']}")
+        lines += ["", answer["query"] + " (inverted)" * answer["inverted"]]
+        lines += [f"{rank:4d}  {hit['distance']:.4f}  {hit['path']}"
+                  for rank, hit in enumerate(answer["results"], 1)]
     return "\n".join(lines)
 
 
@@ -130,12 +125,12 @@ def export(index: Index, path: Path) -> None:
     write_atomic(path.with_suffix(".paths.txt"), lambda file: file.writelines(names))
 
 
-def check_output(path: Path, ending: str, inputs: Sequence[Path]) -> None:
+def check_output(path: Path, inputs: Sequence[Path]) -> None:
     """ValueError for a path that cannot be written, or where something else than an earlier output lies."""
-    if path.suffix != ending or not path.parent.is_dir():
-        raise ValueError(f"{path}: expected a name with the ending {ending} in a folder that exists")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no such folder; make it, or name another file")
     if {path.resolve(), *path.resolve().parents} & {file.resolve() for file in inputs}:
         raise ValueError(f"{path} is, or lies among, the images of this search; name another file")
-    if path.exists() and not (path.with_suffix(".paths.txt").exists() if ending == ".npy"
+    if path.exists() and not (path.with_suffix(".paths.txt").exists() if path.suffix == ".npy"
                               else SOFTWARE.encode() in path.read_bytes()[:99]):  # a sheet's mark
-        raise ValueError(f"{path}: there is a file that no earlier search wrote; name another one")
+        raise ValueError(f"{path}: no earlier search wrote the file that is there; name another one")
