@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 import math
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -19,19 +19,17 @@ from torch import Tensor, nn
 
 from ucdr_ref.cli import load_state
 
-BLOCK = ("attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj.weight", "attn.out_proj.bias", "ln_1.weight", "ln_1.bias",
-         "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias", "ln_2.weight", "ln_2.bias")
-
 
 def clip_shapes(*, image_size: int = 32, patch: int = 8, vision_width: int = 64, vision_layers: int = 2, embed_dim: int = 32,
                 text_width: int = 64, text_layers: int = 2, vocab_size: int = 49408,
                 context_length: int = 77) -> dict[str, tuple[int, ...]]:
     """{OpenAI key: shape} of a ViT CLIP."""
     def blocks(prefix: str, w: int, layers: int) -> dict[str, tuple[int, ...]]:
-        sizes: tuple[tuple[int, ...], ...] = ((3 * w, w), (3 * w,), (w, w), (w,), (w,), (w,), (4 * w, w), (4 * w,), (w, 4 * w),
-                                              (w,), (w,), (w,))
-        return {f"{prefix}transformer.resblocks.{i}.{name}": size
-                for i in range(layers) for name, size in zip(BLOCK, sizes, strict=True)}
+        block = {"attn.in_proj_weight": (3 * w, w), "attn.in_proj_bias": (3 * w,), "attn.out_proj.weight": (w, w),
+                 "attn.out_proj.bias": (w,), "ln_1.weight": (w,), "ln_1.bias": (w,), "mlp.c_fc.weight": (4 * w, w),
+                 "mlp.c_fc.bias": (4 * w,), "mlp.c_proj.weight": (w, 4 * w), "mlp.c_proj.bias": (w,), "ln_2.weight": (w,),
+                 "ln_2.bias": (w,)}
+        return {f"{prefix}transformer.resblocks.{i}.{name}": size for i in range(layers) for name, size in block.items()}
 
     d, t = vision_width, text_width
     return {"visual.class_embedding": (d,), "visual.positional_embedding": (1 + (image_size // patch) ** 2, d),
@@ -42,29 +40,32 @@ def clip_shapes(*, image_size: int = 32, patch: int = 8, vision_width: int = 64,
             "ln_final.weight": (t,), "ln_final.bias": (t,), "text_projection": (t, embed_dim), "logit_scale": ()}
 
 
-def is_norm_weight(key: str) -> bool:
-    return key.endswith(".weight") and any(part.startswith("ln_") for part in key.split("."))
+def state_dict(shapes: dict[str, tuple[int, ...]], draw: Callable[..., Tensor], logit_scale: float, gain: float, bias: float,
+               conv: float) -> dict[str, Tensor]:
+    """What `draw` gives for each key, shape and scale: gain / sqrt(inputs) for a matrix; LayerNorm's weights lie around 1."""
+    sd = {}
+    for key, shape in shapes.items():
+        if key == "logit_scale":
+            sd[key] = torch.tensor(logit_scale)
+        elif key.endswith(".weight") and any(part.startswith("ln_") for part in key.split(".")):
+            sd[key] = 1 + draw(key, shape, 0.1)
+        elif key.endswith("bias"):
+            sd[key] = draw(key, shape, bias)
+        elif key.endswith("embedding") or key == "token_embedding.weight":
+            sd[key] = draw(key, shape, 0.5)
+        elif key == "visual.conv1.weight":
+            sd[key] = draw(key, shape, conv)
+        else:
+            inputs = shape[0] if key in ("visual.proj", "text_projection") else shape[1]
+            sd[key] = draw(key, shape, gain / math.sqrt(inputs))
+    return sd
 
 
 def tiny_state_dict(seed: int = 0, **shape: int) -> dict[str, Tensor]:
     """A random small CLIP in OpenAI's names, float32; `shape` as in `clip_shapes`. Features are of order 1."""
-    generator = torch.Generator().manual_seed(seed)
-    sd = {}
-    for key, size in clip_shapes(**shape).items():
-        if key == "logit_scale":
-            sd[key] = torch.tensor(math.log(100.0))
-            continue
-        noise = torch.randn(size, generator=generator)
-        if is_norm_weight(key):
-            sd[key] = 1 + 0.1 * noise
-        elif key.endswith("bias"):
-            sd[key] = 0.1 * noise
-        elif key.endswith("embedding") or key.startswith("token_embedding"):
-            sd[key] = 0.5 * noise
-        else:
-            rows = key.endswith("proj") or key == "text_projection"
-            sd[key] = noise / math.sqrt(size[0] if rows else math.prod(size[1:]))
-    return sd
+    generator, shapes = torch.Generator().manual_seed(seed), clip_shapes(**shape)
+    conv = 1 / math.sqrt(math.prod(shapes["visual.conv1.weight"][1:]))
+    return state_dict(shapes, lambda key, size, scale: scale * torch.randn(size, generator=generator), math.log(100.0), 1, 0.1, conv)
 
 
 def fill(name: str, shape: tuple[int, ...] | list[int], scale: float) -> Tensor:
@@ -75,26 +76,9 @@ def fill(name: str, shape: tuple[int, ...] | list[int], scale: float) -> Tensor:
 
 def golden_clip_state_dict(config: dict) -> dict[str, Tensor]:
     """The CLIP of a golden file, from its `config`."""
-    shapes = clip_shapes(image_size=config["image_size"], patch=config["patch"], vision_width=768,
-                         vision_layers=config["vision_layers"], embed_dim=config["embed_dim"], text_width=config["text_width"],
-                         text_layers=config["text_layers"])
-    sd = {}
-    for key, shape in shapes.items():
-        if key == "logit_scale":
-            sd[key] = torch.tensor(2.6592)
-        elif is_norm_weight(key):
-            sd[key] = 1 + fill(key, shape, 0.1)
-        elif key.endswith("bias"):
-            sd[key] = fill(key, shape, 0.05)
-        elif key in ("visual.proj", "text_projection"):
-            sd[key] = fill(key, shape, 2 / math.sqrt(shape[0]))
-        elif key == "visual.conv1.weight":
-            sd[key] = fill(key, shape, 0.05)
-        elif key.endswith("embedding") or key == "token_embedding.weight":
-            sd[key] = fill(key, shape, 0.5)
-        else:
-            sd[key] = fill(key, shape, 2 / math.sqrt(shape[1]))
-    return sd
+    names = ("image_size", "patch", "vision_layers", "embed_dim", "text_width", "text_layers")
+    shapes = clip_shapes(vision_width=768, **{name: config[name] for name in names})
+    return state_dict(shapes, fill, 2.6592, 2, 0.05, 0.05)
 
 
 def to_hugging_face(sd: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -98,8 +98,8 @@ def describe(config: Config, data: Data, method: SRECLIP) -> list[str]:
     graph = data.graph
     lines = [f"graph    {graph.classes} classes ({len(data.unseen)} unseen), {len(graph.ids)} nodes, "
              f"{len(graph.edges)} edges"]
-    for part, folder in [*(("source", folder) for folder in data.sources), ("target", data.target)]:
-        classes = len(set(folder.labels))
+    for folder in [*data.sources, data.target]:
+        part, classes = "target" if folder is data.target else "source", len(set(folder.labels))
         lines.append(f"{part}   {len(folder.files)} images, {classes} classes ({folder.root})")
         if folder.skipped:
             lines.append(f"note     not used, being of no seen class: {abbreviate(folder.skipped, 100)}")
@@ -108,15 +108,11 @@ def describe(config: Config, data: Data, method: SRECLIP) -> list[str]:
                     f"images; {count:,} trainable parameters"]
 
 
-def new_method(config: Config, clip: CLIP, data: Data) -> SRECLIP:
-    """The method before training, drawn from torch's global generator."""
-    own = {"class_vectors": node_vectors(data.graph, clip, config.class_vectors)}
-    return build_method(config, clip, {**data.classes(), "method": own})
-
-
 def build_method(config: Config, clip: CLIP, state: dict[str, Any]) -> SRECLIP:
-    """The method of a checkpoint, without its weights."""
-    graph, vectors = parse_graph(state["graph"]), state["method"]["class_vectors"]
+    """A new method of `Data.classes`, drawn from torch's global generator; a checkpoint's, still to load."""
+    graph = parse_graph(state["graph"])
+    vectors = (state["method"]["class_vectors"] if "method" in state
+               else node_vectors(graph, clip, config.class_vectors))
     adjacency = normalized_adjacency(graph.edges, len(graph.ids))
     method = SRECLIP(clip, graph.names[:graph.classes], vectors, adjacency, state["unseen_ids"], config)
     return method.to(clip.visual.proj.device)
@@ -134,9 +130,9 @@ def training(config: Config, data: Data, method: SRECLIP, folder: Path, cache: P
     """Batches, the score of the evaluations on test images (S6), and what goes into the checkpoints."""
     source, target = (features_of(folders, method.clip, config, cache)
                       for folders in (data.sources, [data.target]))
-    learned = {**data.classes(), "evaluations": list[Any]()}
-    if (folder / "last.pt").exists():
-        learned["evaluations"] = load_state(folder / "last.pt")["evaluations"]
+    learned, last = {**data.classes(), "evaluations": list[Any]()}, folder / "last.pt"
+    if last.exists():
+        learned["evaluations"] = load_state(last)["evaluations"]
 
     def validate() -> float:
         """H (instance) on the test images, by which the released code chooses (S6)."""
@@ -183,9 +179,8 @@ def phase_data(source: Features, target: Features, config: Config, device: torch
 @torch.no_grad()
 def accuracies(score: Callable[[Tensor], Tensor], target: Features,
                method: SRECLIP) -> tuple[dict[str, dict[str, float | None]], Tensor]:
-    """`metrics.zero_shot_accuracy` by score (features [b, e] -> [b, c]), None where there are no images.
-
-    And the predictions [n, 2]: the best class among all and among the unseen ones.
+    """`metrics.zero_shot_accuracy` of scores (features [b, e] -> [b, c]), None where there is no image, and
+    predictions [n, 2]: the best class among all and among the unseen ones.
     """
     unseen, labels = method.unseen_ids, target.labels
     released = method.options.test_attention == "batch"  # S2
@@ -202,11 +197,10 @@ def accuracies(score: Callable[[Tensor], Tensor], target: Features,
 def evaluate(config: Config, data: Data, method: SRECLIP, folder: Path, cache: Path) -> list[dict[str, Any]]:
     """Rows of zero-shot CLIP and method: accuracies in 0..1 under `instance` and `class`, and `details`."""
     target = features_of([data.target], method.clip, config, cache)
-    scores: dict[str, Callable[[Tensor], Tensor]] = {}
+    scores: dict[str, Callable[[Tensor], Tensor]] = {"sre-clip": method.logits}
     if method.clip.has_text:
         anchors = class_text_features(method.clip, method.class_names)
-        scores["zero-shot"] = lambda rows: F.normalize(rows, dim=1) @ anchors.T
-    scores["sre-clip"] = method.logits
+        scores = {"zero-shot": lambda rows: F.normalize(rows, dim=1) @ anchors.T, **scores}
     about = {"images": len(target.paths), "classes": len(target.labels.unique())}
     rows: list[dict[str, Any]] = []
     for name, score in scores.items():

@@ -44,7 +44,7 @@ def train(config: Config, folder: Path, cache: Path, dry_run: bool = False,
     data: Any
     if sre:
         config, data = classification.load_data(config)
-        method = classification.new_method(config, clip, data)
+        method = classification.build_method(config, clip, data.classes())
         lines = classification.describe(config, data, method)
     else:
         config, data = retrieval.load_data(config, given)

@@ -101,16 +101,16 @@ def numbers_of(values: Sequence[str], names: Sequence[str]) -> Tensor:
 
 
 def prototypes(config: Config, protocol: Protocol, clip: CLIP) -> Tensor:
-    """Class features [c, e] in place of text (D13): the mean direction of zero-shot CLIP's features of a
-    class's training images in the gallery domain. ValueError for a class without any.
+    """Class features [c, e] in place of text (D13): zero-shot CLIP's mean direction over a class's training
+    images in the gallery domain. ValueError for a class without any.
     """
     names, gallery, train = protocol.class_names, protocol.gallery_domain, protocol.train
     files = train.keep([i for i, name in enumerate(train.domains) if name == gallery])
     if missing := sorted(set(names) - set(files.classes)):
         raise ValueError(f"--class-features prototypes: no image in {gallery} for {abbreviate(missing)}")
     features = features_of(ZeroShot(clip), config).encode(files)
-    sums = features.new_zeros(len(names), clip.embed_dim)
-    return sums.index_add_(0, numbers_of(files.classes, names).to(sums.device), features)
+    class_ids = numbers_of(files.classes, names).to(features.device)
+    return features.new_zeros(len(names), clip.embed_dim).index_add_(0, class_ids, features)
 
 
 def phase_data(phase: str, protocol: Protocol, config: Config, clip: CLIP) -> PhaseData:
@@ -185,9 +185,9 @@ def behind_form(features: FeatureCache, form: ClosedForm) -> Encode:
 def describe(config: Config, protocol: Protocol, method: Any) -> list[str]:
     """What training and tests consist of, a line each."""
     domains, queries = ", ".join(protocol.domain_names), protocol.tests[0].query_domain
-    lines = [*protocol.notes, f"train    {len(protocol.class_names)} classes; domains {domains}; gallery "
-                              f"{protocol.gallery_domain}; queries {queries}"]
-    lines += [f"images   {name} {count:,}" for name, (count, _) in protocol.digests().items()]
+    lines = [*protocol.notes, f"train    {len(protocol.class_names)} classes of {domains}",
+             f"test     queries of {queries}, gallery {protocol.gallery_domain}",
+             *(f"images   {name}: {count:,}" for name, (count, _) in protocol.digests().items())]
     for phase in method.PHASES:
         count = sum(parameter.numel() for parameter in method.trainable(phase).values())
         plan = phase_data(phase, protocol, config, method.clip).plan()
