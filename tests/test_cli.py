@@ -16,42 +16,34 @@ import torch
 import evaluate
 import train
 from ucdr_ref import cli
-from ucdr_ref.cli import (
-    ProgressLine,
-    load_state,
-    read_json,
-    run_command,
-    write_atomic,
-    write_text_atomic,
-)
+from ucdr_ref.cli import ProgressLine, load_state, read_json, run_command, write_atomic, write_text_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 SCRIPTS = ("train.py", "evaluate.py", "retrieve.py")
 
 
-def outcome(error: BaseException | None, capsys: pytest.CaptureFixture) -> tuple[int, str]:
+@pytest.mark.parametrize(("error", "status", "line"), [
+    (ValueError("--k 0:\n  must be at least 1"), 2, "error: --k 0: must be at least 1\n"),
+    (FileNotFoundError(2, "No such file", "x"), 2, "error: [Errno 2] No such file: 'x'\n"),
+    (RuntimeError("CUDA out of memory.\nTried"), 2, "error: CUDA out of memory. Tried\n"),
+    (KeyboardInterrupt("stopped by SIGTERM in phase x"), 130, "stopped by SIGTERM in phase x\n")])
+def test_every_mistake_is_one_line_and_a_status(capsys, error, status, line):
     def run(argv: list[str] | None) -> None:
-        if error:
-            raise error
+        raise error
 
-    return run_command(run, []), capsys.readouterr().err
-
-
-def test_every_mistake_is_one_line_and_a_status(capsys):
-    assert outcome(None, capsys) == (0, "")
-    assert outcome(ValueError("--k 0:\n  must be at least 1"), capsys) == (2, "error: --k 0: must be at least 1\n")
-    assert outcome(FileNotFoundError(2, "No such file", "x"), capsys) == (2, "error: [Errno 2] No such file: 'x'\n")
-    assert outcome(KeyboardInterrupt("stopped by SIGTERM in phase x"), capsys) == (130, "stopped by SIGTERM in phase x\n")
-    assert outcome(RuntimeError("CUDA out of memory.\nTried"), capsys) == (2, "error: CUDA out of memory. Tried\n")
-    with pytest.raises(ZeroDivisionError):  # a mistake of ours keeps its traceback
-        outcome(ZeroDivisionError(), capsys)
+    assert run_command(run, []) == status and capsys.readouterr().err == line
 
 
-def test_handlers_and_streams_are_given_back():
-    before = sys.stdout, sys.stderr, signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+def test_a_mistake_of_ours_keeps_its_traceback_and_handlers_and_streams_are_given_back():
+    def state() -> list:
+        return [sys.stdout, sys.stderr, signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
+
+    before = state()
     assert run_command(lambda argv: signal.raise_signal(signal.SIGTERM), []) == 130
-    assert before == (sys.stdout, sys.stderr, signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    with pytest.raises(RuntimeError, match="[Mm]atrix|mat1|size"):
+        run_command(lambda argv: torch.ones(2) @ torch.ones(3), [])
+    assert before == state()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a shell")
@@ -59,7 +51,7 @@ def test_handlers_and_streams_are_given_back():
     ("", 0), ("| head -n 1", 1), (">&-", 1), ("2>&-", 0), (">&- 2>&-", 1), ("> /dev/full", 1), ("2> /dev/full", 0)])
 def test_output_that_cannot_be_written_stops_nothing(tmp_path, redirection, status):
     script = tmp_path / "script.py"
-    script.write_text("import sys, time\nfrom ucdr_ref.cli import run_command\ndef run(argv):\n"
+    script.write_text("import sys\nfrom ucdr_ref.cli import run_command\ndef run(argv):\n"
                       "    for _ in range(5000):\n        print('a line of the output', flush=True)\n        print('progress', file=sys.stderr)\n"
                       "    open('done', 'w').write('all')\nsys.exit(run_command(run, None))")
     line = f"({sys.executable} {script}; echo $? > status) {redirection}"
@@ -69,7 +61,7 @@ def test_output_that_cannot_be_written_stops_nothing(tmp_path, redirection, stat
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_is_quick_and_a_wrong_flag_is_one_sentence(script):
+def test_help_is_quick_and_needs_no_torch(script):
     code = "import runpy, sys; sys.argv = sys.argv[1:]; sys.modules['torch'] = None; runpy.run_path(sys.argv[0], run_name='__main__')"
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code, script, "--help"], cwd=ROOT, env=ENV, capture_output=True, text=True)
@@ -97,8 +89,7 @@ def shots(command: list[str], delays: list[float], cwd: Path) -> None:
 
 
 def test_ctrl_c_in_the_first_seconds_is_one_line(tmp_path):
-    shots([str(ROOT / "train.py"), "--fast", "--run", str(tmp_path / "run"), "--data-root", str(tmp_path / "data")],
-          [0.3, 0.8, 1.5], tmp_path)
+    shots([str(ROOT / "train.py"), "--fast", "--run", str(tmp_path / "run"), "--data-root", str(tmp_path / "data")], [0.3, 0.8, 1.5], tmp_path)
 
 
 @pytest.mark.slow
@@ -139,7 +130,7 @@ def test_a_file_is_the_old_or_the_new_one(tmp_path, monkeypatch):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="could not write .*a.json .No space left on device.; free space"):
+    with pytest.raises(OSError, match="could not write .*a.json .No space left on device"):
         write_atomic(path, fails)
     with pytest.raises(KeyboardInterrupt):
         write_atomic(path, lambda file: signal.raise_signal(signal.SIGINT))
@@ -162,18 +153,17 @@ class Evil:
 def test_files_of_something_else_are_one_sentence_and_not_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "x.pt"
-    with pytest.raises(ValueError, match="x.pt is no checkpoint of this package .FileNotFoundError"):
-        load_state(path)
     torch.save({"a": Evil()}, path)
-    for content in (path.read_bytes(), pickle.dumps(Evil()), b"", b"PK\x03\x04 half", b"[1]", b"{}", b"\xff"):
+    for content in (path.read_bytes(), pickle.dumps(Evil()), b"", b"PK\x03\x04 half", b"[1]", b"\xff"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="x.pt is no checkpoint of this package"):
             load_state(path)
-        if content != b"{}":
-            with pytest.raises(ValueError, match="x.pt is not readable as a JSON object"):
-                read_json(path)
+        with pytest.raises(ValueError, match="x.pt is not readable as a JSON object"):
+            read_json(path)
     path.write_text('{"a": [1]}')
     assert read_json(path) == {"a": [1]} and not Path("executed").exists()
+    with pytest.raises(ValueError, match="y.pt is no checkpoint of this package .FileNotFoundError"):
+        load_state("y.pt")
 
 
 @pytest.mark.parametrize("live", [True, False])

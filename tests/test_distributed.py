@@ -22,7 +22,7 @@ from ucdr_ref.ucdr import losses
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-# train.py, but process 1 sends itself the signal `number` in its `at`-th step.
+# train.py, but process 1 sends itself the signal `number` in step `at`.
 DRIVER = """
 import os, sys
 import train
@@ -38,14 +38,13 @@ def interrupted(self, batch, phase):
         os.kill(os.getpid(), number)
     return step(self, batch, phase)
 UCDRAdapter.step = interrupted
-code = train.main(sys.argv[3:])
-sys.exit(code)
+sys.exit(train.main(sys.argv[3:]))
 """
 
 
 def uneven(world: Path, run: Path, *more: str) -> list[str]:
     """The released grouping makes batches of 7, and last ones of 1, which two processes cannot halve."""
-    return flags(world, run, "--source-batch", "7", "--target-batch", "7", "--target-epochs", "2", "--balance", "released",
+    return flags(world, run, "--source-batch", "7", "--target-batch", "7", "--balance", "released",
                  "--triplet-mean", "paired", "--device", "cpu", *more)
 
 
@@ -91,29 +90,27 @@ def test_a_process_notices_that_another_one_is_gone(world, tmp_path):
 
 
 @pytest.mark.parametrize(("more", "text"), [
-    ({}, "RANK expected"), ({"RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "WORLD_SIZE is 2"),
-    ({"RANK": "1", "MASTER_ADDR": "127.0.0.1"}, "WORLD_SIZE is 2")])
+    ({}, "RANK expected"), ({"RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "WORLD_SIZE is 2")])
 def test_processes_that_never_come_are_not_waited_for(monkeypatch, capsys, tmp_path, more, text):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     for name, value in {"WORLD_SIZE": "2", "MASTER_PORT": port, **more}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(distributed, "JOIN_SECONDS", 2)
+    monkeypatch.setattr(distributed, "JOIN_SECONDS", 1)
     start = time.monotonic()
     refused(capsys, train.main(["--run", str(tmp_path / "run")]), text, "start with torchrun, or unset it")
     assert time.monotonic() - start < 30 and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("world", [1, 2, 7])
-def test_shares_are_the_whole_in_order(monkeypatch, world):
-    monkeypatch.setattr(distributed, "world_size", lambda: world)
-    for count in (0, 5, 21):
-        shares = []
-        for rank in range(world):
-            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-            shares.append(distributed.local_shard(list(range(count))))
-        assert sum(shares, []) == list(range(count)) and max(map(len, shares)) - min(map(len, shares)) <= 1
+@pytest.mark.parametrize("count", [0, 5, 21])
+def test_shares_are_the_whole_in_order(monkeypatch, count):
+    shares = []
+    monkeypatch.setattr(distributed, "world_size", lambda: 7)
+    for rank in range(7):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append(distributed.local_shard(list(range(count))))
+    assert sum(shares, []) == list(range(count)) and max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_sre_clip_and_a_search_want_one_process(monkeypatch, tmp_path, capsys):
@@ -128,7 +125,7 @@ def test_sre_clip_and_a_search_want_one_process(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["meta", "cuda:99", "hpu:0", "tpu9"])
 def test_a_device_that_cannot_compute_is_refused(name):
-    with pytest.raises(ValueError, match=f"--device {name} is not usable .*; try --device cpu"):
+    with pytest.raises(ValueError, match=f"--device {name} is not usable .*"):
         distributed.pick_device(name)
 
 
@@ -144,7 +141,6 @@ def test_every_process_takes_its_own_gpu(monkeypatch):
 
 
 def test_precision():
-    """TF32 is a switch of the process, bf16 one of a block; losses stay float32."""
     for precision, matmul in (("tf32", "high"), ("bf16", "highest")):
         distributed.set_precision(precision)
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == (matmul, precision == "tf32")

@@ -151,7 +151,7 @@ def test_resumed_equals_uninterrupted(tmp_path, whole, dies_at, capsys):
 def test_a_signal_ends_a_step_which_is_saved(tmp_path, whole, number):
     method, before = Toy(), signal.getsignal(number)
     method.act[8] = lambda loss: signal.raise_signal(number)
-    with pytest.raises(KeyboardInterrupt, match=f"stopped by {number.name} in phase second, epoch 1, step 3; all is saved"):
+    with pytest.raises(KeyboardInterrupt, match=f"stopped by {number.name} in phase second, epoch 1, step 3; the same command"):
         go(tmp_path / "cut", method)
     assert method.calls == 8 == len(logged(tmp_path / "cut")) and signal.getsignal(number) == before
     assert go(tmp_path / "cut").calls == 12

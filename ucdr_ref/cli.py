@@ -25,8 +25,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def run_command(run: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
     """Runs an entry point; its exit status. argv None: it is the whole process.
 
-    0 when it is done, 1 when its output could not be printed; after one line on stderr 2 for a mistake, 130
-    for SIGINT or SIGTERM.
+    0 done, 1 done but its output could not be printed; after one line on stderr 2 a mistake, 130 a signal.
     """
     output, status, text = Output(sys.stdout), 0, ""
     with redirect_stdout(output), redirect_stderr(Output(sys.stderr)), signals_to(interrupt):
@@ -41,7 +40,7 @@ def run_command(run: Callable[[list[str] | None], None], argv: list[str] | None)
         if text:
             print(text, file=sys.stderr)
     if argv is None:
-        for number in SIGNALS:  # Python's end is no place for a traceback
+        for number in SIGNALS:  # while Python ends
             signal.signal(number, signal.SIG_IGN)
     return status or int(output.failed)
 
@@ -60,7 +59,7 @@ def signals_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
 def interrupt(number: int, frame: Any) -> None:
     """The first signal raises KeyboardInterrupt, so that all is cleaned up; the next kills."""
     signal.signal(number, signal.SIG_DFL)
-    text = f"stopped by {signal.Signals(number).name}: run the same command to go on"
+    text = f"stopped by {signal.Signals(number).name}; the same command goes on"
     if any("importlib" in caller.f_code.co_filename for caller, _ in traceback.walk_stack(frame)):
         os.write(2, f"{text}\n".encode())  # an import prints tracebacks of its own
         os._exit(130)
@@ -68,7 +67,7 @@ def interrupt(number: int, frame: Any) -> None:
 
 
 class Output:
-    """A text stream that may be closed or lose its reader: its text is then dropped, and `failed` is true."""
+    """A stream that may be closed or lose its reader: its text is then dropped, and `failed` is true."""
 
     def __init__(self, stream: Any) -> None:
         self.failed = stream is None
@@ -90,7 +89,6 @@ class Output:
 
 
 def several_processes() -> bool:
-    """Whether torchrun started this process as one of several."""
     return os.environ.get("WORLD_SIZE", "") not in ("", "1")
 
 
@@ -104,10 +102,7 @@ def one_line(error: BaseException) -> str:
 
 
 class ProgressLine:
-    """How far a pass is, on stderr: on a terminal one changing line, else a line every 15 seconds.
-
-    `target 6000/24000 | 812 img/s | eta 0:03:12 | epoch 2/10 | loss 1.234 align 0.980`
-    """
+    """How far a pass is, on stderr: on a terminal one changing line, else a line every 15 seconds."""
 
     def __init__(self, label: str, total: int) -> None:
         self.label, self.total, self.live = label, total, sys.stderr.isatty()
@@ -115,7 +110,7 @@ class ProgressLine:
         self.shown = 0.0
 
     def update(self, done: int, extra: str = "") -> None:
-        """`done` images of the total are finished; `extra` stands behind the time that is left."""
+        """`done` images of the total are finished; `extra` is printed behind the time that is left."""
         now = time.monotonic()
         start, count = self.first = self.first or (now, done)
         if not is_main() or done == count or now - self.shown < (0.5 if self.live else 15):
@@ -136,10 +131,7 @@ class ProgressLine:
 
 
 def write_atomic(path: str | Path, fill: Callable[[BinaryIO], object]) -> None:
-    """`path` is the old file or the whole new one, whatever happens. Only the main process writes.
-
-    `fill` writes into a temporary file beside it, which is then renamed. Raises OSError.
-    """
+    """`path` is the old file or the whole new one that `fill` writes. Only the main process does."""
     if not is_main():
         return
     temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
@@ -150,8 +142,7 @@ def write_atomic(path: str | Path, fill: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(f"could not write {path} ({error.strerror or error}); free space, or choose another "
-                      "folder") from error
+        raise OSError(f"could not write {path} ({error.strerror or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -161,7 +152,6 @@ def write_text_atomic(path: str | Path, text: str) -> None:
 
 
 def save_atomic(obj: Any, path: str | Path) -> None:
-    """torch.save, as `write_atomic` does."""
     import torch
 
     content = io.BytesIO()  # PyTorch's writer would hide what a full disk answers
@@ -178,7 +168,6 @@ def load_state(path: str | Path) -> dict[str, Any]:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a file; ValueError where there is none."""
     with as_value_error(path, "is not readable as a JSON object", "bring it back, or name another folder"):
         return dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
@@ -194,5 +183,5 @@ def as_value_error(path: object, what: str, advice: str) -> Iterator[None]:
 
 
 def digest_of(content: Any) -> str:
-    """sha256 of what JSON can hold, in hexadecimal."""
+    """sha256 of what JSON can hold."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

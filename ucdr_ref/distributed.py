@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .cli import is_main, one_line, several_processes
 
-JOIN_SECONDS = 60  # that the processes have to find each other
+JOIN_SECONDS = 60
 
 
 def world_size() -> int:
@@ -31,7 +31,7 @@ def rank() -> int:
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Joins the processes that torchrun started, while the block runs; ValueError where they do not come."""
+    """Joins the processes that torchrun started, while the block runs; ValueError where some are missing."""
     if not several_processes():
         yield
         return
@@ -51,12 +51,12 @@ def processes() -> Iterator[None]:
 
 @contextmanager
 def exchange() -> Iterator[None]:
-    """Around every exchange: ValueError when another process is gone."""
+    """Around an exchange: ValueError when another process is gone."""
     try:
         yield
     except RuntimeError as error:
-        raise ValueError(f"process {rank()} lost another one ({one_line(error)}); run the same command to "
-                         "go on") from None
+        raise ValueError(f"process {rank()} lost another one ({one_line(error)}); the same command "
+                         "goes on") from None
 
 
 def local_shard(items: list[Any]) -> list[Any]:
@@ -69,7 +69,7 @@ def all_gather(items: list[Any]) -> list[Any]:
     """The items of all processes, in every process."""
     if world_size() == 1:
         return items
-    parts: list[list[Any]] = [[]] * world_size()
+    parts: list[Any] = [None] * world_size()
     with exchange():
         dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
@@ -82,13 +82,13 @@ def batch_offset(count: int) -> tuple[int, int]:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """[count, ...] of all processes joined, [total, ...]; counts may differ."""
+    """Rows [count, ...] of all processes, [total, ...]; counts may differ."""
     return rows if world_size() == 1 else torch.cat(all_gather([rows.detach().cpu()])).to(rows.device)
 
 
 @torch.no_grad()
 def average(tensors: Sequence[Tensor], weight: int) -> None:
-    """Puts the processes' mean, each counted `weight` times, in place of the tensors."""
+    """Puts the processes' mean, weighted, in place of the tensors."""
     if world_size() == 1:
         return
     flat = torch.cat([*(tensor.flatten() for tensor in tensors), tensors[0].new_ones(1)])
@@ -101,7 +101,6 @@ def average(tensors: Sequence[Tensor], weight: int) -> None:
 
 
 def barrier() -> None:
-    """Until every process is here."""
     all_gather([])
 
 
@@ -131,20 +130,18 @@ def pick_device(name: str) -> torch.device:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # for what names no device, such as NCCL
         torch.ones(1, dtype=torch.float64, device=device).item()  # evaluation needs it; Apple's GPU has none
-    except Exception as error:  # drivers raise whatever comes up
-        raise ValueError(f"--device {name} is not usable ({one_line(error)[:200]}); try --device "
-                         "cpu") from None
+    except Exception as error:  # drivers raise anything
+        raise ValueError(f"--device {name} is not usable ({one_line(error)[:200]})") from None
     return device
 
 
 def set_precision(precision: str) -> None:
-    """TF32 on or off for the whole process, as --precision says."""
+    """TF32 on or off, for the whole process."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """bf16, where --precision asks for it."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 

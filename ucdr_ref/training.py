@@ -25,8 +25,6 @@ SAVE_EVERY = 50  # steps between two checkpoints
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how a method is trained."""
-
     folder: Path
     seed: int
     precision: str
@@ -42,7 +40,7 @@ class PhaseData:
     epochs: int
     order: Callable[[int], Sequence[Any]]
     load: Callable[[int, Sequence[Any]], Iterator[tuple[Any, list[str]]]]
-    # What passes at once of a batch, to save memory, each part with its share of the images.
+    # What passes at once of a batch, each part with its share of the images.
     microbatches: Callable[[Any], list[tuple[Any, float]]] = lambda batch: [(batch, 1.0)]
     validates: Callable[[int], bool] = lambda epochs: True  # whether to take a score after that many epochs
     batch_size: int = 1  # images of a whole batch
@@ -55,8 +53,6 @@ class PhaseData:
 
 @dataclass
 class Progress:
-    """Where a run stands."""
-
     phase: int = 0
     epoch: int = 0
     step: int = 0
@@ -139,7 +135,7 @@ def fit(method: Any, phase: str, data: PhaseData, validate: Callable[[], float] 
 
 
 class Checkpointer:
-    """How far a training is, its log and its checkpoints. The method takes over the weights of last.pt."""
+    """How far a training is; its log and checkpoints. The method takes over the weights of last.pt."""
 
     def __init__(self, run: Run, method: Any) -> None:
         self.run, self.progress, self.last = run, Progress(), run.folder / "last.pt"
@@ -160,7 +156,7 @@ class Checkpointer:
             signal.signal(number, signal.SIG_DFL)
 
     def resume(self, optimizer: torch.optim.Optimizer, phase: str) -> None:
-        """The interrupted phase's moments go into its optimizer."""
+        """The optimizer goes on as it was when the phase was interrupted."""
         if self.optimizer_state:
             optimizer.load_state_dict(self.optimizer_state)
             self.optimizer_state = None
@@ -178,7 +174,7 @@ class Checkpointer:
                 self.progress.log_bytes = file.tell()
 
     def save(self, method: Any, optimizer: torch.optim.Optimizer, phase: str, due: bool) -> None:
-        """Writes last.pt where it is due or a process was told to stop, which raises KeyboardInterrupt."""
+        """Writes last.pt where it is due or a process is to stop, which raises KeyboardInterrupt."""
         stop = all_gather([*self.stopping])  # of all processes; a copy: the next signal waits
         if due or stop:
             save_atomic({"progress": asdict(self.progress), "method": own_state(method),
@@ -186,16 +182,14 @@ class Checkpointer:
             barrier()
         if stop:
             reason = signal.Signals(self.stopping[0]).name if self.stopping else "another process"
-            raise KeyboardInterrupt(f"stopped by {reason} in {self.place(phase)}; all is saved: run the same "
-                                    "command to go on")
+            raise KeyboardInterrupt(f"stopped by {reason} in {self.place(phase)}; the same command goes on")
 
     def refuse(self, values: dict[str, float], phase: str, files: list[str]) -> None:
-        """Raises ValueError for numbers that are not finite; nonfinite.txt names the files of the batch."""
+        """Raises ValueError at numbers that are not finite; nonfinite.txt names the files of the batch."""
         bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
         path = self.run.folder / "nonfinite.txt"
         write_text_atomic(path, "\n".join(all_gather(files)) + "\n")
-        raise ValueError(f"{bad} not finite after {self.place(phase)}; look at the files in {path}, or lower "
-                         "the learning rate")
+        raise ValueError(f"{bad} not finite after {self.place(phase)}; look at the files that {path} names")
 
     def save_best(self, method: Any) -> None:
         save_atomic({"method": own_state(method), **self.run.extra}, self.run.folder / "best.pt")
@@ -207,7 +201,7 @@ def own_state(method: Any) -> dict[str, Tensor]:
 
 
 def load_own_state(method: Any, state: Mapping[str, Tensor], path: Path) -> None:
-    """Takes over what `own_state` gave; ValueError unless names and shapes are the method's."""
+    """Takes over an `own_state`; ValueError unless names and shapes are the method's."""
     there, here = ({name: list(value.shape) for name, value in part.items()}
                    for part in (state, own_state(method)))
     for name in there | here:
