@@ -1,4 +1,4 @@
-"""The kill test and the interrupts of readers, in processes that have not used PyTorch yet: a short form, and the whole one."""
+"""The kill test and the interrupts of readers, in processes that have not used PyTorch yet: short, and whole."""
 from __future__ import annotations
 
 import os
@@ -23,6 +23,6 @@ def test_killed_trainings_end_as_one_that_was_not(rounds):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers follow their parent on Linux alone")
-@pytest.mark.parametrize("rounds", [6, pytest.param(36, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [4, pytest.param(36, marks=pytest.mark.slow)])
 def test_workers_end_with_their_parent_and_not_before(rounds):
     assert f"{rounds} rounds, no process left" in run("tests.interrupts", rounds)

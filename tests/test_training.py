@@ -1,6 +1,7 @@
 """The loop: what it computes, that an interrupted run ends as one that was not, what stops it."""
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -86,10 +87,11 @@ def often(monkeypatch):
     monkeypatch.setattr(training, "SAVE_EVERY", 2)
 
 
-@pytest.fixture
-def whole(tmp_path: Path) -> Path:
-    go(tmp_path / "whole")
-    return tmp_path / "whole"
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    go(folder)
+    return folder
 
 
 def same(a: Path, b: Path) -> None:
@@ -201,6 +203,7 @@ def test_without_a_score_the_last_epoch_is_the_best(tmp_path):
 
 
 def test_checkpoints_of_something_else_are_refused(tmp_path, whole):
+    whole = Path(shutil.copytree(whole, tmp_path / "whole"))
     with pytest.raises(ValueError, match=r"last.pt is of a run with another config \(seed: 0 -> 3\)"):
         go(whole, seed=3)
     go(whole, device="cpu", data_root="moved")
