@@ -41,7 +41,7 @@ def read(path: str, point: str, reached: int, steadfast: bool) -> None:
         signal.signal(number, (lambda *_: None) if steadfast else handler)
     count = 100 if steadfast else 10 ** 4
     data = ImageDataset(Files([path] * 4, ["a"] * 4, ["a"] * 4), slow, ())
-    batches = load_batches(data, [range(4)] * count, 2, torch.device("cpu"))
+    batches = load_batches(data, [range(4)] * count, 2)
     kept.append(batches)
     if point == "starting":
         os.write(reached, b"x")

@@ -34,7 +34,8 @@ def run_command(run: Callable[[list[str] | None], None], argv: list[str] | None)
         except KeyboardInterrupt as stop:
             status, text = 130, str(stop)
         except (ValueError, OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
+            known = any(word in str(error) for word in ("memory", "DataLoader worker"))
+            if isinstance(error, RuntimeError) and not known:
                 raise
             status, text = 2, f"error: {one_line(error)}"
         if text:

@@ -12,6 +12,7 @@ from ..clip.zero_shot import ZeroShot
 from ..config import Config
 from ..data.benchmarks import Protocol, build_protocol
 from ..data.features import Extractor, FeatureCache, load_index
+from ..data.folders import list_images
 from ..data.images import Files
 from ..distributed import pick_device
 from ..experiments.retrieval import Encode, behind_form, fit_closed_form, rank
@@ -43,10 +44,8 @@ def encode_all(data: Path, weights: Path, cache: Path, config: Config) -> dict[s
     for strokes in ((), STROKES):
         extractor = Extractor(method, device, config.precision, config.workers, strokes)
         wanted = strokes or config.domains
-        without = [path.name for path in data.iterdir() if path.is_dir() and path.name not in wanted]
-        index = load_index(data, extractor, key, cache, without=without)
-        if index.unreadable:
-            raise ValueError(f"{index.unreadable[0]}; replace or remove it")
+        files = [file for file in list_images(str(data)) if Path(file[0]).parts[0] in wanted]
+        index = load_index(data, extractor, key, cache, files=files)
         rows["strokes" if strokes else "none"] = {
             os.path.join(data, path): row for path, row in zip(index.paths, index.features)}
     rows["strokes"] = rows["none"] | rows["strokes"]

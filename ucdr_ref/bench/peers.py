@@ -146,4 +146,4 @@ def read_photos(side: str, paths: list[str], image_size: int) -> list[Tensor]:
         return [torch.stack([transform(Image.open(paths[i]).convert("RGB")) for i in batch])
                 for batch in batches]
     dataset = ImageDataset(Files(paths, [""] * n, [""] * n), resize_crop(image_size), ())
-    return [normalize(images) for _, images, _ in load_batches(dataset, batches, 0, torch.device("cpu"))]
+    return [normalize(images) for _, images, _ in load_batches(dataset, batches, 0)]

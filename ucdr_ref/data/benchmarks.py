@@ -147,7 +147,7 @@ def build_protocol(config: Config) -> Protocol:
         aliases = {domain: alias_list(f"{config.dataset}-{domain}") for domain in dataset.domains}
         tree = match(scan(root, dataset.domains, notes), notes, sum(splits.values(), []), aliases)
     else:
-        tree = match(scan(root, {name: (name,) for name in config.domains}, notes), notes)
+        tree = match(scan(root, {name: (name,) for name in config.domains}, notes), notes, [], {})
         splits = folder_split(config, tree, notes)
     notes += compare_counts(tree, dataset.counts if dataset else {})
     held_out, gallery, seen = roles(config, dataset, tree)

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ..distributed import derive_seed
 from .features import Extractor, load_index
-from .folders import abbreviate, folder_key, list_images
-from .images import Files
+from .folders import File, abbreviate, folder_key, list_images
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,8 @@ class ClassFolder:
     """Images of `<root>/<class>/*`, sorted by path."""
 
     root: str
-    files: Files  # the one domain is the root's own name
-    labels: list[int]  # class indices: two classes may have one name
+    files: list[File]
+    labels: list[int]  # class indices
     skipped: list[str]  # folders of other classes than wanted
 
 
@@ -40,8 +39,6 @@ def scan_class_folder(flag: str, root: str, names: Sequence[str], ids: Sequence[
         raise FileNotFoundError(f"{flag} {root}: no such folder; expected <folder>/<class>/<image>")
     if os.path.isdir(inner := os.path.join(root, "JPEGImages")):
         root = inner
-    root = os.path.realpath(root)
-    paths = [path for path, *_ in list_images(root, [])]
     keys = [folder_key(name) for name in names]
     count = Counter(keys)
     known = {key: k for k, key in enumerate(keys) if count[key] == 1} | {ids[k]: k for k in range(len(names))}
@@ -51,18 +48,16 @@ def scan_class_folder(flag: str, root: str, names: Sequence[str], ids: Sequence[
         both = (synset, folder_key(name)) if synset[:1] == "n" and synset[1:].isdigit() else ()
         return next((known[key] for key in (folder_key(folder), *both) if key in known), -1)
 
-    folders = [path.split(os.sep)[0] for path in paths]
+    files = list_images(root)
+    folders = [path.split(os.sep)[0] for path, *_ in files]
     classes = {folder: class_of(folder) for folder in sorted(set(folders))}
     wanted = range(len(names)) if only is None else only
     skipped = [folder for folder, k in classes.items() if k not in wanted]
     if skipped and (only is None or len(skipped) == len(classes)):
         raise ValueError(f"{flag} {root}: expected <folder>/<class>/<image>, a folder named after one of the "
                          f"{len(wanted)} classes; there are {abbreviate(skipped)}")
-    used = [i for i, folder in enumerate(folders) if classes[folder] in wanted]
-    labels = [classes[folders[i]] for i in used]
-    files = Files([os.path.join(root, paths[i]) for i in used], [names[k] for k in labels],
-                  [os.path.basename(root)] * len(used))
-    return ClassFolder(root, files, labels, skipped)
+    used = [(file, classes[folder]) for file, folder in zip(files, folders) if classes[folder] in wanted]
+    return ClassFolder(root, [file for file, _ in used], [label for _, label in used], skipped)
 
 
 class Features(NamedTuple):
@@ -72,16 +67,11 @@ class Features(NamedTuple):
 
 
 def load_features(folders: Sequence[ClassFolder], extractor: Extractor, key: str, cache: Path) -> Features:
-    """All in memory; the rest as `load_index`. ValueError for an unreadable image."""
-    rows, paths, label = list[Tensor](), list[str](), dict[str, int]()
-    for folder in folders:
-        index = load_index(folder.root, extractor, key, cache, without=folder.skipped)
-        if index.unreadable:
-            raise ValueError(f"{index.unreadable[0]}; replace or remove it")
-        label |= zip(folder.files.paths, folder.labels)
-        rows.append(index.features)
-        paths += map(index.path, range(len(index.paths)))
-    return Features(torch.cat(rows), paths, torch.tensor([label[path] for path in paths]))
+    """All in memory; the rest as `load_index`."""
+    found = [load_index(folder.root, extractor, key, cache, files=folder.files) for folder in folders]
+    return Features(torch.cat([index.features for index in found]),
+                    [index.path(i) for index in found for i in range(len(index.paths))],
+                    torch.tensor([label for folder in folders for label in folder.labels]))
 
 
 @lru_cache(maxsize=8)

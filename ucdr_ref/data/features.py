@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..cli import ProgressLine, digest_of, load_state, one_line, save_atomic
 from ..clip.zero_shot import normalize, resize_crop
 from ..distributed import all_gather, autocast, rank, world_size
-from .folders import File, list_images, named_like
+from .folders import File, list_images
 from .images import Files, ImageDataset, load_batches, split_indices
 
 EVAL_BATCH = 128
@@ -35,28 +35,23 @@ class Extractor:
     workers: int
     stroke_domains: Sequence[str]
 
-    def stream(self, files: Files, batches: Sequence[Sequence[int]], invert: str = "domain",
-               unreadable: list[str] | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(indices [b], features [b, e], inverted [b]) of the readable images of each batch of indices.
+    def stream(self, files: Files, invert: str = "domain",
+               unreadable: list[str] | None = None) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """(indices, features [b, e] and inverted [b] on the CPU) of the readable images, batch by batch.
 
-        invert: of `ImageDataset`; unreadable, ValueError: as `load_batches`, and for features not finite.
+        invert: of `ImageDataset`; unreadable, ValueError: as `load_batches`.
         """
         transform = resize_crop(self.method.clip.image_size)
         dataset = ImageDataset(files, transform, self.stroke_domains, invert=invert)
-        loaded = load_batches(dataset, batches, self.workers, self.device, unreadable)
-        progress, done = ProgressLine("encoding", sum(map(len, batches))), 0
-        for batch, (indices, images, inverted) in zip(batches, loaded):
+        batches = split_indices(len(files), EVAL_BATCH)
+        progress = ProgressLine("encoding", len(files))
+        for batch, (indices, images, inverted) in zip(
+                batches, load_batches(dataset, batches, self.workers, unreadable)):
             if len(indices):
-                with torch.inference_mode(), autocast(self.precision, self.device):
-                    inputs = normalize(images.to(self.device, non_blocking=True))
-                    features = self.method.encode(inputs).float()
-                if not features.isfinite().all():
-                    raise ValueError(f"{files.paths[batch[0]]} and the images after it: features are not "
-                                     "finite; check --weights and --precision")
-                # The consumer runs outside of both, with a usual tensor, not an inference one.
-                yield indices, features.clone(), inverted
-            done += len(batch)
-            progress.update(done)
+                with torch.no_grad(), autocast(self.precision, self.device):
+                    features = self.method.encode(normalize(images.to(self.device))).float()
+                yield indices.tolist(), features.cpu(), inverted
+            progress.update(batch.stop)
         progress.close()
 
 
@@ -69,11 +64,11 @@ class FeatureCache:
 
     def encode(self, files: Files) -> Tensor:
         """Features [n, e] on the device, in every process. Raises as `Extractor.stream`."""
-        if new := files.keep([i for i, path in enumerate(files.paths) if path not in self.rows]):
+        if new := [i for i, path in enumerate(files.paths) if path not in self.rows]:
             batches = split_indices(len(new), EVAL_BATCH)[rank()::world_size()]  # of all domains each
-            stream = self.extractor.stream(new, batches)
-            for indices, rows in all_gather([(indices.tolist(), rows.cpu()) for indices, rows, _ in stream]):
-                self.rows |= zip([new.paths[i] for i in indices], rows)
+            part = files.keep([new[i] for batch in batches for i in batch])
+            for indices, rows in all_gather([found[:2] for found in self.extractor.stream(part)]):
+                self.rows |= zip([part.paths[i] for i in indices], rows)
         return torch.stack([self.rows[path] for path in files.paths]).to(self.extractor.device)
 
 
@@ -85,7 +80,6 @@ class Index:
     paths: list[str]
     features: Tensor
     inverted: Tensor  # [g], bool
-    unreadable: list[str]  # a sentence for each image that was left out
     encoded: int  # images encoded now
 
     def path(self, i: int) -> str:
@@ -93,34 +87,27 @@ class Index:
 
 
 def load_index(folder: str | os.PathLike[str], extractor: Extractor, key: str, cache: Path,
-               invert: str = "domain", without: Collection[str] = ()) -> Index:
-    """The index of all images below `folder`: from its file in `cache` as far as it goes, the rest encoded.
+               invert: str = "domain", files: Sequence[File] = (),
+               unreadable: list[str] | None = None) -> Index:
+    """The index of a folder's images: from its file in `cache` as far as it goes, the rest encoded.
 
-    key: digest of the method and its weights. without: folders in it that are passed over. Folders below
+    key: digest of the method and its weights. files: some of `list_images(folder)`; empty: all. Folders below
     `folder`, not above it, tell which images are of a stroke domain. An image is encoded again when its path,
     size or times change. The file is written about once a minute, at the end and when interrupted; the last
-    of two processes wins. ValueError when no image is readable, and as `list_images` and `Extractor.stream`.
+    of two processes wins. unreadable, ValueError: as `load_batches`, also when no image is readable.
     """
-    root, notes, unreadable = os.path.realpath(folder), list[str](), list[str]()
-    listed = list_images(root, notes)
-    for line in notes:
-        print(line, file=sys.stderr)
-    strokes = sorted(extractor.stroke_domains)
+    root, strokes = os.path.realpath(folder), sorted(extractor.stroke_domains)
     path = cache / f"{digest_of([root, key, invert, extractor.precision, strokes])[:32]}.pt"
-    stored = load_rows(path)
-    rows = {file: stored[file] for file in listed if file in stored}
-    known, files = len(rows), [file for file in listed if file[0].split(os.sep)[0] not in without]
+    rows, files = load_rows(path), files or list_images(root)
+    known = len(rows)
     if new := [file for file in files if file not in rows]:
         cache.mkdir(parents=True, exist_ok=True)
         names = [name for name, *_ in new]
-        domains = [next(iter(named_like(Path(name).parts[:-1], strokes)), "") for name in names]  # D14
-        images = Files([os.path.join(root, name) for name in names], names, domains)
+        images = Files([os.path.join(root, name) for name in names], names, list(map(os.path.dirname, names)))
         saved = time.monotonic()
         try:
-            for indices, features, inverted in extractor.stream(
-                    images, split_indices(len(new), EVAL_BATCH), invert, unreadable):
-                joined = torch.cat([features.cpu(), inverted[:, None]], dim=1)
-                rows |= zip([new[i] for i in indices], joined)
+            for indices, features, inverted in extractor.stream(images, invert, unreadable):
+                rows |= zip([new[i] for i in indices], torch.cat([features, inverted[:, None]], dim=1))
                 if time.monotonic() > saved + SAVE_SECONDS:
                     save_rows(path, rows)
                     saved = time.monotonic()
@@ -129,14 +116,13 @@ def load_index(folder: str | os.PathLike[str], extractor: Extractor, key: str, c
                 save_rows(path, rows)
     found = [file for file in files if file in rows]
     if not found:
-        raise ValueError(f"none of the {len(files)} images below {root} could be read: {unreadable[0]}")
+        raise ValueError(f"none of the {len(files)} images below {root} is readable")
     table = torch.stack([rows[file] for file in found])
-    return Index(root, [name for name, *_ in found], table[:, :-1], table[:, -1] > 0, unreadable,
-                 len(new) - len(unreadable))
+    return Index(root, [name for name, *_ in found], table[:, :-1], table[:, -1] > 0, len(rows) - known)
 
 
 def save_rows(path: Path, rows: dict[File, Tensor]) -> None:
-    """rows: {image: [e + 1], features and whether it was inverted}."""
+    """rows: {image: [e + 1], features and whether it was inverted}, also of images that are gone."""
     names = "\0".join(name for name, *_ in rows)  # one text and two tensors are quick to read
     state = torch.tensor([state for _, *state in rows])
     save_atomic({"names": names, "state": state, "rows": torch.stack(list(rows.values()))}, path)

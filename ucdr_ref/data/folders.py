@@ -17,48 +17,41 @@ AUGMENTED = "tx_000000000000"  # Sketchy's unchanged images, beside folders of s
 ADVICE = "did the archive unpack one level too deep? images of your own need --dataset folder"
 
 
-def walk(root: str, runs: list[str]) -> Iterator[tuple[str, list[str], list[str], list[str]]]:
-    """(folder, names of folders in it, paths of images, of other files) for `root` and all folders below it.
+def walk(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """(folder, paths of images, of other files) for `root` and all folders below it, but for those of runs.
 
-    Folders of runs, whose pictures are no data, go to `runs`. ValueError for a folder that cannot be listed,
-    and for a link back to a folder in which it lies.
+    OSError for a folder that cannot be listed, ValueError for a link back to a folder in which it lies.
     """
     def fail(error: OSError) -> None:
-        raise ValueError(f"{error.filename!r}: cannot list this folder ({error.strerror})") from error
+        raise error
 
     for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
-        found = [Path(folder, name) for name in sorted(folders) if not name.startswith(".")]
-        folders.clear()  # what stays in this list is walked through
-        for path in found:
+        if "run.json" in files:
+            folders.clear()  # what stays in this list is walked through
+            continue
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(folder, name) for name in folders):
             if path.is_symlink() and any(path.samefile(parent) for parent in path.absolute().parents):
                 raise ValueError(f"{path}: this link leads back to a folder in which it lies; remove it")
-            if (path / "config.json").is_file() and (path / "run.json").is_file():
-                runs.append(str(path))
-            else:
-                folders.append(path.name)
         paths = [os.path.join(folder, name) for name in sorted(files) if not name.startswith(".")]
         images = [path for path in paths if ending(path) in ENDINGS]
-        yield folder, folders, images, [path for path in paths if ending(path) not in ENDINGS]
+        yield folder, images, [path for path in paths if ending(path) not in ENDINGS]
 
 
 def ending(path: str) -> str:
     return os.path.splitext(path)[1].lower()
 
 
-def list_images(root: str, notes: list[str]) -> list[File]:
-    """Each file below `root` with one of ENDINGS, sorted by path. `notes` gets a line about runs in it.
-
-    ValueError for a folder without images, and as `walk`.
-    """
-    found, others, runs = list[File](), list[str](), list[str]()
-    for _, _, images, more in walk(root, runs):
+def list_images(root: str) -> list[File]:
+    """Each image below `root`, sorted by path. Raises as `walk`, ValueError where there is none."""
+    found, others = list[File](), list[str]()
+    for _, images, more in walk(root):
         others += more
         for path in filter(os.path.isfile, images):
             info = os.stat(path)
             found.append((os.path.relpath(path, root), info.st_size, info.st_mtime_ns, info.st_ctime_ns))
     if not found:
         raise ValueError(f"{root}: no images below this folder{formats(others)}")
-    note(notes, runs, "folders of runs are not used")
     return sorted(found)
 
 
@@ -68,9 +61,9 @@ def scan(root: str, domains: Mapping[str, Sequence[str]], notes: list[str]) -> T
     `notes` gets a line for each kind of thing that is not used. ValueError for a domain or a class folder
     without images, and as `walk`.
     """
-    runs, others, empty = list[str](), list[str](), list[str]()
-    _, present, elsewhere, _ = next(walk(root, runs))
+    present = sorted(path.name for path in Path(root).iterdir() if path.is_dir() and path.name[0] != ".")
     tree: Tree = {}
+    unused, others, empty = list[str](), list[str](), list[str]()
     for domain in domains or present:
         places = [os.path.join(root, name) for name in domains.get(domain, [domain])]
         place = next(filter(os.path.isdir, places), None)
@@ -81,10 +74,10 @@ def scan(root: str, domains: Mapping[str, Sequence[str]], notes: list[str]) -> T
             notes.append(f"note     {domain}: only {AUGMENTED} is used, not {abbreviate(copies) or 'copies'}")
             place = unchanged
         classes, bare = {}, []
-        for folder, _, images, more in walk(place, runs):
+        for folder, images, more in walk(place):
             name = os.path.relpath(folder, place)
             if name == "." or os.sep in name:
-                elsewhere += images
+                unused += images
             elif images:
                 classes[name] = images
             else:
@@ -101,14 +94,10 @@ def scan(root: str, domains: Mapping[str, Sequence[str]], notes: list[str]) -> T
     if empty:
         raise ValueError(f"{len(empty)} class folders without images, such as {empty[0]}{formats(others)}; "
                          "fill or remove them")
-    note(notes, [*elsewhere, *others], "files are no images at <domain>/<class>/<image> and are not used")
-    note(notes, runs, "folders of runs are not used")
+    if unused := unused + others:
+        notes.append(f"note     {len(unused)} files are no images at <domain>/<class>/<image> and are not "
+                     f"used, such as {min(unused)}")
     return tree
-
-
-def note(notes: list[str], found: Sequence[str], what: str) -> None:
-    if found:
-        notes.append(f"note     {len(found)} {what}, such as {min(found)}")
 
 
 def formats(paths: Iterable[str]) -> str:
@@ -121,11 +110,10 @@ def folder_key(name: str) -> str:
 
     `t-shirt`, `t_shirt` and `T shirt` are one class. A name of punctuation alone stands for itself.
     """
-    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
-    kinds = [unicodedata.category(letter) for letter in folded]  # Cs: a byte that is not UTF-8
-    words = "".join(" " if kind[0] in "PSZC" and kind != "Cs" else letter
-                    for letter, kind in zip(folded, kinds)).split()
-    return "_".join(words) or folded
+    folded = unicodedata.normalize("NFC", name.casefold())
+    kept = ("L", "M", "N", "Cs")  # letters, marks, numbers, bytes that are not UTF-8
+    words = "".join(letter if unicodedata.category(letter).startswith(kept) else " " for letter in folded)
+    return "_".join(words.split()) or folded
 
 
 def named_like(names: Iterable[str], others: Collection[str]) -> list[str]:
@@ -145,19 +133,20 @@ def compare_counts(tree: Tree, published: Mapping[str, Mapping[str, int]]) -> li
     found = {domain: sum(map(len, classes.values())) for domain, classes in tree.items()}
     lines = []
     for domain, images in [*found.items(), ("total", sum(found.values()))]:
-        classes = f", {len(tree[domain])} classes" if domain in tree else ""
-        beside = ""
+        line = f"data     {domain:<14} {images:>7,} images"
+        if domain in tree:
+            line += f", {len(tree[domain])} classes"
         for name, version in published.items():
             count = version.get(domain, sum(version.values()))
             equal = count == images
-            beside += f"; as published ({name})" if equal else f"; {name} {count:,} ({images - count:+,})"
-        lines.append(f"data     {domain:<14} {images:>7,} images{classes}{beside}")
+            line += f"; as published ({name})" if equal else f"; {name} {count:,} ({images - count:+,})"
+        lines.append(line)
     return lines
 
 
-def match(tree: Tree, notes: list[str], expected: Sequence[str] = (),
-          aliases: Mapping[str, Mapping[str, str]] = {}) -> Tree:  # noqa: B006
-    """The tree with one name for a class: the expected one, or the one that it has in its first domain.
+def match(tree: Tree, notes: list[str], expected: Sequence[str],
+          aliases: Mapping[str, Mapping[str, str]]) -> Tree:
+    """The tree with one name for a class: the expected one, or without any the one in its first domain.
 
     aliases: {domain: {folder: class}}. Folders of no expected class are left out, with a note. ValueError for
     an expected class without a folder, and for two folders of a domain that are one class.
@@ -176,8 +165,9 @@ def match(tree: Tree, notes: list[str], expected: Sequence[str] = (),
             found[key] = folder
             if not expected and folder != names[key]:
                 spelt.append(f"{folder!r} ({domain}) = {names[key]!r}")
-        strange = abbreviate(sorted(found[key] for key in found.keys() - names.keys()), 100)
-        if missing := sorted(names[key] for key in names.keys() - found.keys() if expected):
+        strange = abbreviate([folder for key, folder in found.items() if key not in names], 100)
+        if expected and names.keys() - found.keys():
+            missing = sorted(name for key, name in names.items() if key not in found)
             raise ValueError(f"domain {domain}: no folder for {abbreviate(missing, 100)}; folders of no "
                              f"class: {strange or 'none'}; {ADVICE}")
         if strange:

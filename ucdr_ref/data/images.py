@@ -4,7 +4,6 @@ Nothing here keeps a random state, so that an interrupted run goes on exactly as
 """
 from __future__ import annotations
 
-import atexit
 import ctypes
 import hashlib
 import os
@@ -31,7 +30,7 @@ from .folders import named_like
 # Mean and standard deviation of the training images' normalisation (D4).
 STATISTICS = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 MAX_RATIO = 1000  # of the sides: a longer strip would be scaled to gigabytes with its short side
-WAIT_SECONDS = 120  # for the next batch of a process that reads images
+WAIT_SECONDS = 120  # for the next batch of the processes that read images
 
 
 @dataclass(frozen=True)
@@ -78,12 +77,10 @@ def open_image(path: str) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     image.load()
-    if image.mode == "F" or image.mode.startswith("I"):
+    if image.mode == "F" or image.mode.startswith("I"):  # deep grey: the largest value becomes white
         values = np.nan_to_num(np.asarray(image, np.float32), posinf=0).clip(min=0)
-        bits = max(8, int(values.max()).bit_length())  # the fewest that hold it: 12-bit images come in 16
-        white = 1 if image.mode == "F" and values.max() <= 1 else 2 ** bits - 1
-        image = Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
-    if {"A", "a"}.intersection(image.getbands()) or "transparency" in image.info:
+        image = Image.fromarray(np.rint(values * (255 / (values.max() or 1))).astype(np.uint8))
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
@@ -108,22 +105,21 @@ def is_strokes(image: Image.Image) -> bool:
     return bool(coloured.mean() <= 0.02 and light and 0.002 <= (grey < 128).mean() <= 0.16)
 
 
-Item = tuple[int, np.ndarray, bool] | str
-
-
 class ImageDataset(Dataset):
     """Item i: i, the transformed image and whether it was inverted; or a sentence why it cannot be read.
 
-    invert: "domain" inverts the colours of stroke domains (D14); "auto" also of what looks like strokes
-    (`is_strokes`), which evaluation never does; "none" nothing.
+    invert: "domain" inverts the colours of stroke domains (D14), which may be a folder in a domain's name,
+    such as `sketch/cat`; "auto" also of what looks like strokes (`is_strokes`), which evaluation never does;
+    "none" nothing.
     """
 
     def __init__(self, files: Files, transform: Transform, stroke_domains: Sequence[str], seed: int = 0,
                  invert: str = "domain") -> None:
         self.files, self.transform, self.seed, self.invert = files, transform, seed, invert
-        self.strokes = set(named_like(set(files.domains), stroke_domains))
+        self.strokes = {domain for domain in set(files.domains)
+                        if named_like(domain.split(os.sep), stroke_domains)}
 
-    def __getitem__(self, i: int) -> Item:
+    def __getitem__(self, i: int) -> tuple[int, np.ndarray, bool] | str:
         try:
             image = open_image(self.files.paths[i])
         except ValueError as error:
@@ -138,7 +134,7 @@ class ImageDataset(Dataset):
             return i, self.transform(image).numpy(), inverted
 
 
-def load_batches(dataset: ImageDataset, batches: Sequence[Sequence[int]], workers: int, device: torch.device,
+def load_batches(dataset: ImageDataset, batches: Sequence[Sequence[int]], workers: int,
                  unreadable: list[str] | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yields (indices [b], images uint8 [b, 3, H, W], inverted bool [b]) of each list of indices, on the CPU.
 
@@ -146,28 +142,15 @@ def load_batches(dataset: ImageDataset, batches: Sequence[Sequence[int]], worker
     raises ValueError. So does a process that reads images and is gone, or silent for WAIT_SECONDS.
     """
     workers = min(workers, len(batches))
-    pin = device.type == "cuda"  # in the loader a thread that waits for them
-    loader = DataLoader(dataset, batch_sampler=[list(batch) for batch in batches], num_workers=workers,
-                        collate_fn=list, pin_memory=pin, prefetch_factor=4 if workers else None,
-                        timeout=WAIT_SECONDS if workers else 0, worker_init_fn=end_with_main)
-    loaded: Any = ()
-
-    def end_workers() -> None:
-        if workers:
-            loaded._shutdown_workers()
-            for worker in loaded._workers:
-                worker.kill()
-
     # SIGINT and SIGTERM reach the workers too, but a training still finishes its step: they inherit a mask.
-    masks = hasattr(signal, "pthread_sigmask")  # not on Windows
-    if masks:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        loaded = iter(loader)
-        atexit.register(end_workers)  # before a signal that waits: nothing else would end the workers then
-    finally:
-        if masks:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    loaded: Any = iter(DataLoader(
+        dataset, batch_sampler=list(map(list, batches)), num_workers=workers, collate_fn=list,
+        timeout=WAIT_SECONDS if workers else 0, worker_init_fn=end_with_main))
+    if workers:
+        for worker in loaded._workers:  # so that whatever ends them, at the latest this process's exit, can
+            worker._popen.terminate = worker.kill
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
         for items in loaded:
             sentences = [item for item in items if isinstance(item, str)]
@@ -176,16 +159,12 @@ def load_batches(dataset: ImageDataset, batches: Sequence[Sequence[int]], worker
             elif sentences:
                 raise ValueError(f"{sentences[0]}; replace or remove it")
             good = [item for item in items if not isinstance(item, str)]
-            indices, arrays, inverted = zip(*good) if good else ((), (), ())
-            images = torch.from_numpy(np.stack(arrays)) if good else torch.empty(0, dtype=torch.uint8)
-            yield (torch.tensor(indices, dtype=torch.long), images.pin_memory() if pin else images,
+            indices, images, inverted = ([item[part] for item in good] for part in range(3))
+            yield (torch.tensor(indices, dtype=torch.long), torch.from_numpy(np.array(images, np.uint8)),
                    torch.tensor(inverted, dtype=torch.bool))
     except RuntimeError as error:
         raise ValueError(f"a process that reads images failed ({one_line(error)}); take --workers 0, or give "
                          "more memory (in a container also --shm-size)") from error
-    finally:
-        end_workers()
-        atexit.unregister(end_workers)
 
 
 def end_with_main(worker: int) -> None:

@@ -49,7 +49,8 @@ class Data:
         """Length and digest of the graph and of every list of images."""
         folders = {"target": self.target, **{f"source {i}": one for i, one in enumerate(self.sources, 1)}}
         return {"graph": (len(self.graph.ids), digest_of(self.classes())),
-                **{name: (len(one.files), one.files.digest(one.root)) for name, one in folders.items()}}
+                **{name: (len(one.files), digest_of([path for path, *_ in one.files]))
+                   for name, one in folders.items()}}
 
 
 def load_data(config: Config) -> tuple[Config, Data]:

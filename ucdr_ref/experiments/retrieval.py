@@ -129,7 +129,7 @@ def phase_data(phase: str, protocol: Protocol, config: Config, clip: CLIP) -> Ph
     def load(epoch: int, left: Sequence[list[int]]) -> Iterator[tuple[Batch, list[str]]]:
         seed = derive_seed(config.seed, phase, epoch)
         dataset = ImageDataset(train, augment(image_size), config.stroke_domains, seed)
-        for indices, images, _ in load_batches(dataset, list(map(local_shard, left)), config.workers, device):
+        for indices, images, _ in load_batches(dataset, list(map(local_shard, left)), config.workers):
             images = images.view(-1, 3, image_size, image_size)  # a shard may be empty
             images, classes, domains = (part.to(device, non_blocking=True)
                                         for part in (images, class_ids[indices], domain_ids[indices]))

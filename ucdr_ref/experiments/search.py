@@ -18,8 +18,8 @@ from ..clip.tokenizer import tokenize
 from ..clip.weights import file_digest, load_clip
 from ..clip.zero_shot import ZeroShot
 from ..config import Config, from_dict, locate_weights
-from ..data.features import EVAL_BATCH, Extractor, Index, load_index
-from ..data.images import Files, split_indices
+from ..data.features import Extractor, Index, load_index
+from ..data.images import Files
 from ..distributed import one_process, pick_device, set_precision
 from ..ucdr.closed_form import center, feature_mean
 from .experiment import restore
@@ -62,17 +62,17 @@ def search(run: Path | None, gallery: Path | None, images: list[str], texts: lis
     answers: list[dict[str, Any]] = []
     if images:
         domains = [Path(path).absolute().parent.parent.name for path in images]  # <domain>/<class>/<image>
-        batches = split_indices(len(images), EVAL_BATCH)
-        for rows, features, inverted in extractor.stream(Files(images, domains, domains), batches, invert):
-            parts.append(features.cpu())
+        for rows, features, inverted in extractor.stream(Files(images, domains, domains), invert):
+            parts.append(features)
             answers += [{"query": images[i], "kind": "image", "inverted": flag}
-                        for i, flag in zip(rows.tolist(), inverted.tolist())]
+                        for i, flag in zip(rows, inverted.tolist())]
     if texts:
         parts.append(text_features(method, config, texts, device))
         answers += [{"query": text, "kind": "text", "inverted": False} for text in texts]
-    index = load_index(gallery, extractor, key, cache, invert)
+    unreadable: list[str] = []
+    index = load_index(gallery, extractor, key, cache, invert, unreadable=unreadable)
     if like:
-        mean = feature_mean(load_index(like, extractor, key, cache, invert).features)
+        mean = feature_mean(load_index(like, extractor, key, cache, invert, unreadable=unreadable).features)
         parts = [center(features, mean) for features in parts]
         index = replace(index, features=center(index.features))
         title += f"; queries centred by {like}, gallery by itself"
@@ -82,7 +82,7 @@ def search(run: Path | None, gallery: Path | None, images: list[str], texts: lis
             answer["results"] = [{"path": index.path(i), "distance": distance} for distance, i in zip(*found)]
     return index, {
         "model": title, "gallery": str(gallery), "images": len(index.paths), "encoded": index.encoded,
-        "inverted": int(index.inverted.sum()), "unreadable": index.unreadable, "queries": answers}
+        "inverted": int(index.inverted.sum()), "unreadable": unreadable, "queries": answers}
 
 
 def text_features(method: Any, config: Config, texts: list[str], device: torch.device) -> Tensor:
