@@ -58,9 +58,9 @@ def load_data(config: Config) -> tuple[Config, Data]:
     one_process("sre-clip")
     if config.dataset == "toy":
         from ..demo.drawing import CLASSES, write_dataset
-        source, target = (str(Path(config.data_root, domain)) for domain in ("real", "sketch"))
-        write_dataset(config.data_root, CLASSES, ["real", "sketch"], config.toy_images)
-        config = replace(config, source=config.source or (source,), target=config.target or target)
+        root = write_dataset(config.data_root, CLASSES, ["real", "sketch"], config.toy_images)
+        config = replace(config, source=config.source or (str(root / "real"),),
+                         target=config.target or str(root / "sketch"))
     if not (config.source and config.target):
         raise ValueError("sre-clip needs labelled and unlabelled images: give --source DIR and --target DIR")
     if os.path.realpath(config.target) in map(os.path.realpath, config.source):
@@ -163,9 +163,7 @@ def phase_data(source: Features, target: Features, config: Config, device: torch
                    [source.paths[k] for k in s] + [target.paths[k] for k in t])
 
     def validates(epochs: int) -> bool:
-        """S6: as released, where a multiple of a tenth of the iterations is passed, but not at the end
-        (3,000: after 300, 600, ... 2,700); only a run of one epoch is evaluated there.
-        """
+        """S6: as released, after each tenth of the iterations but the last; a run of one epoch at its end."""
         done = epochs * EPOCH
         passed = 10 * done // iterations > 10 * (done - EPOCH) // iterations
         return passed and (done < iterations or epochs == 1)
@@ -206,9 +204,9 @@ def evaluate(config: Config, data: Data, method: SRECLIP, folder: Path, cache: P
     rows: list[dict[str, Any]] = []
     for name, score in scores.items():
         found, predicted = accuracies(score, target, method)
-        rows.append({"method": name, **about, **found, "details": {
-            "predicted": predicted, "labels": target.labels, "names": method.class_names,
-            "unseen": data.unseen, "paths": target.paths}})
+        details = {"predicted": predicted, "labels": target.labels, "names": method.class_names,
+                   "unseen": data.unseen, "paths": target.paths}
+        rows.append({"method": name, **about, **found, "details": details})
     if config.sre_report == "best-test":  # S6: each metric's own maximum over the test evaluations
         tried = load_state(folder / "last.pt")["evaluations"]
         best = {average: {name: max((found[average][name] or 0 for found in tried), default=None)

@@ -33,7 +33,7 @@ def train(config: Config, folder: Path, cache: Path, dry_run: bool = False,
     """Trains in the run folder, from where it stands, and evaluates; a dry run prints what it would do.
 
     given: fields that the user chose; some others follow from the size of an own folder. Raises ValueError or
-    OSError when data, weights or folder do not fit, KeyboardInterrupt after a signal.
+    OSError where something does not fit, KeyboardInterrupt after a signal.
     """
     device, sre = pick_device(config.device), config.method == "sre-clip"
     set_precision(config.precision)
@@ -157,8 +157,8 @@ def open_run(folder: Path, config: Config, weights: str, digests: Mapping[str, t
     path, record, different = folder / "config.json", folder / "run.json", list[str]()
     if path.exists():
         different += differences(config, from_dict(read_json(path)), PATHS)
-    elif folder.exists() and any(folder.glob("[!.]*")):  # .x: a killed write's
-        raise ValueError(f"{folder} exists and is no run folder (it has no config.json); name another --run")
+    elif any(folder.glob("[!.]*")):  # .x: a killed write's
+        raise ValueError(f"{folder} is no run folder (it has no config.json); name another --run")
     if record.exists():
         different += other_inputs(folder, weights, digests)
     if different:
@@ -174,7 +174,7 @@ def open_run(folder: Path, config: Config, weights: str, digests: Mapping[str, t
 
 
 def lock_run(folder: Path) -> AbstractContextManager[object]:
-    """Holds the run folder for this process, until the context or the process ends, however it does."""
+    """Holds the run folder for this process until the context or the process ends, however it does."""
     if sys.platform == "win32":
         return nullcontext()
     import fcntl

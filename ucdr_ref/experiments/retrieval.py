@@ -114,7 +114,7 @@ def prototypes(config: Config, protocol: Protocol, clip: CLIP) -> Tensor:
 
 
 def phase_data(phase: str, protocol: Protocol, config: Config, clip: CLIP) -> PhaseData:
-    """Domain-balanced, augmented batches of the training images for a phase of UCDR-Adapter."""
+    """Domain-balanced, augmented batches of the training images."""
     train, image_size, device = protocol.train, clip.image_size, clip.visual.proj.device
     class_ids = numbers_of(train.classes, protocol.class_names)
     domain_ids = numbers_of(train.domains, protocol.domain_names)
