@@ -1,7 +1,7 @@
 """One frozen Config of both methods' options: presets named after table rows, flags and JSON.
 
-A field's type is its choices (`Literal`), or `Annotated` adds a number's closed range or what a text stands
-for; then the help. No PyTorch is imported.
+A field's type is its choices (`Literal`), or `Annotated` adds a number's closed range; then the help. No
+PyTorch is imported.
 """
 from __future__ import annotations
 
@@ -26,32 +26,25 @@ class Shared:
     dataset: Annotated[
         Literal["toy", "domainnet", "sketchy", "sketchy-random", "tuberlin", "folder"],
         "sketchy: 21 test classes (ECCV 2018), sketchy-random: 25"] = "toy"
-    data_root: Annotated[
-        str, "DIR", "<domain>/<class>/* lie here; the drawn data is made there when absent"] = "data/toy"
-    weights: Annotated[
-        str, "FILE", "CLIP weights: OpenAI's archive, a state dict or safetensors"] = "weights/demo-clip.pt"
+    data_root: Annotated[str, "<domain>/<class>/* lie here; drawn data is made here if absent"] = "data/toy"
+    weights: Annotated[str, "CLIP: OpenAI's archive, a state dict or safetensors"] = "weights/demo-clip.pt"
     variant: Annotated[Literal["paper", "released"], "preset of the ledgers D and S"] = "paper"
     seed: Annotated[int, (0, inf), "seed of initial values, order and augmentation"] = 0
 
     # protocol
-    held_out: Annotated[
-        str, "DOMAIN", "query domain that training never sees; none: U^cCDR, from a seen one"] = "sketch"
-    seen: Annotated[
-        str, "DOMAIN", "source domain of validation and U^cCDR queries; empty: the protocol's"] = ""
-    gallery: Annotated[str, "DOMAIN", "gallery domain; empty: the protocol's"] = ""
-    domains: Annotated[
-        tuple[str, ...], "DOMAIN", "own folders: domains to use, gallery and held-out one included; "
-        "empty: all"] = ()
-    class_split: Annotated[
-        str, "FILE", "own folders: JSON with train, val and test class names; empty: drawn"] = ""
+    held_out: Annotated[str, "query domain that training never sees; none: a seen one (U^cCDR)"] = "sketch"
+    seen: Annotated[str, "source domain of validation and U^cCDR queries; empty: the protocol's"] = ""
+    gallery: Annotated[str, "gallery domain; empty: the protocol's"] = ""
+    domains: Annotated[tuple[str, ...], "own folders: all domains to use; empty: all there are"] = ()
+    class_split: Annotated[str, "own folders: JSON with train, val and test classes; empty: drawn"] = ""
     stroke_domains: Annotated[
-        tuple[str, ...], "DOMAIN", "domains of dark strokes on white, colour-inverted everywhere (D14)"] = (
+        tuple[str, ...], "domains of dark strokes on white, colour-inverted everywhere (D14)"] = (
         "sketch", "quickdraw", "sketches")
-    toy_images: Annotated[int, (1, 10_000), "images drawn per domain and class for --dataset toy"] = 20
+    toy_images: Annotated[int, (1, 10_000), "drawn images per domain and class"] = 20
 
     # machine
-    device: Annotated[str, "DEVICE", "cpu, cuda, cuda:1, ...; auto: a GPU when there is one"] = "auto"
-    workers: Annotated[int, (0, 256), "processes that read images; 0: the main process does"] = 2
+    device: Annotated[str, "cpu, cuda, cuda:1, ...; auto: a GPU when there is one"] = "auto"
+    workers: Annotated[int, (0, 256), "processes that read images; 0: the main one does"] = 2
     precision: Annotated[
         Literal["fp32", "tf32", "bf16"],
         "arithmetic of the towers; LayerNorm and, but for tf32, losses: float32"] = "fp32"
@@ -73,18 +66,14 @@ class Field(NamedTuple):
     default: Any
     help: str
     choices: tuple[Any, ...] = ()  # none: any value of the default's type
-    limits: tuple[float, float] = (-inf, inf)  # the least and the largest number
-    metavar: str | None = None
+    limits: tuple[float, float] = (-inf, inf)
 
 
 def read_field(hint: Any, default: Any) -> Field:
     """A field from its annotation."""
-    *about, text = hint.__metadata__
-    if not about:
-        return Field(default, text, choices=typing.get_args(hint.__origin__))
-    if isinstance(about[0], str):
-        return Field(default, text, metavar=about[0])
-    return Field(default, text, limits=about[0], metavar="N")
+    *limits, text = hint.__metadata__
+    literal = typing.get_origin(hint.__origin__) is Literal
+    return Field(default, text, typing.get_args(hint.__origin__) if literal else (), *limits)
 
 
 HINTS = typing.get_type_hints(Config, include_extras=True)
@@ -113,7 +102,7 @@ SRE = dict(method="sre-clip", dataset="folder", data_root="", weights="weights/V
 SRE_TOY = dict(SRE, dataset="toy", data_root="data/toy-sre", weights="weights/demo-clip.pt", graph="toy",
                class_vectors="clip-classes", sre_hidden=256, sre_dropout=0.3, sre_iterations=1000,
                sre_warmup=100)
-# Named after the rows of the paper's tables; `seen` is the source domain of validation.
+# Datasets' own, rows of the paper's tables, demonstrations.
 PRESETS: dict[str, dict[str, Any]] = {
     "toy": TOY,
     "toy/fast": dict(TOY, data_root="data/toy-fast", toy_images=8, target_epochs=1),
@@ -137,13 +126,12 @@ def add_arguments(parser: argparse.ArgumentParser, names: Sequence[str] = ()) ->
     for options in (Shared, ucdr.Options, sre.Options):
         group = parser.add_argument_group(str(options.__doc__).split(".")[0])
         for name in (field.name for field in fields(options) if not names or field.name in names):
-            default, text, choices, _, metavar = FIELDS[name]
+            default, text, choices, _ = FIELDS[name]
             several = isinstance(default, tuple)
-            shown = " ".join(default) if several else str(default)
+            shown = (" ".join(default) if several else str(default)) or "empty"
             group.add_argument(
                 flag_of(name), type=str if several else type(default), nargs="+" if several else None,
-                choices=choices or None, metavar=metavar, default=argparse.SUPPRESS,
-                help=f"{text} (default: {shown or 'empty'})")
+                choices=choices or None, help=f"{text} (default: {shown})", default=argparse.SUPPRESS)
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -196,7 +184,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 def check(name: str, value: Any) -> Any:
     """The value as the field's type; ValueError when it is no value of that field."""
-    default, _, choices, (low, high), _ = FIELDS[name]
+    default, _, choices, (low, high) = FIELDS[name]
     if isinstance(default, tuple) and isinstance(value, list) and all(type(item) is str for item in value):
         return tuple(value)
     if isinstance(default, float) and type(value) is int:

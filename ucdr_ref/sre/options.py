@@ -10,11 +10,11 @@ from typing import Annotated, ClassVar, Literal
 class Options:
     """SRE-CLIP."""
 
-    source: Annotated[tuple[str, ...], "DIR", "labelled source folders <folder>/<class>/*"] = ()
+    source: Annotated[tuple[str, ...], "labelled source folders <folder>/<class>/*"] = ()
     target: Annotated[
-        str, "DIR", "unlabelled target folder; evaluation reads its class folders <folder>/<class>/*"] = ""
-    graph: Annotated[str, "FILE", "class graph: awa2, toy or a file of `python -m ucdr_ref.sre.wordnet`"] = ""
-    unseen: Annotated[str, "FILE", "unseen class names, one a line; empty: the shipped graph's own"] = ""
+        str, "unlabelled target folder; evaluation reads its class folders <folder>/<class>/*"] = ""
+    graph: Annotated[str, "class graph: awa2, toy or a file of `python -m ucdr_ref.sre.wordnet`"] = ""
+    unseen: Annotated[str, "unseen class names, one a line; empty: the shipped graph's own"] = ""
 
     # ledger S
     structure_pairs: Annotated[
@@ -22,7 +22,7 @@ class Options:
     test_attention: Annotated[Literal["alone", "batch"], "S2: attention at test time"] = "alone"
     retention_scale: Annotated[Literal["cosine", "scaled"], "S3: scale of P in L-retain"] = "cosine"
     class_vectors: Annotated[
-        str, "KIND",
+        str,
         "S4: node vectors: clip (text features), clip-classes (ancestors: means of the classes), or a file "
         "`word v1 v2 ...`"] = "clip"
     sre_kappa: Annotated[float, (0, 1), "S5: kappa of L-bias"] = 0.3
