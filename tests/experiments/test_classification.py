@@ -14,11 +14,10 @@ from torch.testing import assert_close
 import evaluate
 import retrieve
 import train
-from tests.helpers import equal, logged, refused, results, tiny_state_dict, touch_images
+from tests.helpers import equal, logged, refused, results, tiny_state_dict
 from ucdr_ref.cli import load_state
 from ucdr_ref.clip.weights import load_clip
 from ucdr_ref.clip.zero_shot import class_text_features, preprocess
-from ucdr_ref.config import resolve
 from ucdr_ref.data.images import open_image
 from ucdr_ref.experiments import classification
 from ucdr_ref.sre import adapter as sre_adapter
@@ -198,17 +197,6 @@ def test_dry_run_counts_and_lists_what_is_left_out(scene, tmp_path, capsys):
                  "phase sre: 50 steps", "2,384 trainable parameters"):  # 3 (32 16 + 16) + 32 16 + 16 + 16 16 + 16
         assert part in text, part
     assert not (tmp_path / "dry").exists()
-
-
-def test_dry_run_of_the_preset(world, tmp_path, capsys):
-    graph, unseen = classification.read_graph(resolve({"graph": "awa2"}, "i2awa"))
-    names = graph.names[:graph.classes]
-    touch_images(tmp_path, ("web",), [name for k, name in enumerate(names) if k not in unseen], 1)
-    touch_images(tmp_path, ("AwA2",), names, 1)
-    assert train.main(["--preset", "i2awa", "--weights", str(world / "clip.pt"), "--run", str(tmp_path / "dry"), "--dry-run",
-                       "--source", str(tmp_path / "web"), "--target", str(tmp_path / "AwA2")]) == 0
-    text = capsys.readouterr().out
-    assert "40 images, 40 classes" in text and "50 images, 50 classes" in text
 
 
 def test_mistakes_are_one_sentence(scene, tmp_path, capsys):
