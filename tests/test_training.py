@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -59,12 +60,10 @@ def phases(parts: int = 1) -> dict[str, PhaseData]:
     def rows(phase: str, epoch: int, i: int) -> Tensor:
         return torch.arange(12.).view(4, 3).sin() * (1 + i) + epoch + len(phase)
 
-    def data(phase: str) -> PhaseData:
-        return PhaseData(EPOCHS[phase], lambda epoch: range(5),
-                         lambda epoch, left: ((rows(phase, epoch, i), [f"{phase} {epoch} {i}"]) for i in left),
-                         lambda batch: [(part, 1 / parts) for part in batch.chunk(parts)], batch_size=4)
-
-    return {phase: data(phase) for phase in EPOCHS}
+    return {phase: PhaseData(
+        EPOCHS[phase], lambda epoch: range(5),
+        lambda epoch, left, phase=phase: ((rows(phase, epoch, i), [f"{phase} {epoch} {i}"]) for i in left),
+        lambda batch: [(part, 1 / parts) for part in batch.chunk(parts)], batch_size=4) for phase in EPOCHS}
 
 
 def run_of(folder: Path, **config: object) -> Run:
@@ -95,8 +94,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def same(a: Path, b: Path) -> None:
-    for name in ("last.pt", "best.pt"):
-        assert equal(load_state(a / name), load_state(b / name)), name
+    assert all(equal(load_state(a / name), load_state(b / name)) for name in ("last.pt", "best.pt"))
     assert (a / "log.jsonl").read_bytes() == (b / "log.jsonl").read_bytes()
 
 
@@ -142,8 +140,8 @@ def test_resumed_equals_uninterrupted(tmp_path, whole, dies_at, capsys):
         go(tmp_path / "cut", method)
     go(tmp_path / "cut")
     same(tmp_path / "cut", whole)
-    printed, steps = capsys.readouterr().out, (dies_at - 1) % 5 // 2 * 2
-    if steps:
+    printed = capsys.readouterr().out
+    if steps := (dies_at - 1) % 5 // 2 * 2:
         phase, epoch = ("first", 1) if dies_at < 6 else ("second", (dies_at - 1) // 5)
         assert f"resumed from phase {phase}, epoch {epoch}, step {steps}\n" in printed
     assert ("resumed" in printed) == (dies_at > 2)
@@ -160,13 +158,13 @@ def test_a_signal_ends_a_step_which_is_saved(tmp_path, whole, number):
     same(tmp_path / "cut", whole)
 
 
-def test_a_batch_in_parts_is_the_same_batch(tmp_path, whole, monkeypatch):
+def test_a_batch_in_parts_is_the_same_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda n: torch.ones(n))  # the parts of a batch draw one after the other
-    methods = [Toy(), Toy()]
-    for parts, method in zip((1, 2), methods):
+    one, two = Toy(), Toy()
+    for parts, method in ((1, one), (2, two)):
         train(method, phases(parts), None, run_of(tmp_path / str(parts)))
-    assert methods[1].calls == 2 * methods[0].calls
-    torch.testing.assert_close(methods[0].state_dict(), methods[1].state_dict())
+    assert two.calls == 2 * one.calls
+    torch.testing.assert_close(one.state_dict(), two.state_dict())
     assert [pytest.approx(line) for line in logged(tmp_path / "1")] == logged(tmp_path / "2")
 
 
@@ -218,13 +216,9 @@ def test_checkpoints_of_something_else_are_refused(tmp_path, whole):
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, whole):
     method = Toy()
-    method.act[8] = lambda loss: stack.__enter__() and None
-    stack = files_of_at_most(1000)
-    try:
-        with pytest.raises(OSError, match="last.pt|No space|too large"):
-            go(tmp_path / "full", method)
-    finally:
-        stack.__exit__(None, None, None)
+    with ExitStack() as stack, pytest.raises(OSError, match="could not write .*last.pt|too large"):
+        method.act[8] = lambda loss: stack.enter_context(files_of_at_most(1000))
+        go(tmp_path / "full", method)
     assert load_state(tmp_path / "full" / "last.pt")["progress"]["phase"] == 1
     go(tmp_path / "full")
     same(tmp_path / "full", whole)
