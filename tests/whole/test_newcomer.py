@@ -34,7 +34,7 @@ def blocks() -> list[str]:
 
 
 def commands(fast: bool) -> list[str]:
-    """What can be run of the blocks, with the scripts and python of this checkout."""
+    """What can be run of the blocks, each once, with the scripts and python of this checkout."""
     found = []
     for block in blocks():
         if block.startswith(NEEDS_DATA):
@@ -43,10 +43,10 @@ def commands(fast: bool) -> list[str]:
             line = line.removeprefix("pip install -r requirements.txt && ")  # .ci/run installs
             if re.search(r"-m (pytest|tests\.killtest|ucdr_ref\.bench)", line):
                 continue  # .ci/run, tests/whole/test_killtest.py, tests/images/test_data.py
-            if fast and " train.py" in line and "--fast" not in line:
-                line += " --fast"
+            if fast and " train.py" in line:
+                line += " --fast --toy-images 4" + " --sre-iterations 20" * ("sre-clip" in line)
             found.append(re.sub(r"^python (\w+\.py)", rf"{shlex.quote(sys.executable)} {ROOT}/\1", line))
-    return found
+    return list(dict.fromkeys(found))
 
 
 @pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["fast", "whole"])
