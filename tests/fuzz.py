@@ -26,12 +26,8 @@ from tests.clip.test_weights import SMALL, WRITERS
 from tests.helpers import tiny_state_dict
 from ucdr_ref.clip.weights import load_clip, read_text
 from ucdr_ref.config import Config, from_dict
+from ucdr_ref.data.images import open_image
 from ucdr_ref.sre.graph import load_graph
-
-try:
-    from ucdr_ref.data.images import open_image
-except ImportError:  # until `images/` has moved
-    from ucdr_ref.images.batches import open_image
 
 LIMIT = 20  # seconds of computing for one case
 WATCHED = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen")  # audit events

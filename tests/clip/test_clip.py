@@ -101,16 +101,6 @@ def test_pooled_token_equals_full_pass(tiny):
         assert torch.allclose(tiny.visual.blocks(tokens, at), full[:, at], atol=1e-5)
 
 
-def test_image_is_embed_blocks_pool(tiny):
-    images, _ = inputs(32)
-    patches = tiny.visual.embed(images)
-    assert patches.shape == (2, 16, 64)
-    token = tiny.visual.class_token(2)
-    assert torch.equal(token[1, 0], tiny.visual.class_embedding + tiny.visual.positional_embedding[0])
-    features = tiny.visual.pool(tiny.visual.blocks(torch.cat([token, patches], dim=1), at=0))
-    assert torch.equal(features, tiny.encode_image(images)) and features.shape == (2, 32)
-
-
 def test_causal_equals_one_pass_per_token(tiny):
     block, x = tiny.transformer.resblocks[0], torch.randn(2, 11, 64)
     looped = torch.cat([block(x[:, :length])[:, -1:] for length in range(1, 12)], dim=1)  # each token sees its past only

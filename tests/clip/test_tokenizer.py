@@ -40,12 +40,9 @@ TEXTS = [
     "it\u2019s \u2018quoted\u2019 \u201cdouble\u201d \u201alow\u201b \u201elow\u201f '\u017f long s, I'\u017ft",
     "salt &amp; pepper, &lt;b&gt;, &quot;x&quot;, caf&eacute;, &#8217;s, &amp;amp;lt;, &nbsp;&copy 2020, &no; & &",
     "first &rsquo;s line\n<b>&rsquo;s second</b>\nthird &rsquo;s &amp; more",
-    "🐶 a dog 🐕, flag 🇨🇭, thumb 👍🏽, family 👨\u200d👩\u200d👧, rainbow 🏳\ufe0f\u200d🌈, keycap 1\ufe0f\u20e3",
-    "一只狗的照片。 素描：飞机、闹钟 「日本語の犬」 カタカナ ｶﾀｶﾅ 한국어 개 사진",
     "\ufb01ne \ufb02oor o\ufb03ce \ufb05 \u0132ssel \u0149 \u01c6 ＦＵＬＬ\u3000ｗｉｄｔｈ！ Ｉ\u2019ｍ \uffe3",
     "\u0130stanbul ISTANBUL \u0131stanbul STRASSE stra\u00dfe ΣΊΣΥΦΟΣ \u212a \u017f",
     "C1 \x80 \x85 \x82low\x91 \x91quoted\x92 \x93double\x94 \x99 \x81",
-    "a_b __init__ #hash @user http://a.b/c?d=e&f=g!!! ... --- !'s ¡¿ $5.00 50% {}[]|\\~^`",
 ]
 
 # Where dropping ftfy shows: (text, what ftfy reads it as).

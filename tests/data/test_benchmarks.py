@@ -126,7 +126,7 @@ def test_domainnet_holds_out_domain_and_classes(tidy):
     assert not set(ud.galleries["seen"].paths) & set(protocol.train.paths)  # D7
 
 
-@pytest.mark.parametrize("n", [1, 2, 6, 12, 13, 20, 25, 100])
+@pytest.mark.parametrize("n", [1, 12, 13, 25])
 def test_the_mixed_gallery_keeps_what_92_per_cent_leave(n, tmp_path):
     protocol = protocol_of("folder", touch_images(tmp_path, ("photo", "sketch", "icon"), "abcdefgh", n))
     ucdr = protocol.tests[0]
@@ -184,7 +184,7 @@ def test_drawn_split_and_given_split(tidy, tmp_path):
     assert (drawn.gallery_domain, drawn.tests[0].query_domain, drawn.validation.query_domain) == ("photo", "sketch", "icon")
     parts = [set(part) for part in (drawn.class_names, drawn.validation.query.classes, drawn.tests[0].query.classes)]
     assert [len(part) for part in parts] == [42, 6, 12] and len(set.union(*parts)) == 60
-    split = split_file(tmp_path, seen=["CLASS-1", "class 2"], val_unseen=["class_3"], unseen=["class 4"])
+    split = split_file(tmp_path, train=["CLASS-1", "class 2"], val=["class_3"], test=["class 4"])
     given = protocol_of("folder", tidy["folder"], class_split=split, held_out="icon", seen="sketch")
     assert given.class_names == ["class 1", "class 2"] and set(given.tests[0].galleries["unseen"].classes) == {"class 4"}
     assert any("note     56 class folders are not in the class split and not used: class 0, class 10" in line
@@ -221,7 +221,7 @@ def test_wrong_domains_are_one_sentence(flags, tidy):
 @pytest.mark.parametrize(("text", "message"), [
     ('{"train": ["class 1"], "val": ["CLASS_1"], "test": ["class 2"]}', "does not fit .*'class_1'.; expected .*each once"),
     ('{"train": ["class 1", "class 5"], "val": ["class 2"], "test": ["x"]}', "does not fit .*folder .*'x'"),
-    ("[" * 100_000, "split.json"), ('{"train": 3}', "in lists train .or seen., val"),
+    ("[" * 100_000, "split.json"), ('{"train": 3}', "in lists train, val and test"),
     ('{"train": ["class 1"], "val": ["class 2"], "test": ["class 3"]}', "1 training classes"),
     ('{"train": ["class 1", "class 2"], "val": ["class 3"], "test": []}', "no image left for query")])
 def test_wrong_splits_are_explained(text, message, tidy, tmp_path):
@@ -232,7 +232,7 @@ def test_wrong_splits_are_explained(text, message, tidy, tmp_path):
 
 def test_flags_of_own_folders_are_for_them_alone(tidy):
     for flags in (dict(domains=("sketch",)), dict(class_split="x.json")):
-        with pytest.raises(ValueError, match="are for --dataset folder, and this is domainnet"):
+        with pytest.raises(ValueError, match="are not for --dataset domainnet"):
             protocol_of("domainnet", tidy["domainnet"], **flags)
     with pytest.raises(ValueError, match="3 classes cannot be split in three"):
         protocol_of("folder", own(tidy["folder"].parent / "few", "abc"))

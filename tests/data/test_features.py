@@ -104,8 +104,7 @@ def test_what_changed_is_encoded_again(gallery, change):
 
 
 @pytest.mark.parametrize("damage", [
-    lambda content: b"", lambda content: b"no index", lambda content: content[:-40], lambda content: content[:len(content) // 2],
-    lambda content: content.replace(b"red.png", b"\0ed.png")])
+    lambda content: b"", lambda content: content[:len(content) // 2], lambda content: content.replace(b"red.png", b"\0ed.png")])
 def test_a_broken_file_is_made_anew_with_a_notice(gallery, damage, capsys):
     build(gallery)
     path, = (gallery.parent / "cache").iterdir()

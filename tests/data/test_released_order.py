@@ -38,12 +38,6 @@ def test_every_domain_is_walked_through_in_full():
         released_batches(ids, 2, 400, 0)
 
 
-def test_domains_of_equal_size_have_orders_of_their_own():
-    stream = [i for part in released_batches([0] * 20 + [1] * 20, 40, 40, 0) for i in part]
-    assert sorted(stream) == list(range(40))
-    assert [i for i in stream if i < 20] != [i - 20 for i in stream if i >= 20]
-
-
 def test_both_phases_of_a_run_take_their_place_in_the_one_stream():
     domains = [name for name, size in SIZES.items() for _ in range(size)]
     files = Files([f"{i}.png" for i in range(len(domains))], ["a"] * len(domains), domains)

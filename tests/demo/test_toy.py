@@ -1,10 +1,9 @@
 """The drawn data: the same bytes everywhere, every class in every domain, folders that are complete or not there."""
 import hashlib
-import json
 
 import PIL
 import pytest
-from PIL import Image, ImageChops
+from PIL import Image
 
 from ucdr_ref.demo import drawing as toy
 from ucdr_ref.demo.__main__ import main
@@ -37,24 +36,6 @@ def test_every_class_in_every_domain(size):
             assert image.mode == "RGB" and image.size == (size, size)
             low, high = image.convert("L").getextrema()
             assert high - low > 60, f"{name} in {domain} is hardly visible"
-
-
-@pytest.mark.parametrize("name", ["cat", "truck", "pear"])
-def test_domains_differ_in_style(name):
-    images = {domain: draw(name, domain, 3) for domain in DOMAINS}
-    colours = {domain: len(image.getcolors(96 * 96)) for domain, image in images.items()}
-    assert colours["clipart"] < colours["painting"] and colours["clipart"] < colours["real"]
-    for domain in ("sketch", "quickdraw"):
-        red, green, blue = (band.tobytes() for band in images[domain].split())
-        assert red == green == blue, f"{domain} is not grey"
-        assert 0 < sum(v < 128 for v in red) < 96 * 96 / 2, f"{domain} is not dark on white"
-
-
-@pytest.mark.parametrize("domain", DOMAINS)
-def test_seed_decides_the_picture(domain):
-    first, second, again = draw("horse", domain, 1), draw("horse", domain, 2), draw("horse", domain, 1)
-    assert first.tobytes() == again.tobytes()
-    assert ImageChops.difference(first, second).getbbox() is not None
 
 
 def test_no_two_images_of_a_class_are_equal():
@@ -123,19 +104,6 @@ def test_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(toy, "draw", draw)
     assert len(list(write_dataset(tmp_path / "data", **settings).rglob("*.png"))) == 8
-
-
-def test_a_faster_twin_is_accepted(tmp_path, monkeypatch):
-    settings = dict(classes=("owl",), domains=("sketch",), per_class=1, size=64)
-
-    def overtaken(*arguments):
-        monkeypatch.setattr(toy, "draw", draw)
-        write_dataset(tmp_path / "data", **settings)
-        return draw(*arguments)
-
-    monkeypatch.setattr(toy, "draw", overtaken)
-    root = write_dataset(tmp_path / "data", **settings)
-    assert [p.name for p in tmp_path.iterdir()] == ["data"] and json.loads((root / "toy.json").read_text())["per_class"] == 1
 
 
 def test_contact_sheet(tmp_path):

@@ -12,7 +12,7 @@ from ucdr_ref.config import resolve
 from ucdr_ref.data.benchmarks import build_protocol
 from ucdr_ref.demo import pretrain
 from ucdr_ref.demo.drawing import CLASSES, DOMAINS, SPLIT, draw, write_dataset
-from ucdr_ref.demo.pretrain import CAPTIONS, SHAPE, colour, random_clip, sample_pair
+from ucdr_ref.demo.pretrain import CAPTIONS, SHAPE, random_clip, sample_pair
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights" / "demo-clip.pt"
 
@@ -26,11 +26,6 @@ def test_pairs_are_reproducible_and_uneven():
     drawn = sum(any(word in text for word in ("sketch", "drawing", "draw", "doodle", "scribbled")) for text in texts)
     assert drawn < 150 < sum(any(name.replace("_", " ") in text for name in CLASSES) for text in texts)
     assert set(CAPTIONS) == set(DOMAINS)
-
-
-def test_colours_have_names():
-    found = [colour(np.full((2, 2, 3), value)) for value in ((250, 250, 250), (10, 10, 10), (80, 150, 70))]
-    assert found == ["white", "black", "green"]
 
 
 def test_pretraining_never_draws_a_benchmark_image(monkeypatch):

@@ -74,8 +74,8 @@ class Test:
 @dataclass(frozen=True)
 class Protocol:
     root: str
-    class_names: list[str]  # in order of class id
-    domain_names: list[str]  # source domains, in order of domain id
+    class_names: list[str]  # in order of their ids
+    domain_names: list[str]  # source domains, in order of their ids
     train: Files
     validation: Test | None
     tests: list[Test]
@@ -88,10 +88,10 @@ class Protocol:
         return [self.validation, *self.tests] if self.validation else self.tests
 
     def digests(self) -> dict[str, tuple[int, str]]:
-        """Length and digest of every file list: equal where two runs use the same images."""
+        """Length and digest of every file list."""
         lists = {"train": self.train}
         for test in self.all_tests:
-            lists |= {f"{test.protocol} query": test.query}
+            lists[f"{test.protocol} query"] = test.query
             lists |= {f"{test.protocol} gallery {name}": files for name, files in test.galleries.items()}
         return {name: (len(files), files.digest(self.root)) for name, files in lists.items()}
 
@@ -129,7 +129,7 @@ def held_back(config: Config, name: str, i: int, paths: list[str]) -> list[str]:
 
 
 def ud_sample(config: Config, name: str, i: int, paths: list[str]) -> list[str]:
-    """U^dCDR's sample of a class: a quarter, or a tenth where the queries are of quickdraw."""
+    """U^dCDR's sample of a class."""
     share = UD_SHARE_QUICKDRAW if config.held_out == "quickdraw" else UD_SHARE
     if config.ud_gallery == "trained":  # D7: begins like the training draw, so all of it was trained on
         return sorted(released_order(paths, i)[:int(share * len(paths))])
@@ -141,8 +141,7 @@ def build_protocol(config: Config) -> Protocol:
     root, notes, dataset = config.data_root, list[str](), DATASETS.get(config.dataset)
     if dataset:
         if config.domains or config.class_split:
-            raise ValueError("--domains and --class-split are for --dataset folder, and this is "
-                             f"{config.dataset}; leave them out")
+            raise ValueError(f"--domains and --class-split are not for --dataset {config.dataset}")
         splits = dataset.splits()
         aliases = {domain: alias_list(f"{config.dataset}-{domain}") for domain in dataset.domains}
         tree = match(scan(root, dataset.domains, notes), notes, sum(splits.values(), []), aliases)
@@ -169,10 +168,8 @@ def build_protocol(config: Config) -> Protocol:
         tests.append(Test("UdCDR", held_out, images(held_out, first, sample), {"seen": ud_gallery}))
 
     sources = sorted(domain for domain in tree if domain != held_out)
-    trained, not_trained = Files([], [], []), set(kept.paths)
-    for domain in sources:
-        trained += images(domain, train)
-    trained = trained.keep([i for i, path in enumerate(trained.paths) if path not in not_trained])
+    trained, held = sum((images(domain, train) for domain in sources), Files([], [], [])), set(kept.paths)
+    trained = trained.keep([i for i, path in enumerate(trained.paths) if path not in held])
     present = set(trained.classes)
     names = [name for name in train if name in present]
     if len(names) < 2:
@@ -215,19 +212,16 @@ def folder_split(config: Config, tree: Tree, notes: list[str]) -> Splits:
     if not config.class_split:
         count = len(present)
         if count < 4:
-            raise ValueError(f"{config.data_root}: {count} classes cannot be split in three; give 4 or more, "
-                             "or --class-split")
+            raise ValueError(f"{config.data_root}: {count} classes cannot be split in three; give 4 or more")
         order = random.Random("0/classes").sample(present, count)
         test, val = max(1, count // 5), max(1, count // 10)
         return {"test": sorted(order[:test]), "val": sorted(order[test:test + val]),
                 "train": sorted(order[test + val:])}
     data, spelt = read_json(config.class_split), {folder_key(name): name for name in present}
     with as_value_error(f"--class-split {config.class_split}", f"does not fit {config.data_root}",
-                        "expected its class folders, each once, in lists train (or seen), val (or "
-                        "val_unseen) and test (or unseen)"):
-        splits: Splits = {}
-        for part, other in (("train", "seen"), ("val", "val_unseen"), ("test", "unseen")):
-            splits[part] = [spelt.pop(folder_key(name)) for name in data[part if part in data else other]]
+                        "expected its class folders, each once, in lists train, val and test"):
+        splits = {part: [spelt.pop(folder_key(name)) for name in data[part]]
+                  for part in ("train", "val", "test")}
     if spelt:
         notes.append(f"note     {len(spelt)} class folders are not in the class split and not used: "
                      f"{abbreviate(spelt.values(), 100)}")

@@ -29,7 +29,6 @@ from .folders import named_like
 
 # Mean and standard deviation of the training images' normalisation (D4).
 STATISTICS = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
-MAX_RATIO = 1000  # of the sides: a longer strip would be scaled to gigabytes with its short side
 WAIT_SECONDS = 120  # for the next batch of the processes that read images
 
 
@@ -57,18 +56,15 @@ class Files:
 
 
 def open_image(path: str) -> Image.Image:
-    """An image as RGB: first frame, upright, transparency over white, deep grey scaled to 8 bits.
-
-    ValueError for a file that is no readable image.
-    """
+    """An image as RGB: first frame, upright, transparency over white; ValueError where it is not readable."""
     try:
         Image.init()
         formats = [name for name in Image.OPEN if name != "EPS"]  # which Ghostscript would execute
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of size, an error where twice as large, and of broken EXIF
+            warnings.simplefilter("ignore")  # of size, twice of which is an error, and of broken EXIF
             with Image.open(path, formats=formats) as image:
-                if max(image.size) > MAX_RATIO * min(image.size):
-                    raise ValueError(f"a side is over {MAX_RATIO} times the other")
+                if max(image.size) > 1000 * min(image.size):  # scaled by its short side it takes gigabytes
+                    raise ValueError("a side is over 1000 times the other")
                 ImageOps.exif_transpose(image, in_place=True)
                 return to_rgb(image)
     except Exception as error:  # decoders raise anything on damaged files
@@ -94,10 +90,7 @@ def augment(image_size: int) -> Transform:
 
 
 def is_strokes(image: Image.Image) -> bool:
-    """Whether an RGB image is drawn in dark strokes, judged on a thumbnail of 64 x 64.
-
-    It has no colour, a light ground, at the border above all, and a little ink: thin black icons as well.
-    """
+    """Whether an RGB image has no colour, a light ground, at the border above all, and a little ink."""
     pixels = np.asarray(image.resize((64, 64), Image.Resampling.BOX)).astype(np.int16)
     grey, coloured = pixels.mean(2), np.ptp(pixels, axis=2) > 32
     border = np.concatenate([grey[0], grey[-1], grey[1:-1, 0], grey[1:-1, -1]])
@@ -136,19 +129,19 @@ class ImageDataset(Dataset):
 
 def load_batches(dataset: ImageDataset, batches: Sequence[Sequence[int]], workers: int,
                  unreadable: list[str] | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yields (indices [b], images uint8 [b, 3, H, W], inverted bool [b]) of each list of indices, on the CPU.
+    """Yields (indices [b], images uint8 [b, 3, H, W], inverted bool [b]) of each batch, on the CPU.
 
     Sentences about unreadable images are appended to `unreadable`; without that list the first such image
     raises ValueError. So does a process that reads images and is gone, or silent for WAIT_SECONDS.
     """
     workers = min(workers, len(batches))
-    # SIGINT and SIGTERM reach the workers too, but a training still finishes its step: they inherit a mask.
+    # Workers inherit the mask: SIGINT and SIGTERM reach them too, but a training still finishes its step.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     loaded: Any = iter(DataLoader(
         dataset, batch_sampler=list(map(list, batches)), num_workers=workers, collate_fn=list,
         timeout=WAIT_SECONDS if workers else 0, worker_init_fn=end_with_main))
     if workers:
-        for worker in loaded._workers:  # so that whatever ends them, at the latest this process's exit, can
+        for worker in loaded._workers:  # or neither PyTorch nor this process's exit could end them
             worker._popen.terminate = worker.kill
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
@@ -168,7 +161,7 @@ def load_batches(dataset: ImageDataset, batches: Sequence[Sequence[int]], worker
 
 
 def end_with_main(worker: int) -> None:
-    """On Linux a worker is killed when the thread that started it is gone; elsewhere it ends in seconds."""
+    """On Linux a worker is killed with the thread that started it; elsewhere it ends in seconds."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
@@ -190,9 +183,9 @@ def balanced_batches(domain_ids: Sequence[int], batch: int, seed: int, epoch: in
 def released_batches(domain_ids: Sequence[int], sampled: int, batch: int, turn: int) -> list[list[int]]:
     """The released order of the run's pass number `turn`, phase 1's passes counted first (D15).
 
-    One generator, seeded with 0 in every run, shuffles the s domains one after another. A stream takes
-    sampled // s images of each in turn, going on where the pass before stopped and from a domain's end to its
-    start, and is cut at `batch`; `sampled` is phase 2's batch in both phases.
+    One generator, seeded with 0, shuffles the s domains one after another. A stream takes sampled // s images
+    of each in turn, on from where the pass before stopped, round and round, and is cut at `batch`; `sampled`
+    is phase 2's batch in both phases.
     """
     members, share, rounds = domain_shares(domain_ids, sampled)
     generator = random.Random(0)
@@ -206,12 +199,11 @@ def released_batches(domain_ids: Sequence[int], sampled: int, batch: int, turn: 
 
 def domain_shares(domain_ids: Sequence[int], batch: int) -> tuple[dict[int, list[int]], int, int]:
     """{domain: its indices}, each domain's images in a round, rounds; ValueError for a batch below s."""
-    members: dict[int, list[int]] = {domain: [] for domain in sorted(set(domain_ids))}
-    for i, domain in enumerate(domain_ids):
-        members[domain].append(i)
+    members = {domain: [i for i, other in enumerate(domain_ids) if other == domain]
+               for domain in sorted(set(domain_ids))}
     if batch < len(members):
         raise ValueError(f"a batch of {batch} cannot hold the {len(members)} source domains; raise "
-                         f"--source-batch and --target-batch to {len(members)} or more")
+                         "--source-batch and --target-batch")
     smallest = min(map(len, members.values()))
     share = min(batch // len(members), smallest)
     return members, share, smallest // share
