@@ -81,35 +81,27 @@ def golden_clip_state_dict(config: dict) -> dict[str, Tensor]:
     return state_dict(shapes, fill, 2.6592, 2, 0.05, 0.05)
 
 
+HUGGING_FACE = {
+    "visual.transformer.resblocks": "vision_model.encoder.layers", "transformer.resblocks": "text_model.encoder.layers",
+    "attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding", "visual.conv1": "vision_model.embeddings.patch_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight", "visual.ln_pre": "vision_model.pre_layrnorm",
+    "visual.ln_post": "vision_model.post_layernorm", "visual.proj": "visual_projection.weight",
+    "text_projection": "text_projection.weight", "token_embedding": "text_model.embeddings.token_embedding",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight", "ln_final": "text_model.final_layer_norm"}
+
+
 def to_hugging_face(sd: dict[str, Tensor]) -> dict[str, Tensor]:
     """An OpenAI-named state dict under the names of Hugging Face's `CLIPModel`."""
-    names = {"visual.class_embedding": "vision_model.embeddings.class_embedding",
-             "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-             "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-             "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight", "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
-             "visual.ln_post.weight": "vision_model.post_layernorm.weight",
-             "visual.ln_post.bias": "vision_model.post_layernorm.bias",
-             "visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight",
-             "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-             "positional_embedding": "text_model.embeddings.position_embedding.weight",
-             "ln_final.weight": "text_model.final_layer_norm.weight", "ln_final.bias": "text_model.final_layer_norm.bias",
-             "logit_scale": "logit_scale"}
-    parts = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1",
-             "mlp.c_proj": "mlp.fc2"}
     out = {}
     for key, value in sd.items():
-        if key in names:
-            out[names[key]] = (value.t() if key in ("visual.proj", "text_projection") else value).contiguous()
-            continue
-        prefix, rest = key.split("transformer.resblocks.")
-        layer, part = rest.split(".", 1)
-        start = f"{'vision' if prefix else 'text'}_model.encoder.layers.{layer}."
-        if part.startswith("attn.in_proj_"):
+        for ours, theirs in HUGGING_FACE.items():
+            key = key.replace(ours, theirs)
+        if "attn.in_proj_" in key:
             for letter, rows in zip("qkv", value.chunk(3), strict=True):
-                out[f"{start}self_attn.{letter}_proj.{part.removeprefix('attn.in_proj_')}"] = rows.contiguous()
+                out[key.replace("attn.in_proj_", f"self_attn.{letter}_proj.")] = rows.contiguous()
         else:
-            module, kind = part.rsplit(".", 1)
-            out[f"{start}{parts[module]}.{kind}"] = value
+            out[key] = (value.t() if key in ("visual_projection.weight", "text_projection.weight") else value).contiguous()
     return out
 
 
