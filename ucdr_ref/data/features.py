@@ -67,8 +67,10 @@ class FeatureCache:
         if new := [i for i, path in enumerate(files.paths) if path not in self.rows]:
             batches = split_indices(len(new), EVAL_BATCH)[rank()::world_size()]  # of all domains each
             part = files.keep([new[i] for batch in batches for i in batch])
-            for indices, rows in all_gather([found[:2] for found in self.extractor.stream(part)]):
-                self.rows |= zip([part.paths[i] for i in indices], rows)
+            stream = self.extractor.stream(part)
+            named = [([part.paths[i] for i in found], rows) for found, rows, _ in stream]
+            for paths, rows in all_gather(named):
+                self.rows |= zip(paths, rows)
         return torch.stack([self.rows[path] for path in files.paths]).to(self.extractor.device)
 
 
