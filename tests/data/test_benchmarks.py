@@ -186,6 +186,8 @@ def test_drawn_split_and_given_split(tidy, tmp_path):
     assert [len(part) for part in parts] == [42, 6, 12] and len(set.union(*parts)) == 60
     split = split_file(tmp_path, train=["CLASS-1", "class 2"], val=["class_3"], test=["class 4"])
     given = protocol_of("folder", tidy["folder"], class_split=split, held_out="icon", seen="sketch")
+    split = split_file(tmp_path, seen=["CLASS-1", "class 2"], val_unseen=["class_3"], unseen=["class 4"])
+    assert protocol_of("folder", tidy["folder"], class_split=split, held_out="icon", seen="sketch") == given
     assert given.class_names == ["class 1", "class 2"] and set(given.tests[0].galleries["unseen"].classes) == {"class 4"}
     assert any("note     56 class folders are not in the class split and not used: class 0, class 10" in line
                for line in given.notes)

@@ -219,9 +219,11 @@ def folder_split(config: Config, tree: Tree, notes: list[str]) -> Splits:
                 "train": sorted(order[test + val:])}
     data, spelt = read_json(config.class_split), {folder_key(name): name for name in present}
     with as_value_error(f"--class-split {config.class_split}", f"does not fit {config.data_root}",
-                        "expected its class folders, each once, in lists train, val and test"):
-        splits = {part: [spelt.pop(folder_key(name)) for name in data[part]]
-                  for part in ("train", "val", "test")}
+                        "expected its class folders, each once, in lists train, val and test (or seen, "
+                        "val_unseen and unseen)"):
+        names = ("train", "val", "test") if "train" in data else ("seen", "val_unseen", "unseen")
+        splits = {part: [spelt.pop(folder_key(name)) for name in data[given]]
+                  for part, given in zip(("train", "val", "test"), names)}
     if spelt:
         notes.append(f"note     {len(spelt)} class folders are not in the class split and not used: "
                      f"{abbreviate(spelt.values(), 100)}")
