@@ -50,7 +50,7 @@ sys.exit(train.main(sys.argv[3:]))
 
 def uneven(world: Path, run: Path, *more: str) -> list[str]:
     """The released grouping makes batches of 7, and last ones of 1, which two processes cannot halve."""
-    return flags(world, run, "--source-batch", "7", "--target-batch", "7", "--balance", "released",
+    return flags(world, run, "--source-batch", "7", "--target-batch", "7", "--target-lr", "3e-4", "--balance", "released",
                  "--triplet-mean", "paired", "--device", "cpu", *more)
 
 

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -34,8 +35,7 @@ def run_command(run: Callable[[list[str] | None], None], argv: list[str] | None)
         except KeyboardInterrupt as stop:
             status, text = 130, str(stop)
         except (ValueError, OSError, RuntimeError) as error:
-            known = any(word in str(error) for word in ("memory", "DataLoader worker"))
-            if isinstance(error, RuntimeError) and not known:
+            if isinstance(error, RuntimeError) and not re.search("memory|DataLoader worker", str(error)):
                 raise
             status, text = 2, f"error: {one_line(error)}"
         if text:

@@ -1,4 +1,4 @@
-"""Who may import whom: clip and metrics stand alone, the methods need clip, imports are relative, there is no circle; sizes."""
+"""Who may import whom, without a circle; sizes."""
 from __future__ import annotations
 
 import ast
