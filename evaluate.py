@@ -1,6 +1,4 @@
-"""Evaluates a run folder: every protocol's table beside zero-shot CLIP, a report, JSON, CSV tables and a
-picture of ranked results.
-"""
+"""Evaluates a run folder: a table beside zero-shot CLIP, and a report, JSON, CSV and a picture of results."""
 from __future__ import annotations
 
 
@@ -14,9 +12,9 @@ def run(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
                                      epilog="A field that is not given is the run's own.")
     parser.add_argument("--run", type=Path, metavar="DIR",
-                        help="folder of a run (default: the newest demonstration)")
+                        help="run folder (default: the one below runs/ that was evaluated last)")
     parser.add_argument("--out", type=Path, metavar="DIR",
-                        help="where to write (default: the run folder)")
+                        help="where to write (default: the run folder; with --force its `forced`)")
     parser.add_argument("--force", action="store_true",
                         help="evaluate with other images or weights, or before the end; the table says so")
     parser.add_argument("--cache", type=Path, metavar="DIR", default="runs/cache",

@@ -10,9 +10,10 @@ def run(argv: list[str] | None) -> None:
     from ucdr_ref.config import add_arguments, parse
 
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
-                                     epilog="--weights without --run: zero-shot CLIP.")
+                                     epilog="A field that is not given is the run's own. --weights without "
+                                            "--run: zero-shot CLIP.")
     parser.add_argument("--run", type=Path, metavar="DIR",
-                        help="folder of a run (default: the newest demonstration)")
+                        help="run folder (default: the one below runs/ that was evaluated last)")
     parser.add_argument("--gallery", type=Path, metavar="DIR",
                         help="folder of images to search, with all below it (default: the run's gallery)")
     parser.add_argument("--query", type=Path, nargs="+", default=[], metavar="IMG",
