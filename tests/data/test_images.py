@@ -200,6 +200,14 @@ def stuck(image: Image.Image) -> torch.Tensor:
     return torch.zeros(3, 8, 8, dtype=torch.uint8)
 
 
+def test_windows_has_no_signal_masks(tmp_path, monkeypatch):
+    path = saved(tmp_path, Image.new("RGB", (8, 8)), "a.png")
+    monkeypatch.delattr(signal, "pthread_sigmask")
+    monkeypatch.setattr(sys, "platform", "win32")
+    [(indices, *_)] = load_batches(ImageDataset(Files([path], ["a"], ["b"]), resize_crop(8), ()), [[0]], 0)
+    assert indices.tolist() == [0]
+
+
 def test_a_stuck_reader_ends_in_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "WAIT_SECONDS", 1)
     begin = time.monotonic()

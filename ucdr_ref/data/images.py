@@ -136,14 +136,18 @@ def load_batches(dataset: ImageDataset, batches: Sequence[Sequence[int]], worker
     """
     workers = min(workers, len(batches))
     # Workers inherit the mask: SIGINT and SIGTERM reach them too, but a training still finishes its step.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    loaded: Any = iter(DataLoader(
-        dataset, batch_sampler=list(map(list, batches)), num_workers=workers, collate_fn=list,
-        timeout=WAIT_SECONDS if workers else 0, worker_init_fn=end_with_main))
-    if workers:
-        for worker in loaded._workers:  # or neither PyTorch nor this process's exit could end them
-            worker._popen.terminate = worker.kill
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if sys.platform != "win32":
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        loaded: Any = iter(DataLoader(
+            dataset, batch_sampler=list(map(list, batches)), num_workers=workers, collate_fn=list,
+            timeout=WAIT_SECONDS if workers else 0, worker_init_fn=end_with_main))
+        if workers:
+            for worker in loaded._workers:  # or neither PyTorch nor this process's exit could end them
+                worker._popen.terminate = worker.kill
+    finally:
+        if sys.platform != "win32":
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
         for items in loaded:
             sentences = [item for item in items if isinstance(item, str)]
