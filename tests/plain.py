@@ -26,11 +26,11 @@ def unit(x: Tensor) -> Tensor:
 
 
 def attention(block: Block, x: Tensor, mask: Tensor | float) -> Tensor:
-    """softmax(Q K^T / sqrt(w / heads) + mask) V for all tokens: x [b, L, w] -> [b, L, w]."""
+    """softmax(Q K^T / sqrt(64) + mask) V for all tokens, heads of width 64: x [b, L, w] -> [b, L, w]."""
     attn, (b, length, width) = block.attn, x.shape
     stacked = x @ attn.in_proj_weight.T + attn.in_proj_bias
-    q, k, v = (part.reshape(b, length, attn.heads, -1).transpose(1, 2) for part in stacked.chunk(3, dim=-1))
-    weights = (q @ k.transpose(2, 3) / math.sqrt(width // attn.heads) + mask).softmax(dim=-1)
+    q, k, v = (part.reshape(b, length, -1, 64).transpose(1, 2) for part in stacked.chunk(3, dim=-1))
+    weights = (q @ k.transpose(2, 3) / math.sqrt(64) + mask).softmax(dim=-1)
     y = (weights @ v).transpose(1, 2).reshape(b, length, width)
     return y @ attn.out_proj.weight.T + attn.out_proj.bias
 

@@ -65,9 +65,9 @@ def weights() -> dict[str, Tensor]:
     return tiny_state_dict(**SMALL)
 
 
-def equal(model: nn.Module, sd: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> bool:
+def equal(model: nn.Module, sd: dict[str, Tensor]) -> bool:
     found = model.state_dict()
-    return found.keys() == sd.keys() and all(torch.equal(found[key], sd[key].to(dtype)) for key in sd)
+    return found.keys() == sd.keys() and all(torch.equal(found[key], sd[key].float()) for key in sd)
 
 
 def refusal(path: Path) -> str:
@@ -85,7 +85,6 @@ def test_every_format_gives_the_same_model(form, stored, weights, tmp_path):
     sd = {key: value.to(stored) for key, value in weights.items()}
     WRITERS[form](sd, tmp_path / "any.name")
     assert equal(load_clip(tmp_path / "any.name"), sd)
-    assert equal(load_clip(tmp_path / "any.name", dtype=torch.float16), sd, torch.float16)
 
 
 @pytest.mark.parametrize("wrap", [None, "state_dict", "model_state_dict", "model"])
@@ -108,10 +107,9 @@ def test_constants_and_parameters(weights, tmp_path):
     assert all(equal(load_clip(tmp_path / name), weights) for name in "abcd")
 
 
-def test_heads(tmp_path):
+def test_a_width_without_whole_heads(tmp_path):
     torch.save(tiny_state_dict(**SMALL, vision_width=96), tmp_path / "a.pt")
     assert "width of 96 is no multiple of 64" in refusal(tmp_path / "a.pt")
-    assert load_clip(tmp_path / "a.pt", heads=2).visual.transformer.resblocks[0].attn.heads == 2
 
 
 def test_a_file_named_as_openais_has_its_digest(tmp_path, weights):

@@ -54,11 +54,11 @@ from .peers import (
 from .record import origin, read_results, write_results
 
 TEXT = dict(context_length=77, vocab_size=49408)
-BASE = dict(image_size=224, vision_width=768, vision_layers=12, vision_heads=12, embed_dim=512,
-            text_width=512, text_layers=12, text_heads=8, **TEXT)
+BASE = dict(image_size=224, vision_width=768, vision_layers=12, embed_dim=512,
+            text_width=512, text_layers=12, **TEXT)
 SHAPES = {"ViT-B/32": dict(BASE, patch=32), "ViT-B/16": dict(BASE, patch=16),
-          "tiny": dict(image_size=32, patch=8, vision_width=64, vision_layers=2, vision_heads=1, embed_dim=32,
-                       text_width=64, text_layers=2, text_heads=1, **TEXT)}
+          "tiny": dict(image_size=32, patch=8, vision_width=64, vision_layers=2, embed_dim=32,
+                       text_width=64, text_layers=2, **TEXT)}
 SIDES = {"phase1": ("ours", "plain"), "phase2": ("ours", "plain"), "encode": ("ours", "plain"),
          "passes": ("ours",), "read": ("ours", "plain"), "metrics": ("ours", "plain", "batched"),
          "search": ("ours",)}

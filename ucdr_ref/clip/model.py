@@ -1,6 +1,6 @@
 """CLIP's two transformer towers (Radford et al. 2021), under the parameter names of OpenAI's files.
 
-A method inserts tokens between `embed`, `blocks` and `pool` of the vision tower.
+A method inserts tokens between `embed` and `blocks` of the vision tower. A head is 64 wide in every model.
 """
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .linear import Linear, linear
 
 ALL = slice(None)  # tokens
+HEAD_WIDTH = 64
 
 
 class LayerNorm(nn.LayerNorm):
@@ -27,9 +28,8 @@ class LayerNorm(nn.LayerNorm):
 class Attention(nn.Module):
     """Multi-head; the rows of `in_proj` are query, key, value."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = Linear(width, width)
@@ -39,8 +39,8 @@ class Attention(nn.Module):
         w = x.shape[-1]
         q = linear(x[:, at], self.in_proj_weight[:w], self.in_proj_bias[:w])
         k, v = linear(x, self.in_proj_weight[w:], self.in_proj_bias[w:]).chunk(2, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
-        # A process may hold no image, which flash attention refused.
+        q, k, v = (part.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2) for part in (q, k, v))
+        # Flash attention refuses an empty batch, and a process may hold no image.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=causal) if len(x) else q
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
@@ -58,9 +58,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.attn, self.ln_1 = Attention(width, heads), LayerNorm(width)
+        self.attn, self.ln_1 = Attention(width), LayerNorm(width)
         self.mlp, self.ln_2 = MLP(width), LayerNorm(width)
 
     def forward(self, x: Tensor, at: slice = ALL, causal: bool = False) -> Tensor:
@@ -69,12 +69,14 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, width: int, layers: int, heads: int) -> None:
+    def __init__(self, width: int, layers: int) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        if width % HEAD_WIDTH:
+            raise ValueError(f"a width of {width} is no multiple of {HEAD_WIDTH}")
+        self.resblocks = nn.ModuleList(Block(width) for _ in range(layers))
 
     def forward(self, x: Tensor, at: slice = ALL, causal: bool = False) -> Tensor:
-        """x [b, L, w] -> its tokens `at`, the only ones that the last block computes"""
+        """x [b, L, w] -> its tokens `at`: the last block computes no others"""
         *body, last = self.resblocks
         for block in body:
             x = block(x, causal=causal)
@@ -82,14 +84,14 @@ class Transformer(nn.Module):
 
 
 class VisionTower(nn.Module):
-    def __init__(self, image_size: int, patch: int, width: int, layers: int, heads: int, e: int) -> None:
+    def __init__(self, image_size: int, patch: int, width: int, layers: int, e: int) -> None:
         super().__init__()
         self.image_size = image_size
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(1 + (image_size // patch) ** 2, width))
         self.ln_pre = LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads)
+        self.transformer = Transformer(width, layers)
         self.ln_post = LayerNorm(width)
         self.proj = nn.Parameter(torch.empty(width, e))
 
@@ -124,19 +126,19 @@ class VisionTower(nn.Module):
 class CLIP(nn.Module):
     """Both towers, uninitialised; the image tower alone when `context_length` is 0."""
 
-    def __init__(self, *, image_size: int, patch: int, embed_dim: int,
-                 vision_width: int, vision_layers: int, vision_heads: int, context_length: int = 0,
-                 vocab_size: int = 0, text_width: int = 0, text_layers: int = 0, text_heads: int = 0) -> None:
+    def __init__(self, *, image_size: int, patch: int, embed_dim: int, vision_width: int, vision_layers: int,
+                 context_length: int = 0, vocab_size: int = 0, text_width: int = 0,
+                 text_layers: int = 0) -> None:
         super().__init__()
         self.image_size, self.patch, self.embed_dim = image_size, patch, embed_dim
         self.vision_width, self.text_width, self.context_length = vision_width, text_width, context_length
-        self.visual = VisionTower(image_size, patch, vision_width, vision_layers, vision_heads, embed_dim)
+        self.visual = VisionTower(image_size, patch, vision_width, vision_layers, embed_dim)
         self.has_text = context_length > 0
         if self.has_text:
             self.logit_scale = nn.Parameter(torch.empty(()))
             self.token_embedding = nn.Embedding(vocab_size, text_width)
             self.positional_embedding = nn.Parameter(torch.empty(context_length, text_width))
-            self.transformer = Transformer(text_width, text_layers, text_heads)
+            self.transformer = Transformer(text_width, text_layers)
             self.ln_final = LayerNorm(text_width)
             self.text_projection = nn.Parameter(torch.empty(text_width, embed_dim))
 
@@ -159,37 +161,30 @@ class CLIP(nn.Module):
                              "UCDR-Adapter, --class-features prototypes")
 
     @classmethod
-    def from_state_dict(cls, sd: Mapping[str, Tensor], heads: int | None = None,
-                        dtype: torch.dtype = torch.float32) -> CLIP:
-        """The model that the shapes describe, frozen; heads: of both towers, width / 64 when None.
+    def from_state_dict(cls, sd: Mapping[str, Tensor]) -> CLIP:
+        """The model that the shapes describe, frozen, in float32.
 
-        Raises as `infer_architecture`; RuntimeError lists missing and unexpected keys and shapes.
+        Raises ValueError for another family than ViT, RuntimeError that lists missing and unexpected keys.
         """
         with torch.device("meta"):
-            model = cls(**infer_architecture(sd, heads))
-        own = {key: value.to(dtype, copy=True) for key, value in sd.items()
-               if model.has_text or key != "logit_scale"}  # of which an image tower makes no use
+            model = cls(**infer_architecture(sd))
+        own = {key: value.to(torch.float32, copy=True) for key, value in sd.items()
+               if model.has_text or key != "logit_scale"}  # an image tower does not use it
         model.load_state_dict(own, assign=True)
         return model.eval().requires_grad_(False)
 
 
-def infer_architecture(sd: Mapping[str, Tensor], heads: int | None = None) -> dict[str, int]:
-    """The arguments of `CLIP`; ValueError for another family."""
+def infer_architecture(sd: Mapping[str, Tensor]) -> dict[str, int]:
+    """The arguments of `CLIP`"""
     if "visual.proj" not in sd:
         raise ValueError("no ViT CLIP (ViT-B/32, B/16, L/14; a ResNet?): visual.proj is missing")
-
-    def head_count(width: int) -> int:
-        if heads is None and width % 64:
-            raise ValueError(f"a width of {width} is no multiple of 64: give `heads`")
-        return heads or width // 64
-
     layers = [key.split(".")[0] for key in sd if key.endswith(".ln_1.weight")]  # "visual" or "transformer"
     width, _, _, patch = sd["visual.conv1.weight"].shape
     grid = math.isqrt(len(sd["visual.positional_embedding"]) - 1)
     arch = dict(image_size=grid * patch, patch=patch, embed_dim=sd["visual.proj"].shape[1],
-                vision_width=width, vision_layers=layers.count("visual"), vision_heads=head_count(width))
+                vision_width=width, vision_layers=layers.count("visual"))
     if "token_embedding.weight" in sd:
         vocabulary, width = sd["token_embedding.weight"].shape
         arch.update(context_length=len(sd["positional_embedding"]), vocab_size=vocabulary, text_width=width,
-                    text_layers=layers.count("transformer"), text_heads=head_count(width))
+                    text_layers=layers.count("transformer"))
     return arch

@@ -38,11 +38,11 @@ HUGGING_FACE = {  # part of a name -> OpenAI's, in this order
     "self_attn.": "attn.", "mlp.fc1.": "mlp.c_fc.", "mlp.fc2.": "mlp.c_proj."}
 
 
-def load_clip(path: str | Path, heads: int | None = None, dtype: torch.dtype = torch.float32) -> CLIP:
-    """CLIP, frozen, from a file of a kind that EXPECTED names.
+def load_clip(path: str | Path) -> CLIP:
+    """CLIP, frozen, in float32, from a file of a kind that EXPECTED names.
 
-    heads: of both towers; width / 64 when None. Raises FileNotFoundError; ValueError for a damaged file, one
-    of another kind, and one that bears the name of one of OpenAI's and has another digest.
+    Raises FileNotFoundError; ValueError for a damaged file, one of another kind, and one named as OpenAI's
+    with another digest.
     """
     file = check_file(path, f"; {EXPECTED}")
     digest = OPENAI_SHA256.get(file.name)
@@ -50,10 +50,10 @@ def load_clip(path: str | Path, heads: int | None = None, dtype: torch.dtype = t
         raise ValueError(f"{file} is not OpenAI's: its sha256 is {found}, not {digest}; download it again "
                          "or, if it is another model, rename it (weights/README.md)")
     try:
-        model = CLIP.from_state_dict(openai_names(read_tensors(file)), heads, dtype)
+        model = CLIP.from_state_dict(openai_names(read_tensors(file)))
         for key, value in model.state_dict().items():
             if not value.isfinite().all() or value.dim() > 1 and not value.any():
-                raise ValueError(f"{key} is all zero or not finite in {dtype}: an unfinished download?")
+                raise ValueError(f"{key} is all zero or not finite: an unfinished download?")
     except Exception as error:  # a broken file can make a parser raise anything
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, pickle.UnpicklingError):  # PyTorch's message advises to trust the file

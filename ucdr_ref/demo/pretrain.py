@@ -27,8 +27,8 @@ from ..clip.zero_shot import CLIP_MEAN, CLIP_STD
 from .drawing import CLASSES, DOMAINS, draw
 
 SIZE = 96
-SHAPE = dict(image_size=SIZE, patch=16, vision_width=128, vision_layers=4, vision_heads=2, embed_dim=64, context_length=77,
-             vocab_size=49408, text_width=64, text_layers=3, text_heads=1)  # 9 MB in half precision, most of it the vocabulary
+SHAPE = dict(image_size=SIZE, patch=16, vision_width=128, vision_layers=4, embed_dim=64, context_length=77,
+             vocab_size=49408, text_width=64, text_layers=3)  # 9 MB in half precision, most of it the vocabulary
 DOMAIN_WEIGHTS = {"real": 40, "painting": 14, "clipart": 13, "infograph": 13, "sketch": 11, "quickdraw": 9}
 CHALK = 0.35  # share of the strokes that are white on black, as on a blackboard
 COLOURS = {"black": (30, 30, 30), "grey": (128, 128, 128), "white": (235, 235, 235), "red": (190, 70, 60), "brown": (130, 95, 65),
