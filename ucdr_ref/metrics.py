@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 MEMORY_BUDGET = 2**26  # bytes of a chunk
-BYTES_PER_PAIR = 48  # of a ranked pair: distance, keys, hits, precisions
+BYTES_PER_PAIR = 48  # that ranking takes: distance, keys, hits, precisions
 SPARE = 16  # candidates of a search beyond k
 
 
@@ -23,7 +23,7 @@ def retrieval(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labe
               k: int = 200) -> dict[str, Any]:
     """Rank the gallery [g, e] for every query [q, e], on the queries' device; labels [q], [g] are integers.
 
-    Returns, for k = 200:
+    Returns, where k = 200:
       `mAP@200`, `mAP@200/relevant`, `Prec@200`, `mAP@all`, `Prec@100`: means over all queries, in 0..1
       `AP`: AP@k of each query, float64 [q] on the CPU
       `per_class`, `per_class@all`: {label: mean of AP@k, of AP@g, over the class's queries}
@@ -56,10 +56,10 @@ def retrieval(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labe
 
 
 def _rank(distances: Tensor) -> Tensor:
-    """Gallery indices by (distance, index), of float32 distances [q, g], none negative."""
+    """float32 distances [q, g], none negative -> gallery indices [q, g] by (distance, index)"""
     if distances.device.type != "cpu":
         return distances.sort(dim=1, stable=True).indices
-    # Integers, a distance's bits above its index's: numpy sorts them several times as fast as floats.
+    # Keys are integers, a distance's bits above its index: numpy sorts them several times as fast as floats.
     keys = distances.view(torch.int32).long() << 32 | torch.arange(distances.shape[1])
     return torch.from_numpy(np.sort(keys.numpy(), axis=1)) & 0xFFFFFFFF
 
@@ -67,7 +67,7 @@ def _rank(distances: Tensor) -> Tensor:
 def average_precision(hits: Tensor, relevant: Tensor | None = None) -> Tensor:
     """AP@k = sum over hits i <= k of (hits up to i) / i, over a divisor: hits [..., k] -> [...] float64.
 
-    The divisor is the number of hits, or min(relevant, k), given the number of relevant items [...].
+    The divisor is the number of hits or, where `relevant` [...] counts relevant items, min(relevant, k).
     """
     count = hits.sum(-1) if relevant is None else relevant.clamp(max=hits.shape[-1])
     ranks = torch.arange(1, hits.shape[-1] + 1, device=hits.device, dtype=torch.int32)
@@ -76,7 +76,7 @@ def average_precision(hits: Tensor, relevant: Tensor | None = None) -> Tensor:
 
 
 def class_means(values: Tensor, labels: Tensor) -> dict[int, float]:
-    """{label: mean of values [q] where labels [q] are that}, labels ascending."""
+    """{label: mean of its values}, labels ascending, for values [q] and labels [q]"""
     classes, position, count = labels.to(values.device).unique(return_inverse=True, return_counts=True)
     sums = values.new_zeros(len(classes)).index_add_(0, position, values)
     return dict(zip(classes.tolist(), (sums / count).tolist()))
@@ -89,28 +89,28 @@ def search(query: Tensor, gallery: Tensor | np.ndarray, k: int,
     query [q, e]; gallery [g, e], perhaps a memory map; norms [g]: its `squared_norms`, if kept. Returns
     Euclidean distances [q, min(k, g)] and indices. Raises ValueError as `retrieval`.
 
-    A float32 scan keeps k + 16 candidates and their float64 distances decide: exact, unless more than 16
-    other rows (copies count) are as near as the k-th within float32's rounding of |g|^2 - 2 q.g.
+    Scores |g|^2 - 2 q.g in float32 give k + 16 candidates, whose float64 distances decide: exact, unless more
+    than 16 other rows (copies count) are as near as the k-th within a score's rounding.
     """
     query, gallery = (x.cpu() for x in _checked(query, gallery, k))
     squared_norms(query, "query")
     norms = squared_norms(gallery) if norms is None else norms
     (q, e), k = query.shape, min(k, len(gallery))
-    right, worst = -2 * query.float().T, torch.zeros(q)
+    factor, worst = -2 * query.float().T, torch.zeros(q)  # worst [q]: score of the worst candidate
     scores, indices = torch.empty(q, 0), torch.empty(q, 0, dtype=torch.long)
     chunk = max(k + SPARE, MEMORY_BUDGET // (4 * (e + 16 * q)))
     for start in range(0, len(gallery), chunk):
         rows = gallery[start : start + chunk].float()
-        beyond = (rows @ right).add_(norms[start : start + chunk, None]).sub_(worst)
-        # rows [n] nearer than the worst candidate of a query; the first chunk has nothing to beat
+        beyond = (rows @ factor).add_(norms[start : start + chunk, None]).sub_(worst)
+        # rows [n] nearer than some query's worst candidate; those of the first chunk have nothing to beat
         near = (beyond.amin(1) < 0).nonzero()[:, 0] if start else torch.arange(len(rows))
         scores = torch.cat([scores, (beyond[near] + worst).T], 1)
         indices = torch.cat([indices, (near + start).expand(q, -1)], 1)
         scores, kept = scores.topk(min(k + SPARE, scores.shape[1]), dim=1, largest=False, sorted=False)
         indices, worst = indices.gather(1, kept), scores.amax(1)
     indices = indices.sort(dim=1).values
-    squares = torch.stack([(gallery[near].double() - one).square().sum(1)
-                           for one, near in zip(query.double(), indices)])
+    squares = torch.stack([(gallery[found].double() - one).square().sum(1)
+                           for one, found in zip(query.double(), indices)])
     squares, order = squares.float().sort(dim=1, stable=True)
     return squares[:, :k].sqrt(), indices.gather(1, order)[:, :k]
 
@@ -128,8 +128,6 @@ def squared_norms(rows: Tensor | np.ndarray, name: str = "gallery") -> Tensor:
 
 def _checked(query: Tensor, gallery: Tensor | np.ndarray, k: int) -> tuple[Tensor, Tensor]:
     query, gallery = torch.as_tensor(query).detach(), torch.as_tensor(gallery).detach()
-    if query.device.type == "mps":  # which has no float64
-        query = query.cpu()
     if k < 1:
         raise ValueError(f"k must be at least 1; got {k}.")
     if query.ndim != 2 or gallery.shape[1:] != query.shape[1:] or not query.numel() or not gallery.numel():
@@ -142,8 +140,8 @@ def zero_shot_accuracy(predicted: Tensor, labels: Tensor, unseen: Tensor) -> dic
     """ZSL and generalised ZSL accuracy, in 0..1, for labels [b] and the ids of unseen classes.
 
     predicted [b, 2]: each image's best class among all, and among the unseen ones. `zsl`: unseen-class images
-    among unseen classes; `unseen`, `seen`: images of these classes among all; `h` = 2US / (U + S). Under
-    `instance` averaged over images, under `class` over classes with images; NaN where there is none.
+    among unseen classes; `unseen`, `seen`: images of these classes among all; `h` = 2US / (U + S). `instance`
+    averages over images, `class` over classes with images; NaN where there is none.
     """
     labels = labels.cpu()
     hits, of_unseen = (predicted.cpu() == labels[:, None]).double(), torch.isin(labels, unseen.cpu())

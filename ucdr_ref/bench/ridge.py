@@ -18,7 +18,7 @@ from ..experiments.classification import features_of, scan_folder
 from ..experiments.experiment import restore
 from ..metrics import zero_shot_accuracy
 from ..sre.adapter import SRECLIP
-from ..sre.graph import parse_graph
+from ..sre.graph import Graph
 from ..ucdr.closed_form import center
 
 FOLDS = 5
@@ -86,7 +86,7 @@ def compare(folder: Path, cache: Path, centered: bool = False) -> dict[str, dict
     """
     config, method, state = restore(folder, {}, torch.device("cpu"))
     assert isinstance(method, SRECLIP)
-    graph, unseen = parse_graph(state["graph"]), state["unseen_ids"]
+    graph, unseen = Graph(**state["graph"]), state["unseen_ids"]
     seen = set(range(graph.classes)) - set(unseen)
     sources = [scan_folder("--source", root, graph, seen) for root in config.source]
     source = features_of(sources, method.clip, config, cache)

@@ -1,8 +1,8 @@
 """CLIP's byte-pair tokenizer (Radford et al. 2021, section 2.4) on the standard library; OpenAI's merges.
 
-OpenAI's cleans text with `ftfy` and splits it with `regex`. Without them mojibake ("cafÃ©"), colour codes of
-terminals, entities in capitals ("&EACUTE;") and those escaped more than three times stay as they are, and
-letters and numbers younger than the running Python's Unicode table count as symbols.
+OpenAI's cleans text with `ftfy` and splits it with `regex`. Without them mojibake ("cafÃ©"), terminals'
+colour codes, and HTML entities in capitals or escaped more than three times stay; letters and numbers younger
+than Python's Unicode table count as symbols.
 """
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 MERGES = Path(__file__).with_name("bpe_merges.txt.gz")
 START, END = "<|startoftext|>", "<|endoftext|>"
 
-# They win over the runs below.
+# _WHOLE matches text and wins; _RUN matches the kinds of its characters.
 _WHOLE = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)", re.IGNORECASE)
 _RUN = re.compile("L+|N|S+")
 _ENTITY = re.compile("&#?[0-9A-Za-z]{1,24};")
@@ -63,7 +63,7 @@ def _clean(text: str) -> str:
 
 def _kind(char: str) -> str:
     """`L` letter, `N` number, ` ` separator, `S` anything else."""
-    if char in " \u0345":  # CLIP's pattern ignores case, so U+0345 folds to a letter, and is none
+    if char in " \u0345":  # CLIP's pattern, which ignores case, finds no kind for U+0345
         return " "
     category = unicodedata.category(char)[0]
     return category if category in "LN" else "S"

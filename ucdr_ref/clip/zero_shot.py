@@ -43,15 +43,11 @@ def class_to_text(name: str) -> str:
     return name.replace("_", " ")
 
 
-def check_names(names: Sequence[str]) -> None:
-    if isinstance(names, str) or not len(names):
-        raise ValueError(f"names are {names!r}, not a list of one or more")
-
-
 def class_text_features(clip: CLIP, class_names: Sequence[str]) -> Tensor:
-    """L2-normalised features [c, e] of "a photo of a {name}"; ValueError without a text tower or names."""
+    """L2-normalised features [c, e] of "a photo of a {name}"; ValueError without text tower or names."""
     clip.require_text()
-    check_names(class_names)
+    if isinstance(class_names, str) or not class_names:
+        raise ValueError(f"class names are {class_names!r}, not a list of one or more")
     ids = tokenize([f"a photo of a {class_to_text(name)}" for name in class_names], clip.context_length)
     with torch.no_grad():
         features = [clip.encode_text(part.to(clip.logit_scale.device)) for part in ids.split(256)]
@@ -69,6 +65,6 @@ class ZeroShot(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """images [b, 3, H, W] -> features [b, e], L2-normalised unless asked otherwise (D18)."""
+        """images [b, 3, H, W] -> features [b, e]"""
         features = self.clip.encode_image(images).float()
-        return F.normalize(features, dim=-1) if self.normalized else features
+        return F.normalize(features, dim=-1) if self.normalized else features  # D18

@@ -23,7 +23,7 @@ from ..data.folders import abbreviate
 from ..distributed import one_process
 from ..metrics import zero_shot_accuracy
 from ..sre.adapter import EPOCH, SRECLIP, Batch, test_batches
-from ..sre.graph import Graph, load_graph, node_vectors, normalized_adjacency, parse_graph
+from ..sre.graph import Graph, load_graph, node_vectors, normalized_adjacency
 from ..sre.wordnet import unseen_classes
 from ..training import PhaseData
 from .report import ACCURACIES
@@ -73,7 +73,7 @@ def load_data(config: Config) -> tuple[Config, Data]:
 
 def test_data(config: Config, state: dict[str, Any]) -> Data:
     """What a run is evaluated on: the graph it was trained with, and the target images."""
-    graph = parse_graph(state["graph"])
+    graph = Graph(**state["graph"])
     return Data(graph, state["unseen_ids"], [], scan_folder("--target", config.target, graph))
 
 
@@ -111,7 +111,7 @@ def describe(config: Config, data: Data, method: SRECLIP) -> list[str]:
 
 def build_method(config: Config, clip: CLIP, state: dict[str, Any]) -> SRECLIP:
     """A new method of `Data.classes`, drawn from torch's global generator; a checkpoint's, still to load."""
-    graph = parse_graph(state["graph"])
+    graph = Graph(**state["graph"])
     vectors = (state["method"]["class_vectors"] if "method" in state
                else node_vectors(graph, clip, config.class_vectors))
     adjacency = normalized_adjacency(graph.edges, len(graph.ids))

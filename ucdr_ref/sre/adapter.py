@@ -1,7 +1,4 @@
-"""SRE-CLIP: image adapter and graph head over frozen CLIP features.
-
-`b` batch, `e` CLIP embedding, `h` adapter width, `c` classes, `N` graph nodes, `w` width of a class vector.
-"""
+"""SRE-CLIP: image adapter and graph head over frozen CLIP features."""
 from __future__ import annotations
 
 import math
@@ -66,8 +63,8 @@ class GCN(nn.Module):
 class TargetBank(nn.Module):
     """The last `size` target features, in a ring.
 
-    ring "released" (S7): whole batches of at most `batch`, so it may outgrow `size`; the pointer returns to 0
-    when the next batch would pass `size`, and rows behind it go stale.
+    ring "released" (S7): only whole batches, of at most `batch` rows. The first round may end beyond `size`;
+    later the pointer returns to 0 where a batch would, and the rows behind it go stale.
     """
 
     store: Tensor  # [capacity, h]
@@ -102,7 +99,7 @@ class TargetBank(nn.Module):
             pointer = end % size
         else:  # S7
             self.store[start:end] = x
-            latest = size - len(x) if self.full else size - 1  # start of the next batch
+            latest = size - len(x) if self.full else size - 1  # where the next batch may start
             pointer = end if end <= latest else 0
         self.count.fill_(max(int(self.count), min(end, len(self.store))))
         self.pointer.fill_(pointer)
@@ -112,7 +109,7 @@ class SRECLIP(nn.Module):
     """Frozen CLIP features x -> adapter -> x^; class graph -> graph head -> E; logits P = x^ E^T.
 
     class_names [c]; class_vectors X [N, w], classes first, rows L2-normalised; adjacency Â [N, N];
-    unseen_ids: classes without labelled images. Raises ValueError for none, all, or other than classes.
+    unseen_ids: classes without labelled images. Raises ValueError unless some are unseen, and not all.
     """
 
     PHASES: tuple[str, ...] = ("sre",)
@@ -126,7 +123,7 @@ class SRECLIP(nn.Module):
         super().__init__()
         self.clip, self.options, self.class_names = clip.requires_grad_(False), options, list(class_names)
         c, unseen = len(class_names), torch.as_tensor(unseen_ids, dtype=torch.long)
-        if not 0 < len(unseen) < c or not 0 <= unseen.min() <= unseen.max() < c:
+        if not (0 < len(unseen) < c and 0 <= unseen.min() <= unseen.max() < c):
             raise ValueError(f"unseen_ids: expected indices of one or more of the {c} classes, not of all")
         h = options.sre_hidden
         self.adapter = ImageAdapter(clip.embed_dim, h)
@@ -201,24 +198,24 @@ class SRECLIP(nn.Module):
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
-        """CLIP features [b, e] -> class logits P [b, c]; call `eval()` first (dropout)."""
+        """CLIP features [b, e] -> class logits P [b, c], after `eval()` (dropout)"""
         return self.encode_features(features) @ self.class_embeddings().T / self.options.sre_temperature
 
     @torch.no_grad()
     def encode_features(self, features: Tensor) -> Tensor:
-        """CLIP features [b, e], not normalised -> adapted ones [b, h], L2-normalised."""
+        """CLIP features [b, e], not normalised -> adapted ones [b, h], L2-normalised"""
         return F.normalize(self.adapter(features, self.options.test_attention == "alone"), dim=1)  # S2
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """images [b, 3, H, W] -> adapted features [b, h], L2-normalised."""
+        """images [b, 3, H, W] -> the same"""
         return self.encode_features(self.clip.encode_image(images).float())
 
 
 def test_batches(labels: Tensor, unseen: Sequence[int], released: bool, size: int) -> Sequence[Tensor]:
-    """Rows that pass at once: `size` in order; released (S2), unseen and seen classes apart, by class."""
+    """Rows that pass at once: `size` in order, or released: 512 in order of class, unseen classes first"""
     if not released:
         return torch.arange(len(labels)).split(size)
-    by_class = labels.argsort(stable=True)
+    by_class = labels.argsort(stable=True)  # S2
     of_unseen = torch.isin(labels[by_class], torch.tensor(unseen))
     return by_class[of_unseen].split(512) + by_class[~of_unseen].split(512)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from ..clip.zero_shot import class_text_features
 
 @dataclass(frozen=True)
 class Graph:
-    """N nodes, the c classes first; the file is a JSON object of these fields."""
+    """N nodes, the c classes first; a file is a JSON object of these fields."""
 
     ids: list[str]  # WordNet's, `n` and eight digits
     names: list[str]  # of a class as its list gives it, of an ancestor its first lemma
@@ -44,18 +43,15 @@ def load_graph(path: str | Path) -> Graph:
     advice = "; build it with python -m ucdr_ref.sre.wordnet"
     text = read_text(path, advice)
     try:
-        return parse_graph(json.loads(text))
+        fields = json.loads(text)
+        fields["edges"] = [(child, parent) for child, parent in fields["edges"]]
+        graph = Graph(**fields)
+        nodes = len(graph.ids)
+        inside = all(0 <= node < nodes for node in chain(*graph.edges))
+        if not (inside and nodes == len(graph.names) == len(graph.lemmas) >= graph.classes > 0):
+            raise ValueError
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path} is not a whole class graph{advice}") from None
-
-
-def parse_graph(fields: dict[str, Any]) -> Graph:
-    """A Graph from its JSON object; raises KeyError, TypeError or ValueError."""
-    graph = Graph(**{**fields, "edges": [(child, parent) for child, parent in fields["edges"]]})
-    nodes = len(graph.ids)
-    inside = all(0 <= node < nodes for node in chain(*graph.edges))
-    if not (inside and nodes == len(graph.names) == len(graph.lemmas) >= graph.classes > 0):
-        raise ValueError("fields that do not fit each other")
     return graph
 
 
@@ -73,7 +69,7 @@ def node_vectors(graph: Graph, clip: CLIP, source: str = "clip") -> Tensor:
 
     source "clip": text features of "a photo of a {name}" for every node; "clip-classes": of the classes, and
     for an ancestor the mean over the classes below it; else a file of word vectors.
-    Raises ValueError for a node without a vector, and for two classes with identical vectors and parents.
+    Raises ValueError for a node without a vector, and two classes with identical vectors and parents.
     """
     c, names = graph.classes, graph.names
     if source == "clip":
@@ -103,7 +99,7 @@ def with_ancestors(vectors: Tensor, graph: Graph) -> Tensor:
     parents, below = parents_of(graph), [list[int]() for _ in graph.ids]
     for k in range(graph.classes):
         above = [k]
-        for node in above:  # grows: the class and all its ancestors
+        for node in above:  # grows to the class and all its ancestors
             above += [parent for parent in parents[node] if parent not in above]
             below[node].append(k)
     x = F.normalize(torch.stack([vectors[classes].mean(dim=0) for classes in below]), dim=1)
@@ -114,8 +110,8 @@ def with_ancestors(vectors: Tensor, graph: Graph) -> Tensor:
 def read_vectors(path: str | Path, graph: Graph) -> Tensor:
     """X [N, w] from GloVe-style text, `word v1 v2 ...` a line, words in lower case.
 
-    A node's vector is that of its WordNet id, or else the mean over its lemmas, each the mean over its words,
-    as far as they are found, else 0. Raises FileNotFoundError, or ValueError for a malformed line.
+    A node's vector is that of its WordNet id, else the mean over its lemmas, of which each is the mean over
+    its words that are found, else 0. Raises FileNotFoundError, or ValueError for a malformed line.
     """
     nodes = [[canonical(lemma).split() for lemma in lemmas] for lemmas in graph.lemmas]
     wanted = {*graph.ids, *chain(*chain(*nodes))}
@@ -126,9 +122,10 @@ def read_vectors(path: str | Path, graph: Graph) -> Tensor:
         for number, line in enumerate(lines, start=1):
             word, _, values = line.partition(" ")
             if word in wanted:
-                width = width or len(values.split()) or 1
+                numbers = values.split()
+                width = width or len(numbers) or 1
                 try:
-                    table[word] = torch.tensor([float(value) for value in values.split()]).view(width)
+                    table[word] = torch.tensor([float(value) for value in numbers]).view(width)
                 except (ValueError, RuntimeError):
                     raise ValueError(f"{path}, line {number}: not a word and {width} numbers") from None
 

@@ -14,15 +14,15 @@ def relation_structure(class_vectors: Tensor, embeddings: Tensor, permutation: T
 
     Mean over { D0(a, u) < D0(a, v) } of relu(D(a, u) - D(a, v)), 0 when there is none. D0, D: Euclidean
     distances between class vectors [c, w] and between embeddings E [c, h]; a: every class; (u, v): classes at
-    positions (i, j) of `permutation` [c] with i + j <= k - 1, k = c. Where these c k^2 / 2 triples pass
-    `limit` (beyond 256 classes), k is lowered, to pairs of a random k classes with the same expectation (S8).
+    positions (i, j) of `permutation` [c] with i + j <= k - 1, k = c. That makes c k^2 / 2 triples (a, u, v);
+    where they pass `limit` (beyond 256 classes), k is lowered: the pairs are a sample (S8).
     """
     c = len(permutation)
     k = c if c ** 3 <= 2 * limit else max(2, int((2 * limit / c) ** 0.5))  # S8
     exact = "donot_use_mm_for_euclid_dist"  # a matrix product would blur small distances and ties
     d0, d = (torch.cdist(x, x[permutation[:k]], compute_mode=exact) for x in (class_vectors, embeddings))
     position = torch.arange(k, device=permutation.device)
-    # S1: pairs of two columns, where the released index takes D's diagonal.
+    # S1: the released code takes D's diagonal in place of these pairs of columns.
     i, j = (position[:, None] + position < k).nonzero().unbind(dim=1)
     nearer = d0[:, i] < d0[:, j]
     violation = F.relu(d[:, i] - d[:, j]) * nearer

@@ -29,7 +29,7 @@ class Options:
     sre_report: Annotated[
         Literal["last", "best-test"],
         "S6: the last iteration, or each metric's maximum over evaluations on test images"] = "last"
-    bank_ring: Annotated[Literal["exact", "released"], "S7: target bank"] = "exact"
+    bank_ring: Annotated[Literal["exact", "released"], "S7: ring of the target bank"] = "exact"
     structure_classes: Annotated[
         int, (0, inf), "S8: classes in the structure loss; 0: all, the released code takes the first 100"] = 0
 

@@ -72,7 +72,7 @@ def read_classes(path: str | Path) -> list[ClassLine]:
 
 
 def unseen_classes(graph: Graph, path: str | Path) -> list[int]:
-    """The graph's classes, by index, that a file's lines name and do not mark `seen`; raises ValueError"""
+    """Indices of the graph's classes that a file's lines name, without those marked `seen`; ValueError"""
     names = [canonical(name) for name in graph.names[:graph.classes]]
     index = {name: k for k, name in enumerate(names) if names.count(name) == 1}
     index |= {synset: k for k, synset in enumerate(graph.ids[:graph.classes])}
@@ -85,8 +85,8 @@ def unseen_classes(graph: Graph, path: str | Path) -> list[int]:
 def build_graph(wordnet: WordNet, classes: list[ClassLine]) -> Graph:
     """The classes in their order, then their ancestors breadth-first, hypernyms in the order of their lemmas.
 
-    A class without an id is its name's first sense. Raises ValueError for classes not found, of a first sense
-    without hypernym, or of one synset.
+    A class without an id is its name's first sense. Raises ValueError for classes not found or listed twice,
+    and a first sense without hypernym.
     """
     number: dict[str, int] = {}  # of a node
     refused = []

@@ -41,19 +41,22 @@ class ClassQueues(nn.Module):
     def push(self, features: Tensor, class_ids: Tensor) -> None:
         """features [b, e] enter their queues in batch order; the oldest leave."""
         features = torch.cat([self.features, features.to(self.features.dtype)])
-        labels, order = torch.cat([self.labels, class_ids]).sort(stable=True)
+        labels, order = torch.cat([self.labels, class_ids]).sort(stable=True)  # by class, the oldest first
         ends = torch.searchsorted(labels, labels, right=True)
-        from_newest = ends - torch.arange(len(labels), device=labels.device)  # the newest is 1
-        labels, kept = torch.where(from_newest <= self.size, labels, self.c).sort(stable=True)
+        age = ends - torch.arange(len(labels), device=labels.device)  # the newest of a class is 1
+        labels, kept = torch.where(age <= self.size, labels, self.c).sort(stable=True)  # dropped ones last
         rows = self.c * self.size
         self.features, self.labels = features[order[kept[:rows]]], labels[:rows]
 
     def draw(self, class_ids: Tensor, r: int, first: int, total: int) -> tuple[Tensor, Tensor, Tensor]:
-        """r uniform pairs I_p, I_n [b, r, e] of the images from `first` on of `total`; which have any [b]"""
+        """r uniform pairs I_p, I_n [b, r, e] of each image, and which images have one [b].
+
+        The images are those from `first` on of a batch of `total`, shared by processes.
+        """
         counts = self.counts
         own, start = counts[class_ids, None], (counts.cumsum(0) - counts)[class_ids, None]
         others = counts.sum() - own
-        # On the CPU, for the whole batch: the same pairs for any device and number of processes.
+        # Drawn on the CPU for the whole batch: the same on any device, in any number of processes.
         u = torch.rand(2, total, r, dtype=torch.float64)[:, first:first + len(class_ids)].to(own.device)
         positive, negative = start + (u[0] * own).long(), (u[1] * others).long()
         negative = torch.where(negative < start, negative, negative + own)  # skips the own queue
@@ -65,8 +68,8 @@ class UCDRAdapter(nn.Module):
     """CLIP, frozen, with text template (T), source prompts (P) and target prompt generator (A).
 
     class_names [c] and domain_names [s] of the training images; class_features [c, e] in place of text (D13).
-    Where processes share a batch, gather: own rows -> everyone's; batch_offset: own number of images ->
-    (number of the first, of all). Raises ValueError for a class name too long.
+    Where processes share a batch, gather: own rows -> those of all; batch_offset: own number of images ->
+    (position of the first, number of all). Raises ValueError for too long a class name.
     """
 
     PHASES: tuple[str, ...] = ("source", "target")
@@ -137,7 +140,7 @@ class UCDRAdapter(nn.Module):
 
     def target_features(self, images: Tensor, class_ids: Tensor | None = None,
                         domain_ids: Tensor | None = None) -> Tensor:
-        """Target encoding (G): images [b, 3, H, W] -> [b, e], not normalised; rows of ids [b] are masked."""
+        """Target encoding (G): images [b, 3, H, W] -> [b, e], not normalised; true ids [b] in training."""
         patches = self.clip.visual.embed(images)
         banks, own = (self.domain_prompts, self.class_prompts), (domain_ids, class_ids)
         if self.options.target_epochs == 0:  # phase 1 alone has no generator: the banks' means stand in
@@ -163,9 +166,10 @@ class UCDRAdapter(nn.Module):
 
     def learning_rate(self, phase: str, epoch: int, step: int) -> float:
         """Constant in phase 1; target_lr * 10^(-3 epoch / 20), at least 1e-6, in phase 2."""
+        if phase == "source":
+            return self.options.source_lr
         first = self.options.target_lr
-        decayed = max(first * 10 ** (-3 * epoch / 20), min(first, 1e-6))  # D11
-        return self.options.source_lr if phase == "source" else decayed
+        return max(first * 10 ** (-3 * epoch / 20), min(first, 1e-6))  # D11
 
     @torch.no_grad()
     def start(self, phase: str) -> None:
@@ -175,9 +179,11 @@ class UCDRAdapter(nn.Module):
 
     def step(self, batch: Batch, phase: str) -> dict[str, Tensor]:
         """Loss terms, `loss` to minimise; ValueError where start("target") is missing."""
-        if phase != "source" and not self.started:
+        if phase == "source":
+            return self.source_step(batch)
+        if not self.started:
             raise ValueError('call start("target") first')
-        return self.source_step(batch) if phase == "source" else self.target_step(batch)
+        return self.target_step(batch)
 
     def source_step(self, batch: Batch) -> dict[str, Tensor]:
         """Phase 1, source adapter learning: L-align + L-triplet"""

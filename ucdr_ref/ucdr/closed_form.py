@@ -4,6 +4,7 @@ Not published: what a trained method must be shown beside. z [n, e]: image featu
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -27,14 +28,14 @@ def center(z: Tensor, mean: Tensor | None = None) -> Tensor:
     return F.normalize(F.normalize(z.float(), dim=1) - mean, dim=1)
 
 
-def unit(z: Tensor) -> Tensor:
-    """N(z), float64"""
-    return F.normalize(z.double(), dim=1)
+def units_by_class(z: Tensor, class_ids: Tensor) -> Iterator[Tensor]:
+    """N(z) in float64 of one class after another, those without an image left out"""
+    return (F.normalize(z[class_ids == k].double(), dim=1) for k in class_ids.unique())
 
 
 def domain_mean(z: Tensor, class_ids: Tensor) -> Tensor:
     """m_d [e]: mean over the classes of one domain of the class's mean N(z)"""
-    return torch.stack([unit(z[class_ids == k]).mean(dim=0) for k in class_ids.unique()]).mean(dim=0)
+    return torch.stack([rows.mean(dim=0) for rows in units_by_class(z, class_ids)]).mean(dim=0)
 
 
 def remove(z: Tensor, mean: Tensor, subspace: Tensor) -> Tensor:
@@ -64,15 +65,16 @@ class ClosedForm(nn.Module):
 
 
 class Measured(NamedTuple):
-    mean: Tensor  # m [e]
-    subspace: Tensor  # U [e, s - 1]
+    mean: Tensor
+    subspace: Tensor
     within: Tensor  # S_w [e, e]
 
     def form(self, strength: float) -> ClosedForm:
         """With W = (S_w + lambda tr(S_w) / e I)^(-1/2), lambda = strength."""
         values, vectors = torch.linalg.eigh(self.within)
         ridge = strength * values.mean() + ROUND_OFF  # S_w = 0 where images of a class are all alike
-        return ClosedForm(self.mean, self.subspace, vectors * (values + ridge).rsqrt() @ vectors.T)
+        whitening = (vectors * (values + ridge).rsqrt()) @ vectors.T
+        return ClosedForm(self.mean, self.subspace, whitening)
 
 
 def measure(z: Tensor, class_ids: Tensor, domain_ids: Tensor, s: int) -> Measured:
@@ -85,15 +87,15 @@ def measure(z: Tensor, class_ids: Tensor, domain_ids: Tensor, s: int) -> Measure
     images = torch.bincount(domain_ids, minlength=s).tolist()
     if 0 in images:
         raise ValueError(f"source domains have {images} training images; each needs one or more")
-    of_domain = [domain_ids == d for d in range(s)]
-    means = torch.stack([domain_mean(z[rows], class_ids[rows]) for rows in of_domain])
+    own = [domain_ids == d for d in range(s)]
+    means = torch.stack([domain_mean(z[rows], class_ids[rows]) for rows in own])
     mean = means.mean(dim=0)
     _, lengths, directions = torch.linalg.svd(means - mean, full_matrices=False)  # longest first
     subspace = (directions * (lengths ** 2 > ROUND_OFF)[:, None])[: s - 1].T
 
     within = torch.zeros_like(mean.outer(mean))
-    for k in class_ids.unique():
-        a = remove(unit(z[class_ids == k]), mean, subspace)
+    for rows in units_by_class(z, class_ids):
+        a = remove(rows, mean, subspace)
         d = a - a.mean(dim=0)
         within += d.T @ d / len(z)
     return Measured(mean, subspace, within)

@@ -20,9 +20,9 @@ def triplet(f: Tensor, positives: Tensor, negatives: Tensor, valid: Tensor, marg
     """L-triplet: (1/r) sum over r pairs of max(0, D(f, I_p) - D(f, I_n) + margin), mean over the batch.
 
     f [b, e]; positives and negatives [b, r, e], drawn from the momentum queues; valid [b] is False where an
-    image has no pair yet: it adds zero. D: Euclidean distance, squared or not (D8). all_valid [total]:
-    `valid` of all processes: the mean is over the images that have a pair, as an average of the
-    processes' values weighted by their images (D17).
+    image has no pair yet: it adds zero. D: Euclidean distance, squared or not (D8). With all_valid [total],
+    `valid` of all processes, the mean is over the images that have a pair: the average of the processes'
+    values, weighted by their numbers of images, is (D17).
     """
     def distance(other: Tensor) -> Tensor:
         difference = f.unsqueeze(1) - other

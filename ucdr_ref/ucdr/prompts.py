@@ -19,7 +19,6 @@ class TextTemplate(nn.Module):
     `ctx` [m, t] is shared by all classes, N(0, 0.02^2) at the start. Raises ValueError for too long a name.
     """
 
-    ctx: nn.Parameter
     ids: Tensor  # [c, L], tokens of the prompts, padded to the longest
 
     def __init__(self, clip: CLIP, class_names: Sequence[str], m: int) -> None:
@@ -39,7 +38,7 @@ class TextTemplate(nn.Module):
         row = torch.arange(len(end), device=device)
         x = clip.token_embedding(self.ids)
         x[row[:, None], start[:, None] + torch.arange(m, device=device)] = self.ctx.to(x.dtype)
-        # Attention is causal: end-of-text, the only token read, sees nothing of the padding.
+        # Attention is causal: end-of-text does not see the padding behind it.
         x = clip.transformer(x + clip.positional_embedding[: x.shape[1]], causal=True)
         return F.normalize((clip.ln_final(x[row, end]) @ clip.text_projection).float(), dim=-1)
 
@@ -65,8 +64,8 @@ class TargetPromptGenerator(nn.Module):
     def forward(self, query: Tensor, bank: Tensor, own: Tensor | None = None) -> Tensor:
         """query I_g [b, d], bank [rows, p, d] -> one prompt token [b, 1, d].
 
-        own [b]: the row that each image must do without (phase 2): zero before W_p, so W_p's bias after it.
-        The keys take b * rows * p * d floats.
+        own [b]: the row masked for each image: zero before W_p, so W_p's bias after it. The keys then take
+        b * rows * p * d floats.
         """
         rows, p, _ = bank.shape
         keys = self.W_p(bank.flatten(0, 1)).expand(len(query), -1, -1)
