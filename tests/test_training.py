@@ -158,6 +158,16 @@ def test_a_signal_ends_a_step_which_is_saved(tmp_path, whole, number):
     same(tmp_path / "cut", whole)
 
 
+def test_a_signal_while_the_last_step_is_saved_is_not_lost(tmp_path, monkeypatch):
+    def save(state: dict, path: Path) -> None:
+        if path.name == "last.pt" and state["progress"]["epoch"] == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(training, "save_atomic", save)
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path)
+
+
 def test_a_batch_in_parts_is_the_same_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda n: torch.ones(n))  # the parts of a batch draw one after the other
     one, two = Toy(), Toy()

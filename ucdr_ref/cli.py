@@ -28,18 +28,18 @@ def run_command(run: Callable[[list[str] | None], None], argv: list[str] | None)
 
     0 done, 1 done but its output could not be printed; after one line on stderr 2 a mistake, 130 a signal.
     """
-    output, status, text = Output(sys.stdout), 0, ""
+    output, status = Output(sys.stdout), 0
     with redirect_stdout(output), redirect_stderr(Output(sys.stderr)), signals_to(interrupt):
         try:
             run(argv)
         except KeyboardInterrupt as stop:
-            status, text = 130, str(stop)
+            status = 130
+            print(stop, file=sys.stderr)
         except (ValueError, OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not re.search("memory|DataLoader worker", str(error)):
                 raise
-            status, text = 2, f"error: {one_line(error)}"
-        if text:
-            print(text, file=sys.stderr)
+            status = 2
+            print(f"error: {one_line(error)}", file=sys.stderr)
     if argv is None:
         for number in SIGNALS:  # while Python ends
             signal.signal(number, signal.SIG_IGN)
@@ -108,15 +108,17 @@ class ProgressLine:
     def __init__(self, label: str, total: int) -> None:
         self.label, self.total, self.live = label, total, sys.stderr.isatty()
         self.first: tuple[float, int] | None = None  # time and images of the first update
-        self.shown = 0.0
+        self.shown = 0.0  # when a line was
 
     def update(self, done: int, extra: str = "") -> None:
         """`done` images of the total are finished; `extra` is printed behind the time that is left."""
         now = time.monotonic()
-        start, count = self.first = self.first or (now, done)
-        if not is_main() or done == count or now - self.shown < (0.5 if self.live else 15):
+        start, before = self.first = self.first or (now, done)
+        seconds, images = now - start, done - before
+        pause = 0.5 if self.live else 15
+        if not (is_main() and seconds and images) or now - self.shown < pause:
             return
-        self.shown, rate = now, (done - count) / (now - start)
+        self.shown, rate = now, images / seconds
         left = timedelta(seconds=int((self.total - done) / rate))
         text, end = f"{self.label} {done}/{self.total} | {rate:.0f} img/s | eta {left} | {extra}", "\n"
         if self.live:
@@ -164,8 +166,8 @@ def load_state(path: str | Path) -> dict[str, Any]:
     """The dict that `save_atomic` wrote, on the CPU; ValueError for another file."""
     import torch
 
-    with as_value_error(path, "is no checkpoint of this package", "use another one, or train again"):
-        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    with as_value_error(path, "is no checkpoint of this package", "delete it and train again"):
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -174,13 +176,13 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 @contextmanager
-def as_value_error(path: object, what: str, advice: str) -> Iterator[None]:
-    """Around reading a file: whatever a broken one raises becomes one sentence."""
+def as_value_error(subject: object, what: str, advice: str) -> Iterator[None]:
+    """Whatever the block raises becomes one sentence, a ValueError."""
     try:
         yield
     except Exception as error:
         reason = f"{type(error).__name__}: {one_line(error)}"[:300]
-        raise ValueError(f"{path} {what} ({reason}); {advice}") from error
+        raise ValueError(f"{subject} {what} ({reason}); {advice}") from error
 
 
 def digest_of(content: Any) -> str:

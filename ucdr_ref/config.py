@@ -205,8 +205,3 @@ def differences(ours: Config, theirs: Config, also: Sequence[str] = ()) -> list[
     old, new = asdict(theirs), asdict(ours)
     return [f"{name}: {old[name]!r} -> {new[name]!r}" for name in FIELDS
             if name not in (*MACHINE, *also) and old[name] != new[name]]
-
-
-def changes(config: Config) -> dict[str, Any]:
-    """The fields that are not at their defaults."""
-    return {name: value for name, value in asdict(config).items() if value != FIELDS[name].default}

@@ -8,7 +8,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .cli import is_main, one_line, several_processes
+from .cli import as_value_error, is_main, several_processes
 
 JOIN_SECONDS = 60
 
@@ -35,28 +35,21 @@ def processes() -> Iterator[None]:
     if not several_processes():
         yield
         return
-    try:
+    # Numbers on the CPU go by gloo, so that they never wait for a GPU.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    with as_value_error(f"WORLD_SIZE is {os.environ['WORLD_SIZE']},", "but so many processes did not meet",
+                        "start with torchrun, or unset it"):
         store, number, total = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
-        # Numbers on the CPU go by gloo, so that they never wait for a GPU.
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=total)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but so many processes did not meet "
-                         f"({one_line(error)[:150]}); start with torchrun, or unset it") from None
     if not is_main():
         sys.stdout = open(os.devnull, "w")
     yield
     dist.destroy_process_group()  # not after an exception: others may wait, and so would this
 
 
-@contextmanager
-def exchange() -> Iterator[None]:
+def exchange() -> AbstractContextManager[None]:
     """Around an exchange: ValueError when another process is gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise ValueError(f"process {rank()} lost another one ({one_line(error)}); the same command "
-                         "goes on") from None
+    return as_value_error(f"process {rank()}", "lost another one", "the same command goes on")
 
 
 def local_shard(items: list[Any]) -> list[Any]:
@@ -101,17 +94,8 @@ def average(tensors: Sequence[Tensor], weight: int) -> None:
 
 
 def barrier() -> None:
+    """Waits for all processes."""
     all_gather([])
-
-
-@contextmanager
-def main_first() -> Iterator[None]:
-    """The block runs in the main process, and then in the others."""
-    if not is_main():
-        barrier()
-    yield
-    if is_main():
-        barrier()
 
 
 def one_process(what: str) -> None:
@@ -125,13 +109,11 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" or name.startswith("cuda") and world_size() > 1:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
+    with as_value_error(f"--device {name}", "is not usable", "take another one, or cpu"):
         device = torch.device(name)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # for what names no device, such as NCCL
         torch.ones(1, dtype=torch.float64, device=device).item()  # evaluation needs it; Apple's GPU has none
-    except Exception as error:  # drivers raise anything
-        raise ValueError(f"--device {name} is not usable ({one_line(error)[:200]})") from None
     return device
 
 

@@ -77,6 +77,8 @@ def train(method: Any, phases: Mapping[str, PhaseData], validate: Callable[[], f
             fit(method, phase, phases[phase], selecting, checkpointer)
             progress = checkpointer.progress
             checkpointer.progress = Progress(progress.phase + 1, log_bytes=progress.log_bytes)
+    if checkpointer.stopping:  # came while the last step was saved: now for who listened before
+        signal.raise_signal(checkpointer.stopping[0])
     if validate is None or not phases[method.PHASES[-1]].epochs:
         checkpointer.save_best(method)
 
@@ -143,7 +145,7 @@ class Checkpointer:
         self.stopping: list[int] = []  # signals received
         if self.last.exists():
             state = load_state(self.last)
-            with as_value_error(self.last, "is no checkpoint of a training", "name another --run"):
+            with as_value_error(self.last, "is no checkpoint of a training", "delete it and train again"):
                 self.progress, self.optimizer_state = Progress(**state["progress"]), state["optimizer"]
                 config, weights = from_dict(state["config"]), state["method"]
             check_config(from_dict(run.extra["config"]), config, self.last)

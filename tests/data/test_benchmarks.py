@@ -57,10 +57,8 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def lists(protocol: Protocol) -> list[object]:
-    parts = [protocol.train]
-    for test in protocol.all_tests:
-        parts += [test.query, *test.galleries.values()]
-    return [[(*row[1:], os.path.basename(row[0])) for row in zip(part.paths, part.classes, part.domains)] for part in parts]
+    return [[(*row[1:], os.path.basename(row[0])) for row in zip(part.paths, part.classes, part.domains)]
+            for part in protocol.lists().values()]
 
 
 PUBLISHED = [name for name, values in PRESETS.items() if values["dataset"] not in ("toy", "folder") and name != "domainnet"]
@@ -101,11 +99,11 @@ def test_splits_have_the_published_numbers_of_classes(dataset, sizes, metric, ti
     assert tuple(map(len, SPLITS[dataset].values())) == sizes and len(set(CLASSES[dataset])) == sum(sizes)
     held_out = "sketch" if dataset in ("domainnet", "toy") else "none"
     protocol = protocol_of(dataset, tidy[dataset], held_out=held_out)
-    assert protocol.class_names == SPLITS[dataset]["train"] and protocol.selected == ("unseen", metric)
+    assert protocol.class_names == SPLITS[dataset]["train"] and protocol.metric == metric
     assert set(protocol.validation.query.classes) == set(SPLITS[dataset]["val"])
     assert set(protocol.tests[0].query.classes) == set(SPLITS[dataset]["test"])
     both = protocol_of(dataset, tidy[dataset], held_out=held_out, train_classes="train+val", selection="last")  # D10
-    assert len(both.class_names) == sizes[0] + sizes[1] and both.validation is both.selected is None
+    assert len(both.class_names) == sizes[0] + sizes[1] and both.validation is both.metric is None
     with pytest.raises(ValueError, match="no validation classes .* add --selection last"):
         protocol_of(dataset, tidy[dataset], held_out=held_out, train_classes="train+val")
 
@@ -155,7 +153,8 @@ def test_released_draws_are_numpys_by_the_id_of_the_class(held_out, share, tidy)
     unseen = set(ucdr.galleries["unseen"].paths)
     assert expected == {"trained": trained, "kept": set(ucdr.galleries["mixed"].paths) - unseen, "query": set(ud.query.paths),
                         "gallery": set(ud.galleries["seen"].paths)}
-    assert protocol.validation.query == ucdr.query and protocol.selected == ("mixed", "mAP@200")  # D5
+    assert protocol.validation.query == ucdr.query and protocol.validation.galleries == {"mixed": ucdr.galleries["mixed"]}  # D5
+    assert protocol.metric == "mAP@200"
 
 
 def test_splits_depend_on_neither_the_seed_nor_the_order_of_the_folder(tidy, monkeypatch):
@@ -191,7 +190,7 @@ def test_drawn_split_and_given_split(tidy, tmp_path):
     assert given.class_names == ["class 1", "class 2"] and set(given.tests[0].galleries["unseen"].classes) == {"class 4"}
     assert any("note     56 class folders are not in the class split and not used: class 0, class 10" in line
                for line in given.notes)
-    assert given.selected is None and any("images of one class cannot choose" in line for line in given.notes)
+    assert given.metric is None and any("images of one class cannot choose" in line for line in given.notes)
     assert protocol_of("folder", tidy["folder"], domains=("sketch", "photo")).domain_names == ["photo"]
     seen = protocol_of("folder", tidy["folder"], held_out="none", seen="sketch")
     assert seen.tests[0].protocol == "UcCDR" and seen.domain_names == ["icon", "photo", "sketch"]
@@ -203,6 +202,11 @@ def test_a_folder_called_sketch_in_capitals_is_sketch(tmp_path):
     assert protocol.notes[-1] == "note     colours inverted (D14): QuickDraw, Sketch"
     without = protocol_of("folder", tmp_path, gallery="photo", stroke_domains=("none",))
     assert without.notes[-1] == "note     colours inverted (D14): of no domain"
+
+
+def test_a_name_of_capitals_is_held_out_as_it_is_given(tmp_path):
+    protocol = protocol_of("folder", own(tmp_path, domains=("Art", "Photo", "Zine")), held_out="Art")
+    assert (protocol.tests[0].query_domain, protocol.validation.query_domain) == ("Art", "Zine")
 
 
 def test_folder_names_that_are_not_utf8_are_drawn_from(tmp_path):
@@ -225,7 +229,7 @@ def test_wrong_domains_are_one_sentence(flags, tidy):
     ('{"train": ["class 1", "class 5"], "val": ["class 2"], "test": ["x"]}', "does not fit .*folder .*'x'"),
     ("[" * 100_000, "split.json"), ('{"train": 3}', "in lists train, val and test"),
     ('{"train": ["class 1"], "val": ["class 2"], "test": ["class 3"]}', "1 training classes"),
-    ('{"train": ["class 1", "class 2"], "val": ["class 3"], "test": []}', "no image left for query")])
+    ('{"train": ["class 1", "class 2"], "val": ["class 3"], "test": []}', "no image left for UCDR query, UCDR gallery unseen;")])
 def test_wrong_splits_are_explained(text, message, tidy, tmp_path):
     (tmp_path / "split.json").write_text(text)
     with pytest.raises(ValueError, match=message):

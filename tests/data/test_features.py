@@ -110,7 +110,7 @@ def test_a_broken_file_is_made_anew_with_a_notice(gallery, damage, capsys):
     path, = (gallery.parent / "cache").iterdir()
     path.write_bytes(damage(path.read_bytes()))
     index, encoded = build(gallery)
-    assert encoded == 5 and capsys.readouterr().err.count("broken index (") == 1
+    assert encoded == 5 and capsys.readouterr().err.count("broken index;") == 1
     expect_right(index, gallery)
     assert build(gallery)[1] == 0
 

@@ -41,7 +41,7 @@ def test_every_domain_is_walked_through_in_full():
 def test_both_phases_of_a_run_take_their_place_in_the_one_stream():
     domains = [name for name, size in SIZES.items() for _ in range(size)]
     files = Files([f"{i}.png" for i in range(len(domains))], ["a"] * len(domains), domains)
-    protocol = Protocol("", ["a"], sorted(SIZES), files, None, [], "real")
+    protocol = Protocol("", ["a"], sorted(SIZES), files, None, [], "real", None, [])
     config = resolve({"variant": "released", "dataset": "domainnet", "source_epochs": 2, "seed": 5})
     ids = [sorted(SIZES).index(name) for name in domains]
     clip = CLIP.from_state_dict(tiny_state_dict())

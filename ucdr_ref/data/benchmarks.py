@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -64,12 +64,6 @@ class Test:
     query: Files
     galleries: dict[str, Files]
 
-    def __post_init__(self) -> None:
-        for what, files in {"query": self.query, **self.galleries}.items():
-            if not files:
-                raise ValueError(f"{self.protocol} with queries of {self.query_domain}: no image left for "
-                                 f"{what}; add images, or change the class split")
-
 
 @dataclass(frozen=True)
 class Protocol:
@@ -77,23 +71,23 @@ class Protocol:
     class_names: list[str]  # in order of their ids
     domain_names: list[str]  # source domains, in order of their ids
     train: Files
-    validation: Test | None
+    validation: Test | None  # of one gallery
     tests: list[Test]
     gallery_domain: str
-    selected: tuple[str, str] | None = None  # gallery and metric that choose the epoch (D5); None: the last
-    notes: list[str] = field(default_factory=list)  # what was found and what is not used, for people
+    metric: str | None  # of the validation, chooses the epoch (D5); None: the last is kept
+    notes: list[str]  # what was found and what is not used, for people
 
-    @property
-    def all_tests(self) -> list[Test]:
-        return [self.validation, *self.tests] if self.validation else self.tests
+    def lists(self) -> dict[str, Files]:
+        """Every list of files by its name."""
+        found = {"train": self.train}
+        for test in [self.validation, *self.tests] if self.validation else self.tests:
+            found[f"{test.protocol} query"] = test.query
+            found |= {f"{test.protocol} gallery {name}": files for name, files in test.galleries.items()}
+        return found
 
     def digests(self) -> dict[str, tuple[int, str]]:
-        """Length and digest of every file list."""
-        lists = {"train": self.train}
-        for test in self.all_tests:
-            lists[f"{test.protocol} query"] = test.query
-            lists |= {f"{test.protocol} gallery {name}": files for name, files in test.galleries.items()}
-        return {name: (len(files), files.digest(self.root)) for name, files in lists.items()}
+        """Length and digest of every list of files."""
+        return {name: (len(files), files.digest(self.root)) for name, files in self.lists().items()}
 
 
 Choose = Callable[[str, int, list[str]], list[str]]  # (domain/class, the class's id, paths) -> some paths
@@ -112,7 +106,9 @@ def pick(tree: Tree, domain: str, classes: list[str], choose: Choose | None = No
 
 
 def draw(paths: list[str], count: int, seed: str) -> list[str]:
-    return sorted(random.Random(os.fsencode(seed)).sample(paths, count))  # folder names may not be UTF-8
+    """`count` of the paths, at least one."""
+    chance = random.Random(os.fsencode(seed))  # folder names may not be UTF-8
+    return sorted(chance.sample(paths, max(1, count)))
 
 
 def released_order(paths: list[str], i: int) -> list[str]:
@@ -125,7 +121,7 @@ def held_back(config: Config, name: str, i: int, paths: list[str]) -> list[str]:
     trained = int((1 - MIXED_GALLERY_SHARE) * len(paths))
     if config.ud_gallery == "trained":  # D7
         return sorted(released_order(paths, i)[trained:])
-    return draw(paths, max(1, len(paths) - trained), f"0/holdback/{name}")
+    return draw(paths, len(paths) - trained, f"0/holdback/{name}")
 
 
 def ud_sample(config: Config, name: str, i: int, paths: list[str]) -> list[str]:
@@ -133,7 +129,7 @@ def ud_sample(config: Config, name: str, i: int, paths: list[str]) -> list[str]:
     share = UD_SHARE_QUICKDRAW if config.held_out == "quickdraw" else UD_SHARE
     if config.ud_gallery == "trained":  # D7: begins like the training draw, so all of it was trained on
         return sorted(released_order(paths, i)[:int(share * len(paths))])
-    return draw(paths, max(1, round(share * len(paths))), f"0/ud/{name}")
+    return draw(paths, round(share * len(paths)), f"0/ud/{name}")
 
 
 def build_protocol(config: Config) -> Protocol:
@@ -161,49 +157,52 @@ def build_protocol(config: Config) -> Protocol:
     if held_out is None:
         tests = [Test("UcCDR", seen, images(seen, test), {"unseen": unseen})]
     else:
-        hold, sample, first = partial(held_back, config), partial(ud_sample, config), train[:UD_CLASSES]
+        first, hold, sample = train[:UD_CLASSES], partial(held_back, config), partial(ud_sample, config)
         kept = images(gallery, train, hold)
-        tests = [Test("UCDR", held_out, images(held_out, test), {"unseen": unseen, "mixed": unseen + kept})]
         ud_gallery = images(gallery, first, sample if config.ud_gallery == "trained" else hold)  # D7
-        tests.append(Test("UdCDR", held_out, images(held_out, first, sample), {"seen": ud_gallery}))
+        tests = [Test("UCDR", held_out, images(held_out, test), {"unseen": unseen, "mixed": unseen + kept}),
+                 Test("UdCDR", held_out, images(held_out, first, sample), {"seen": ud_gallery})]
 
     sources = sorted(domain for domain in tree if domain != held_out)
-    trained, held = sum((images(domain, train) for domain in sources), Files([], [], [])), set(kept.paths)
-    trained = trained.keep([i for i, path in enumerate(trained.paths) if path not in held])
+    trained, held = Files([], [], []), set(kept.paths)
+    for domain in sources:
+        files = images(domain, train)
+        trained += files.keep([i for i, path in enumerate(files.paths) if path not in held])
     present = set(trained.classes)
     names = [name for name in train if name in present]
     if len(names) < 2:
         raise ValueError(f"{root}: {len(names)} training classes have images; give two or more")
 
-    validation, selected = None, None
-    if config.selection != "last":
-        validation = tests[0]
-        if config.selection == "validation":
-            validation = Test("validation", seen, images(seen, val), {"unseen": images(gallery, val)})
-        chosen = "mixed" if "mixed" in validation.galleries else "unseen"  # D5
-        validation = replace(validation, galleries={chosen: validation.galleries[chosen]})
-        if len(set(validation.galleries[chosen].classes)) > 1:
-            selected = chosen, dataset.metric if dataset else "mAP@200"
-        else:
-            notes.append("note     validation images of one class cannot choose: the last epoch is kept")
+    validation, metric = None, None
+    if config.selection == "validation":
+        validation = Test("validation", seen, images(seen, val), {"unseen": images(gallery, val)})
+    elif config.selection == "test":
+        chosen = "mixed" if held_out else "unseen"  # D5
+        validation = replace(tests[0], galleries={chosen: tests[0].galleries[chosen]})
+    if validation and len(set(validation.query.classes)) > 1:
+        metric = dataset.metric if dataset else "mAP@200"
+    elif validation:
+        notes.append("note     validation images of one class cannot choose: the last epoch is kept")
     inverted = ", ".join(named_like(tree, config.stroke_domains)) or "of no domain"
     notes.append(f"note     colours inverted (D14): {inverted}")
-    return Protocol(root, names, sources, trained, validation, tests, gallery, selected, notes)
+    protocol = Protocol(root, names, sources, trained, validation, tests, gallery, metric, notes)
+    if empty := [name for name, files in protocol.lists().items() if not files.paths]:
+        raise ValueError(f"no image left for {', '.join(empty)}; add images, or change the class split")
+    return protocol
 
 
 def roles(config: Config, dataset: Dataset | None, tree: Tree) -> tuple[str | None, str, str]:
     """The held-out domain, if any, the gallery's, and that of the validation's queries."""
-    domains = {folder_key(domain): domain for domain in tree}
+    domains, held_out = {folder_key(domain): domain for domain in tree}, folder_key(config.held_out)
     usual = [name for name in ("real", "photo", "photos", "images", *sorted(domains)) if name in domains]
-    gallery = config.gallery or (dataset.gallery if dataset else usual[0])
-    others = dataset.seen if dataset else sorted({*domains} - {folder_key(gallery)})
-    seen = config.seen or next((name for name in others if name != config.held_out), gallery)
-    named = [domains.get(folder_key(name), "") for name in (config.held_out, gallery, seen)]
-    wrong = named[1] == named[2] if config.held_out == "none" else named[0] in ("", *named[1:])
-    if wrong or "" in named[1:]:
-        raise ValueError(f"--held-out {config.held_out}, --gallery {gallery} and --seen {seen}: expected "
-                         f"different domains out of {', '.join(sorted(tree))}")
-    return named[0] or None, named[1], named[2]
+    gallery = folder_key(config.gallery or (dataset.gallery if dataset else usual[0]))
+    others = dataset.seen if dataset else sorted({*domains} - {gallery})
+    seen = folder_key(config.seen or next((name for name in others if name != held_out), gallery))
+    equal = gallery == seen if held_out == "none" else held_out in (gallery, seen)
+    if equal or not {gallery, seen} <= {*domains} or held_out not in (*domains, "none"):
+        raise ValueError(f"--held-out {held_out}, --gallery {gallery} and --seen {seen}: expected different "
+                         f"domains out of {', '.join(sorted(tree))}")
+    return domains.get(held_out), domains[gallery], domains[seen]
 
 
 def folder_split(config: Config, tree: Tree, notes: list[str]) -> Splits:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cli import ProgressLine, digest_of, load_state, one_line, save_atomic
+from ..cli import ProgressLine, digest_of, load_state, save_atomic
 from ..clip.zero_shot import normalize, resize_crop
 from ..distributed import all_gather, autocast, rank, world_size
 from .folders import File, list_images
@@ -138,6 +138,6 @@ def load_rows(path: Path) -> dict[File, Tensor]:
         content = load_state(path)
         files = zip(content["names"].split("\0"), content["state"].tolist(), content["rows"], strict=True)
         return {(name, *state): row for name, state, row in files}
-    except Exception as error:  # whatever is wrong with it, it can be made anew
-        print(f"{path}: broken index ({one_line(error)}); the images are encoded again", file=sys.stderr)
+    except Exception:  # whatever is wrong with it, it can be made anew
+        print(f"{path}: broken index; its images are encoded again", file=sys.stderr)
         return {}

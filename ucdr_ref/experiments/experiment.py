@@ -21,7 +21,7 @@ import torchvision
 from .. import __version__
 from ..cli import as_value_error, load_state, read_json, write_text_atomic
 from ..clip.weights import file_digest, load_clip
-from ..config import FIELDS, PATHS, Config, changes, differences, from_dict, locate_weights
+from ..config import FIELDS, PATHS, Config, differences, from_dict, locate_weights
 from ..distributed import barrier, derive_seed, is_main, pick_device, set_precision
 from ..training import Run, check_config, load_own_state
 from ..training import train as train_phases
@@ -50,7 +50,8 @@ def train(config: Config, folder: Path, cache: Path, dry_run: bool = False,
         config, data = retrieval.load_data(config, given)
         method = retrieval.new_method(config, clip, data)
         lines = retrieval.describe(config, data, method)
-    print(f"config   {json.dumps(changes(config))} (all else at its default)", *lines, sep="\n")
+    chosen = {name: value for name, value in asdict(config).items() if value != FIELDS[name].default}
+    print(f"config   {json.dumps(chosen)} (all else at its default)", *lines, sep="\n")
     if dry_run:
         return
     weights = file_digest(config.weights)

@@ -27,7 +27,7 @@ from ..data.images import (
     load_batches,
     released_batches,
 )
-from ..distributed import batch_offset, derive_seed, gather_rows, local_shard, main_first
+from ..distributed import barrier, batch_offset, derive_seed, gather_rows, is_main, local_shard
 from ..metrics import retrieval
 from ..training import PhaseData
 from ..ucdr.adapter import Batch, UCDRAdapter
@@ -46,8 +46,9 @@ def load_data(config: Config, given: Collection[str] = ()) -> tuple[Config, Prot
     """
     if config.dataset == "toy":
         from ..demo.drawing import write_dataset
-        with main_first():
+        if is_main():
             write_dataset(config.data_root, per_class=config.toy_images)
+        barrier()
     protocol = build_protocol(config)
     if (config.dataset, config.method, config.variant) == ("folder", "ucdr-adapter", "paper"):
         fitting = fitting_schedule(protocol.train)
@@ -160,7 +161,7 @@ def training(config: Config, protocol: Protocol, method: Any,
         features = features_of(ZeroShot(method.clip), config)
         method.form, learned["strength"] = fit_closed_form(config, protocol, features)
     phases = {phase: phase_data(phase, protocol, config, method.clip) for phase in method.PHASES}
-    if not phases or protocol.selected is None:
+    if not phases or protocol.metric is None:
         return phases, None, learned
     return phases, lambda: validation_score(features_of(method, config).encode, protocol), learned
 
@@ -171,7 +172,7 @@ def fit_closed_form(config: Config, protocol: Protocol, features: FeatureCache) 
     class_ids = numbers_of(train.classes, protocol.class_names).to(z.device)
     domain_ids = numbers_of(train.domains, protocol.domain_names).to(z.device)
     measured = measure(z, class_ids, domain_ids, len(protocol.domain_names))
-    if config.selection == "validation" and protocol.selected:
+    if config.selection == "validation" and protocol.metric:
         strength = max(STRENGTHS, key=lambda strength: validation_score(
             behind_form(features, measured.form(strength)), protocol))
     return measured.form(strength), strength
@@ -217,10 +218,10 @@ def score(query: Tensor, gallery: Tensor, queries: Files, files: Files) -> tuple
 
 
 def validation_score(encode: Encode, protocol: Protocol) -> float:
-    """The metric by which phase 2 keeps its best epoch: `Protocol.selected` (D5)."""
-    assert protocol.validation and protocol.selected
+    """The metric by which phase 2 keeps its best epoch (D5)."""
+    assert protocol.validation and protocol.metric
     queries, [files] = protocol.validation.query, protocol.validation.galleries.values()
-    return score(encode(queries), encode(files), queries, files)[0][protocol.selected[1]]
+    return score(encode(queries), encode(files), queries, files)[0][protocol.metric]
 
 
 def rank(methods: Mapping[str, Encode], tests: Sequence[Test]) -> list[dict[str, Any]]:
