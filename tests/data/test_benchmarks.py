@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -190,7 +191,7 @@ def test_drawn_split_and_given_split(tidy, tmp_path):
     assert given.class_names == ["class 1", "class 2"] and set(given.tests[0].galleries["unseen"].classes) == {"class 4"}
     assert any("note     56 class folders are not in the class split and not used: class 0, class 10" in line
                for line in given.notes)
-    assert given.metric is None and any("images of one class cannot choose" in line for line in given.notes)
+    assert given.metric is None and any("gallery of one class cannot choose" in line for line in given.notes)
     assert protocol_of("folder", tidy["folder"], domains=("sketch", "photo")).domain_names == ["photo"]
     seen = protocol_of("folder", tidy["folder"], held_out="none", seen="sketch")
     assert seen.tests[0].protocol == "UcCDR" and seen.domain_names == ["icon", "photo", "sketch"]
@@ -207,6 +208,13 @@ def test_a_folder_called_sketch_in_capitals_is_sketch(tmp_path):
 def test_a_name_of_capitals_is_held_out_as_it_is_given(tmp_path):
     protocol = protocol_of("folder", own(tmp_path, domains=("Art", "Photo", "Zine")), held_out="Art")
     assert (protocol.tests[0].query_domain, protocol.validation.query_domain) == ("Art", "Zine")
+
+
+def test_a_gallery_of_one_class_chooses_no_epoch(tmp_path):
+    shutil.rmtree(own(tmp_path / "data") / "photo" / "d")
+    split = split_file(tmp_path, train=["a", "b"], val=["c", "d"], test=["e", "f"])
+    protocol = protocol_of("folder", tmp_path / "data", class_split=split)
+    assert set(protocol.validation.query.classes) == {"c", "d"} and protocol.metric is None
 
 
 def test_folder_names_that_are_not_utf8_are_drawn_from(tmp_path):

@@ -179,10 +179,12 @@ def build_protocol(config: Config) -> Protocol:
     elif config.selection == "test":
         chosen = "mixed" if held_out else "unseen"  # D5
         validation = replace(tests[0], galleries={chosen: tests[0].galleries[chosen]})
-    if validation and len(set(validation.query.classes)) > 1:
-        metric = dataset.metric if dataset else "mAP@200"
-    elif validation:
-        notes.append("note     validation images of one class cannot choose: the last epoch is kept")
+    if validation:
+        [files] = validation.galleries.values()
+        if len(set(files.classes)) > 1:
+            metric = dataset.metric if dataset else "mAP@200"
+        else:
+            notes.append("note     a validation gallery of one class cannot choose: the last epoch is kept")
     inverted = ", ".join(named_like(tree, config.stroke_domains)) or "of no domain"
     notes.append(f"note     colours inverted (D14): {inverted}")
     protocol = Protocol(root, names, sources, trained, validation, tests, gallery, metric, notes)

@@ -1,4 +1,4 @@
-"""Folders of SRE-CLIP's sources and target, `<root>/<class>/*`: the class and the features of each image."""
+"""Folders of SRE-CLIP's sources and target, `<root>/<class>/*`: the class of each image, batches of them."""
 from __future__ import annotations
 
 import os
@@ -6,14 +6,11 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..distributed import derive_seed
-from .features import Extractor, load_index
 from .folders import File, abbreviate, folder_key, list_images
 
 
@@ -58,20 +55,6 @@ def scan_class_folder(flag: str, root: str, names: Sequence[str], ids: Sequence[
                          f"{len(wanted)} classes; there are {abbreviate(skipped)}")
     used = [(file, classes[folder]) for file, folder in zip(files, folders) if classes[folder] in wanted]
     return ClassFolder(root, [file for file, _ in used], [label for _, label in used], skipped)
-
-
-class Features(NamedTuple):
-    rows: Tensor  # [n, e], on the CPU
-    paths: list[str]
-    labels: Tensor  # [n], class indices
-
-
-def load_features(folders: Sequence[ClassFolder], extractor: Extractor, key: str, cache: Path) -> Features:
-    """All in memory; the rest as `load_index`."""
-    found = [load_index(folder.root, extractor, key, cache, files=folder.files) for folder in folders]
-    return Features(torch.cat([index.features for index in found]),
-                    [index.path(i) for index in found for i in range(len(index.paths))],
-                    torch.tensor([label for folder in folders for label in folder.labels]))
 
 
 @lru_cache(maxsize=8)

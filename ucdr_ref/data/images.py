@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from ..cli import one_line
+from ..cli import as_value_error, one_line
 from ..clip.zero_shot import CLIP_MEAN, CLIP_STD, Transform
 from ..distributed import derive_seed
 from .folders import named_like
@@ -57,18 +57,16 @@ class Files:
 
 def open_image(path: str) -> Image.Image:
     """An image as RGB: first frame, upright, transparency over white; ValueError where it is not readable."""
-    try:
-        Image.init()
-        formats = [name for name in Image.OPEN if name != "EPS"]  # which Ghostscript would execute
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of size, twice of which is an error, and of broken EXIF
-            with Image.open(path, formats=formats) as image:
-                if max(image.size) > 1000 * min(image.size):  # scaled by its short side it takes gigabytes
-                    raise ValueError("a side is over 1000 times the other")
-                ImageOps.exif_transpose(image, in_place=True)
-                return to_rgb(image)
-    except Exception as error:  # decoders raise anything on damaged files
-        raise ValueError(f"{path}: not a readable image ({one_line(error)})") from None
+    Image.init()
+    formats = [name for name in Image.OPEN if name != "EPS"]  # which Ghostscript would execute
+    with (as_value_error(f"{path}:", "not a readable image", "replace or remove it"),
+          warnings.catch_warnings()):
+        warnings.simplefilter("ignore")  # of size, twice of which is an error, and of broken EXIF
+        with Image.open(path, formats=formats) as image:
+            if max(image.size) > 1000 * min(image.size):  # scaled by its short side it takes gigabytes
+                raise ValueError("a side is over 1000 times the other")
+            ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -154,7 +152,7 @@ def load_batches(dataset: ImageDataset, batches: Sequence[Sequence[int]], worker
             if unreadable is not None:
                 unreadable += sentences
             elif sentences:
-                raise ValueError(f"{sentences[0]}; replace or remove it")
+                raise ValueError(sentences[0])
             good = [item for item in items if not isinstance(item, str)]
             indices, images, inverted = ([item[part] for item in good] for part in range(3))
             yield (torch.tensor(indices, dtype=torch.long), torch.from_numpy(np.array(images, np.uint8)),

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,8 @@ from ..clip.model import CLIP
 from ..clip.weights import file_digest
 from ..clip.zero_shot import ZeroShot, class_text_features
 from ..config import Config
-from ..data.class_folders import ClassFolder, Features, draw_batch, load_features, scan_class_folder
-from ..data.features import Extractor
+from ..data.class_folders import ClassFolder, draw_batch, scan_class_folder
+from ..data.features import Extractor, load_index
 from ..data.folders import abbreviate
 from ..distributed import one_process
 from ..metrics import zero_shot_accuracy
@@ -30,6 +30,12 @@ from .report import ACCURACIES
 
 SHIPPED = Path(__file__).parent.parent / "sre" / "graphs"
 Training = tuple[dict[str, PhaseData], Callable[[], float] | None, dict[str, Any]]
+
+
+class Features(NamedTuple):
+    rows: Tensor  # [n, e], on the CPU
+    paths: list[str]
+    labels: Tensor  # [n], class indices
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,10 @@ def features_of(folders: Sequence[ClassFolder], clip: CLIP, config: Config, cach
     extractor = Extractor(ZeroShot(clip, normalized=False), clip.visual.proj.device, config.precision,
                           config.workers, config.stroke_domains)
     key = digest_of(["image features", file_digest(config.weights)])
-    return load_features(folders, extractor, key, cache)
+    found = [load_index(folder.root, extractor, key, cache, files=folder.files) for folder in folders]
+    return Features(torch.cat([index.features for index in found]),
+                    [index.path(i) for index in found for i in range(len(index.paths))],
+                    torch.tensor([label for folder in folders for label in folder.labels]))
 
 
 def training(config: Config, data: Data, method: SRECLIP, folder: Path, cache: Path) -> Training:
