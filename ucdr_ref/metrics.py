@@ -96,15 +96,14 @@ def search(query: Tensor, gallery: Tensor | np.ndarray, k: int,
     squared_norms(query, "query")
     norms = squared_norms(gallery) if norms is None else norms
     (q, e), k = query.shape, min(k, len(gallery))
-    factor, worst = -2 * query.float().T, torch.zeros(q)  # worst [q]: score of the worst candidate
+    factor, worst = -2 * query.float().T, torch.full((q,), torch.inf)  # worst: of the candidates' scores
     scores, indices = torch.empty(q, 0), torch.empty(q, 0, dtype=torch.long)
     chunk = max(k + SPARE, MEMORY_BUDGET // (4 * (e + 16 * q)))
     for start in range(0, len(gallery), chunk):
         rows = gallery[start : start + chunk].float()
-        beyond = (rows @ factor).add_(norms[start : start + chunk, None]).sub_(worst)
-        # rows [n] nearer than some query's worst candidate; those of the first chunk have nothing to beat
-        near = (beyond.amin(1) < 0).nonzero()[:, 0] if start else torch.arange(len(rows))
-        scores = torch.cat([scores, (beyond[near] + worst).T], 1)
+        score = (rows @ factor).add_(norms[start : start + chunk, None])
+        near = ((score - worst).amin(1) < 0).nonzero()[:, 0]  # rows that may enter some query's candidates
+        scores = torch.cat([scores, score[near].T], 1)
         indices = torch.cat([indices, (near + start).expand(q, -1)], 1)
         scores, kept = scores.topk(min(k + SPARE, scores.shape[1]), dim=1, largest=False, sorted=False)
         indices, worst = indices.gather(1, kept), scores.amax(1)
