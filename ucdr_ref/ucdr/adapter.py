@@ -24,7 +24,7 @@ class Batch(NamedTuple):
 class ClassQueues(nn.Module):
     """First-in-first-out queues of momentum features, one a class (M)."""
 
-    features: Tensor  # [c * size, e], class after class, in each the oldest first; then free rows
+    features: Tensor  # [c * size, e], class after class, in each the oldest first; then free rows, zero
     labels: Tensor  # [c * size], the class of each row, c where it is free
 
     def __init__(self, c: int, size: int, e: int) -> None:
@@ -44,9 +44,10 @@ class ClassQueues(nn.Module):
         labels, order = torch.cat([self.labels, class_ids]).sort(stable=True)  # by class, the oldest first
         ends = torch.searchsorted(labels, labels, right=True)
         age = ends - torch.arange(len(labels), device=labels.device)  # the newest of a class is 1
-        labels, kept = torch.where(age <= self.size, labels, self.c).sort(stable=True)  # dropped ones last
-        rows = self.c * self.size
-        self.features, self.labels = features[order[kept[:rows]]], labels[:rows]
+        kept = (age <= self.size) & (labels < self.c)
+        free = len(self.labels) - int(kept.sum())
+        self.features = F.pad(features[order[kept]], (0, 0, 0, free))
+        self.labels = F.pad(labels[kept], (0, free), value=self.c)
 
     def draw(self, class_ids: Tensor, r: int, first: int, total: int) -> tuple[Tensor, Tensor, Tensor]:
         """r uniform pairs I_p, I_n [b, r, e] of each image, and which images have one [b].
