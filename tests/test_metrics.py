@@ -207,4 +207,4 @@ def test_accuracies_without_hits_or_images():
     wrong = zero_shot_accuracy(torch.tensor([[1, 2], [0, 2]]), torch.tensor([0, 2]), unseen)
     assert wrong["class"] == {"zsl": 1.0, "unseen": 0.0, "seen": 0.0, "h": 0.0}
     none = zero_shot_accuracy(torch.tensor([[0, 2], [1, 2], [2, 2]]), torch.tensor([0, 1, 0]), unseen)
-    assert np.isnan(none["instance"]["unseen"]) and np.isnan(none["class"]["h"]) and none["class"]["seen"] == 0.75
+    assert none["instance"]["unseen"] is none["instance"]["h"] is none["class"]["h"] is None and none["class"]["seen"] == 0.75

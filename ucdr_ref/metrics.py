@@ -135,22 +135,25 @@ def _checked(query: Tensor, gallery: Tensor | np.ndarray, k: int) -> tuple[Tenso
     return query, gallery
 
 
-def zero_shot_accuracy(predicted: Tensor, labels: Tensor, unseen: Tensor) -> dict[str, dict[str, float]]:
+def zero_shot_accuracy(predicted: Tensor, labels: Tensor,
+                       unseen: Tensor) -> dict[str, dict[str, float | None]]:
     """ZSL and generalised ZSL accuracy, in 0..1, for labels [b] and the ids of unseen classes.
 
     predicted [b, 2]: each image's best class among all, and among the unseen ones. `zsl`: unseen-class images
     among unseen classes; `unseen`, `seen`: images of these classes among all; `h` = 2US / (U + S). `instance`
-    averages over images, `class` over classes with images; NaN where there is none.
+    averages over images, `class` over classes with images; None where there is none.
     """
     labels = labels.cpu()
     hits, of_unseen = (predicted.cpu() == labels[:, None]).double(), torch.isin(labels, unseen.cpu())
-    found: dict[str, dict[str, float]] = {"instance": {}, "class": {}}
+    found: dict[str, dict[str, float | None]] = {"instance": {}, "class": {}}
     for name, images, column in (("zsl", of_unseen, 1), ("unseen", of_unseen, 0), ("seen", ~of_unseen, 0)):
         own = hits[images, column]
         by_class = class_means(own, labels[images]).values()
-        found["instance"][name] = float(own.mean())
-        found["class"][name] = sum(by_class) / len(by_class) if by_class else float("nan")
+        found["instance"][name] = float(own.mean()) if by_class else None
+        found["class"][name] = sum(by_class) / len(by_class) if by_class else None
     for values in found.values():
         u, s = values["unseen"], values["seen"]
-        values["h"] = 2 * u * s / (u + s) if u + s else 0.0
+        values["h"] = None
+        if u is not None and s is not None:
+            values["h"] = 2 * u * s / (u + s) if u + s else 0.0
     return found

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ucdr_ref.cli import load_state
 from ucdr_ref.clip.zero_shot import CLIP_MEAN, CLIP_STD
+from ucdr_ref.config import Config
 from ucdr_ref.data import features as module
 from ucdr_ref.data.features import Extractor, FeatureCache, Index, load_index
 from ucdr_ref.data.folders import list_images
@@ -33,7 +34,8 @@ class MeanColour:
     """Counts what it encodes; `before` is called with the number of images before each batch."""
 
     def __init__(self, before: Callable[[int], object] = lambda encoded: None) -> None:
-        self.clip, self.encoded, self.before = SimpleNamespace(image_size=4), 0, before
+        self.encoded, self.before = 0, before
+        self.clip = SimpleNamespace(image_size=4, visual=SimpleNamespace(proj=torch.zeros(1)))
 
     def encode(self, images: Tensor) -> Tensor:
         self.before(self.encoded)
@@ -42,7 +44,7 @@ class MeanColour:
 
 
 def extractor(method: MeanColour | None = None, strokes: tuple[str, ...] = ()) -> Extractor:
-    return Extractor(method or MeanColour(), torch.device("cpu"), "fp32", 0, strokes)
+    return Extractor(method or MeanColour(), Config(workers=0, stroke_domains=strokes))
 
 
 @pytest.fixture

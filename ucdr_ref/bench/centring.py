@@ -10,8 +10,9 @@ import torch
 from ..clip.weights import load_clip
 from ..clip.zero_shot import ZeroShot
 from ..config import resolve
+from ..data.features import Extractor, FeatureCache
 from ..data.images import Files
-from ..experiments.retrieval import features_of, load_data, score
+from ..experiments.retrieval import load_data, score
 from ..ucdr.closed_form import center, feature_mean
 
 QUERY_CLASSES = (1, 3, 6, 12)
@@ -25,7 +26,7 @@ def centred(seeds: list[int]) -> list[dict[str, Any]]:
     images in their own domain; "of quickdraw": the queries lose that of the source domain most like theirs.
     """
     config, protocol = load_data(resolve({}, fast=True))
-    features = features_of(ZeroShot(load_clip(config.weights)), config)
+    features = FeatureCache(Extractor(ZeroShot(load_clip(config.weights)), config))
     test = protocol.tests[0]
     queries, files = test.query, test.galleries["unseen"]
     query, gallery = features.encode(queries), features.encode(files)
@@ -36,7 +37,7 @@ def centred(seeds: list[int]) -> list[dict[str, Any]]:
         return feature_mean(features.encode(Files(paths, [""] * len(paths), [domain] * len(paths))))
 
     def mean_ap(q: torch.Tensor, g: torch.Tensor) -> float:
-        return 100 * score(q, g, queries, files)[0]["mAP@200"]
+        return 100 * score(q, g, queries, files)["mAP@200"]
 
     moved = center(gallery, other_classes(protocol.gallery_domain))
     fixed = {"as it is": mean_ap(query, gallery)}

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,10 @@ def numbers_of(rows: list[Row], **about: Any) -> list[Row]:
 def encode_all(data: Path, weights: Path, cache: Path, config: Config) -> dict[str, FeatureCache]:
     """{inversion: features of all images of the config's domains}, each encoded once and kept in `cache`."""
     method = ZeroShot(load_clip(weights).to(pick_device("auto")))
-    device, key = next(method.clip.parameters()).device, f"zero-shot {file_digest(weights)}"
+    key = f"zero-shot {file_digest(weights)}"
     rows: dict[str, dict[str, Tensor]] = {}
     for strokes in ((), STROKES):
-        extractor = Extractor(method, device, config.precision, config.workers, strokes)
+        extractor = Extractor(method, replace(config, stroke_domains=strokes))
         wanted = strokes or config.domains
         files = [file for file in list_images(str(data)) if Path(file[0]).parts[0] in wanted]
         index = load_index(data, extractor, key, cache, files=files)

@@ -43,15 +43,19 @@ def class_to_text(name: str) -> str:
     return name.replace("_", " ")
 
 
-def class_text_features(clip: CLIP, class_names: Sequence[str]) -> Tensor:
-    """L2-normalised features [c, e] of "a photo of a {name}"; ValueError without text tower or names."""
+@torch.no_grad()
+def text_features(clip: CLIP, texts: Sequence[str]) -> Tensor:
+    """L2-normalised features [q, e] of texts; ValueError without text tower."""
     clip.require_text()
+    ids = tokenize(texts, clip.context_length).to(clip.logit_scale.device)
+    return F.normalize(torch.cat([clip.encode_text(part) for part in ids.split(256)]).float(), dim=-1)
+
+
+def class_text_features(clip: CLIP, class_names: Sequence[str]) -> Tensor:
+    """The same of "a photo of a {name}": [c, e]; ValueError also without names."""
     if isinstance(class_names, str) or not class_names:
         raise ValueError(f"class names are {class_names!r}, not a list of one or more")
-    ids = tokenize([f"a photo of a {class_to_text(name)}" for name in class_names], clip.context_length)
-    with torch.no_grad():
-        features = [clip.encode_text(part.to(clip.logit_scale.device)) for part in ids.split(256)]
-    return F.normalize(torch.cat(features).float(), dim=-1)
+    return text_features(clip, [f"a photo of a {class_to_text(name)}" for name in class_names])
 
 
 class ZeroShot(nn.Module):

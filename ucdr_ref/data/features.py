@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..cli import ProgressLine, digest_of, load_state, save_atomic
 from ..clip.zero_shot import normalize, resize_crop
+from ..config import Config
 from ..distributed import all_gather, autocast, rank, world_size
 from .folders import File, list_images
 from .images import Files, ImageDataset, load_batches, split_indices
@@ -30,10 +31,11 @@ class Extractor:
     """A method on its device: image files in, features [n, e] (float32) out."""
 
     method: Any  # with `clip` and `encode`: images [b, 3, H, W] -> features [b, e]
-    device: torch.device
-    precision: str
-    workers: int
-    stroke_domains: Sequence[str]
+    config: Config  # its precision, workers and stroke_domains
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.method.clip.visual.proj.device)
 
     def stream(self, files: Files, invert: str = "domain",
                unreadable: list[str] | None = None) -> Iterator[tuple[list[int], Tensor, Tensor]]:
@@ -42,13 +44,13 @@ class Extractor:
         invert: of `ImageDataset`; unreadable, ValueError: as `load_batches`.
         """
         transform = resize_crop(self.method.clip.image_size)
-        dataset = ImageDataset(files, transform, self.stroke_domains, invert=invert)
+        dataset = ImageDataset(files, transform, self.config.stroke_domains, invert=invert)
         batches = split_indices(len(files), EVAL_BATCH)
         progress = ProgressLine("encoding", len(files))
         for batch, (indices, images, inverted) in zip(
-                batches, load_batches(dataset, batches, self.workers, unreadable)):
+                batches, load_batches(dataset, batches, self.config.workers, unreadable)):
             if len(indices):
-                with torch.no_grad(), autocast(self.precision, self.device):
+                with torch.no_grad(), autocast(self.config.precision, self.device):
                     features = self.method.encode(normalize(images.to(self.device))).float()
                 yield indices.tolist(), features.cpu(), inverted
             progress.update(batch.stop)
@@ -98,8 +100,9 @@ def load_index(folder: str | os.PathLike[str], extractor: Extractor, key: str, c
     size or times change. The file is written about once a minute, at the end and when interrupted; the last
     of two processes wins. unreadable, ValueError: as `load_batches`, also when no image is readable.
     """
-    root, strokes = os.path.realpath(folder), sorted(extractor.stroke_domains)
-    path = cache / f"{digest_of([root, key, invert, extractor.precision, strokes])[:32]}.pt"
+    root, config = os.path.realpath(folder), extractor.config
+    content = [root, key, invert, config.precision, sorted(config.stroke_domains)]
+    path = cache / f"{digest_of(content)[:32]}.pt"
     rows, files = load_rows(path), files or list_images(root)
     known = len(rows)
     if new := [file for file in files if file not in rows]:

@@ -127,9 +127,8 @@ def build_method(config: Config, clip: CLIP, state: dict[str, Any]) -> SRECLIP:
 
 def features_of(folders: Sequence[ClassFolder], clip: CLIP, config: Config, cache: Path) -> Features:
     """Frozen CLIP's, not normalised; `cache` keeps them for all runs."""
-    extractor = Extractor(ZeroShot(clip, normalized=False), clip.visual.proj.device, config.precision,
-                          config.workers, config.stroke_domains)
     key = digest_of(["image features", file_digest(config.weights)])
+    extractor = Extractor(ZeroShot(clip, normalized=False), config)
     found = [load_index(folder.root, extractor, key, cache, files=folder.files) for folder in folders]
     return Features(torch.cat([index.features for index in found]),
                     [index.path(i) for index in found for i in range(len(index.paths))],
@@ -187,8 +186,8 @@ def phase_data(source: Features, target: Features, config: Config, device: torch
 @torch.no_grad()
 def accuracies(score: Callable[[Tensor], Tensor], target: Features,
                method: SRECLIP) -> tuple[dict[str, dict[str, float | None]], Tensor]:
-    """`metrics.zero_shot_accuracy` of scores (features [b, e] -> [b, c]), None where there is no image, and
-    predictions [n, 2]: the best class among all and among the unseen ones.
+    """`metrics.zero_shot_accuracy` of scores (features [b, e] -> [b, c]), and predictions [n, 2]: the best
+    class among all and among the unseen ones.
     """
     unseen, labels = method.unseen_ids, target.labels
     released = method.options.test_attention == "batch"  # S2
@@ -197,9 +196,7 @@ def accuracies(score: Callable[[Tensor], Tensor], target: Features,
         scores = score(target.rows[rows].to(unseen.device))
         of_unseen = unseen[scores[:, unseen].argmax(dim=1)]
         best[rows] = torch.stack([scores.argmax(dim=1), of_unseen], dim=1).cpu()
-    found = zero_shot_accuracy(best, labels, unseen)
-    return {average: {name: None if math.isnan(value) else value for name, value in values.items()}
-            for average, values in found.items()}, best
+    return zero_shot_accuracy(best, labels, unseen), best
 
 
 def evaluate(config: Config, data: Data, method: SRECLIP, folder: Path, cache: Path) -> list[dict[str, Any]]:

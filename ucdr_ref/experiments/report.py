@@ -99,16 +99,15 @@ def write_retrieval(rows: Sequence[Row], folder: Path, about: Row) -> None:
     """
     per_class, sheets = [], []
     for row in rows:
-        metrics, names, queries = (row["details"][key] for key in ("metrics", "names", "queries"))
-        counts = Counter(queries.classes)
-        for k, score in metrics["per_class"].items():
+        metrics, counts = row["details"]["metrics"], Counter(row["details"]["queries"].classes)
+        for name, score in metrics["per_class"].items():
             per_class.append({
-                "class": names[k], "method": row["method"], "mAP@200": score,
-                "mAP@all": metrics["per_class@all"][k], "queries": counts[names[k]],
+                "class": name, "method": row["method"], "mAP@200": score,
+                "mAP@all": metrics["per_class@all"][name], "queries": counts[name],
                 **{key: row[key] for key in TEST}})
         if not row["transductive"] and all(row[key] == rows[0][key] for key in TEST):
             sheets.append(examples(row["method"], row["details"]))
-    write_files(rows, folder, about, per_class, [line for lines in zip(*sheets) for line in lines])
+    write_files(rows, folder, about, per_class, [line for of_query in zip(*sheets) for line in of_query])
 
 
 def examples(method: str, details: Row) -> Sheet:

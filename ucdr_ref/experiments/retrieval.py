@@ -70,11 +70,6 @@ def fitting_schedule(train: Files) -> dict[str, Any]:
     return fitting
 
 
-def features_of(method: Any, config: Config) -> FeatureCache:
-    device = method.clip.visual.proj.device
-    return FeatureCache(Extractor(method, device, config.precision, config.workers, config.stroke_domains))
-
-
 def new_method(config: Config, clip: CLIP, protocol: Protocol) -> Any:
     """The method before training, drawn from torch's global generator."""
     own = {"anchors": prototypes(config, protocol, clip)} if config.class_features == "prototypes" else {}
@@ -109,7 +104,7 @@ def prototypes(config: Config, protocol: Protocol, clip: CLIP) -> Tensor:
     files = train.keep([i for i, name in enumerate(train.domains) if name == gallery])
     if missing := sorted(set(names) - set(files.classes)):
         raise ValueError(f"--class-features prototypes: no image in {gallery} for {abbreviate(missing)}")
-    features = features_of(ZeroShot(clip), config).encode(files)
+    features = FeatureCache(Extractor(ZeroShot(clip), config)).encode(files)
     class_ids = numbers_of(files.classes, names).to(features.device)
     return features.new_zeros(len(names), clip.embed_dim).index_add_(0, class_ids, features)
 
@@ -158,12 +153,13 @@ def training(config: Config, protocol: Protocol, method: Any,
     """The phases, what chooses the epoch, and what checkpoints hold beside the weights."""
     learned: dict[str, Any] = {"class_names": protocol.class_names, "domain_names": protocol.domain_names}
     if config.method == "closed-form":
-        features = features_of(ZeroShot(method.clip), config)
+        features = FeatureCache(Extractor(ZeroShot(method.clip), config))
         method.form, learned["strength"] = fit_closed_form(config, protocol, features)
     phases = {phase: phase_data(phase, protocol, config, method.clip) for phase in method.PHASES}
     if not phases or protocol.metric is None:
         return phases, None, learned
-    return phases, lambda: validation_score(features_of(method, config).encode, protocol), learned
+    extractor = Extractor(method, config)
+    return phases, lambda: validation_score(FeatureCache(extractor).encode, protocol), learned
 
 
 def fit_closed_form(config: Config, protocol: Protocol, features: FeatureCache) -> tuple[ClosedForm, float]:
@@ -201,27 +197,30 @@ def describe(config: Config, protocol: Protocol, method: Any) -> list[str]:
 
 def evaluate(config: Config, protocol: Protocol, method: Any) -> list[dict[str, Any]]:
     """`rank`'s rows of zero-shot CLIP and of the run's method."""
-    clip = features_of(ZeroShot(method.clip, config.evaluation_features == "normalized"), config)  # D18
-    methods: dict[str, Encode] = {"zero-shot": clip.encode}
+    zero_shot = ZeroShot(method.clip, config.evaluation_features == "normalized")  # D18
+    features = FeatureCache(Extractor(zero_shot, config))
+    methods: dict[str, Encode] = {"zero-shot": features.encode}
     if config.method == "closed-form":
-        methods["closed-form"] = behind_form(clip, method.form)
+        methods["closed-form"] = behind_form(features, method.form)
     elif config.method == "ucdr-adapter":
-        methods["ucdr-adapter"] = features_of(method, config).encode
+        methods["ucdr-adapter"] = FeatureCache(Extractor(method, config)).encode
     return rank(methods, protocol.tests)
 
 
-def score(query: Tensor, gallery: Tensor, queries: Files, files: Files) -> tuple[dict[str, Any], list[str]]:
-    """`metrics.retrieval` of features [q, e] and [g, e] by the files' classes, and its labels' names."""
+def score(query: Tensor, gallery: Tensor, queries: Files, files: Files) -> dict[str, Any]:
+    """`metrics.retrieval` of features [q, e] and [g, e] by the files' classes, per class by name."""
     names = sorted({*queries.classes, *files.classes})
-    labels = [numbers_of(part.classes, names).to(query.device) for part in (queries, files)]
-    return retrieval(query, labels[0], gallery, labels[1]), names
+    found = retrieval(query, numbers_of(queries.classes, names), gallery, numbers_of(files.classes, names))
+    for key in ("per_class", "per_class@all"):
+        found[key] = {names[k]: value for k, value in found[key].items()}
+    return found
 
 
 def validation_score(encode: Encode, protocol: Protocol) -> float:
     """The metric by which phase 2 keeps its best epoch (D5)."""
     assert protocol.validation and protocol.metric
     queries, [files] = protocol.validation.query, protocol.validation.galleries.values()
-    return score(encode(queries), encode(files), queries, files)[0][protocol.metric]
+    return float(score(encode(queries), encode(files), queries, files)[protocol.metric])
 
 
 def rank(methods: Mapping[str, Encode], tests: Sequence[Test]) -> list[dict[str, Any]]:
@@ -239,11 +238,11 @@ def rank(methods: Mapping[str, Encode], tests: Sequence[Test]) -> list[dict[str,
             if classes >= CENTER_CLASSES and (query - query[0]).abs().max() > 1e-6:
                 versions.append((f"{name}, centred", center(query), center(gallery)))
             for title, q, g in versions:
-                metrics, names = score(q, g, queries, files)
+                metrics = score(q, g, queries, files)
                 rows.append({
                     "protocol": test.protocol, "query_domain": test.query_domain, "gallery_name": where,
                     "method": title, "transductive": title != name, "query_classes": classes,
                     **{key: value for key, value in metrics.items() if isinstance(value, (int, float))},
-                    "details": {"metrics": metrics, "names": names, "queries": queries, "gallery": files,
+                    "details": {"metrics": metrics, "queries": queries, "gallery": files,
                                 "query_features": q.cpu(), "gallery_features": g.cpu()}})
     return rows

@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import metrics
 from ..cli import digest_of, write_atomic
-from ..clip.tokenizer import tokenize
 from ..clip.weights import file_digest, load_clip
-from ..clip.zero_shot import ZeroShot
-from ..config import Config, from_dict, locate_weights
+from ..clip.zero_shot import ZeroShot, text_features
+from ..config import from_dict, locate_weights
 from ..data.features import Extractor, Index, load_index
 from ..data.images import Files
 from ..distributed import one_process, pick_device, set_precision
@@ -55,7 +53,7 @@ def search(run: Path | None, gallery: Path | None, images: list[str], texts: lis
     for path in outputs:
         check_output(path, [gallery, like or gallery, *map(Path, images)])
     set_precision(config.precision)
-    extractor = Extractor(method, device, config.precision, config.workers, config.stroke_domains)
+    extractor = Extractor(method, config)
     invert = "none" if "none" in config.stroke_domains else invert
     key = digest_of([file_digest(file) for file in files])
     parts: list[Tensor] = []
@@ -67,7 +65,9 @@ def search(run: Path | None, gallery: Path | None, images: list[str], texts: lis
             answers += [{"query": images[i], "kind": "image", "inverted": flag}
                         for i, flag in zip(rows, inverted.tolist())]
     if texts:
-        parts.append(text_features(method, config, texts, device))
+        if config.method in ("sre-clip", "closed-form") or config.evaluation_features != "normalized":
+            raise ValueError(f"--text cannot search features outside CLIP's space; {OTHERS}")
+        parts.append(text_features(method.clip, texts).cpu())  # L-align pulls an adapter's to these
         answers += [{"query": text, "kind": "text", "inverted": False} for text in texts]
     unreadable: list[str] = []
     index = load_index(gallery, extractor, key, cache, invert, unreadable=unreadable)
@@ -83,16 +83,6 @@ def search(run: Path | None, gallery: Path | None, images: list[str], texts: lis
     return index, {
         "model": title, "gallery": str(gallery), "images": len(index.paths), "encoded": index.encoded,
         "inverted": int(index.inverted.sum()), "unreadable": unreadable, "queries": answers}
-
-
-def text_features(method: Any, config: Config, texts: list[str], device: torch.device) -> Tensor:
-    """CLIP's features [q, e] of the texts as they are, L2-normalised; L-align pulls an adapter's to these."""
-    if config.method not in ("zero-shot", "ucdr-adapter") or config.evaluation_features != "normalized":
-        raise ValueError(f"--text cannot search features outside CLIP's space; {OTHERS}")
-    method.clip.require_text()
-    with torch.no_grad():
-        ids = tokenize(texts, method.clip.context_length).to(device)
-        return F.normalize(method.clip.encode_text(ids).float(), dim=-1).cpu()
 
 
 def as_text(found: Mapping[str, Any]) -> str:
