@@ -75,8 +75,8 @@ def restore(folder: str | Path, overrides: Mapping[str, Any], device: torch.devi
             force: bool = False) -> tuple[Config, Any, dict[str, Any]]:
     """The config of a run, its best method, ready to encode images, and all that best.pt holds.
 
-    overrides: other paths of weights and data, and machine fields. The weights need no text tower. Raises
-    ValueError or OSError without such a model, and, unless `force`, for other weights than the run's.
+    overrides: other paths of weights and data, and machine fields. Raises ValueError or OSError without such
+    a model, and, unless `force`, for other weights than the run's.
     """
     path, advice = Path(folder, "best.pt"), f"train first: python train.py --run {folder}"
     if path.with_name("results.json").exists():  # the same command alone would only evaluate
@@ -94,6 +94,7 @@ def restore(folder: str | Path, overrides: Mapping[str, Any], device: torch.devi
                          "differs); give that file as --weights, or accept this one with --force")
     build = classification.build_method if config.method == "sre-clip" else retrieval.build_method
     method: Any = build(config, load_clip(config.weights).to(device), state)
+    # Without the text template, which encodes no image.
     own = {name: value for name, value in state["method"].items() if name != "template.ctx"}
     load_own_state(method, own, path)
     return config, method.eval(), state

@@ -36,8 +36,8 @@ td { font-size: 12px; white-space: nowrap; padding-right: 12px } tr:first-child 
 i { display: inline-block; height: 10px; margin-right: 6px; background: #0072b2 }
 </style><h1>$title</h1><div><pre>$table</pre></div>
 <p>In %. UCDR: queries of a domain and of classes that training never saw; UdCDR (U^dCDR): of such a domain;
-UcCDR: of such classes; centred: queries and gallery have each lost their own mean. ZSL: unseen classes told
-apart among themselves; unseen, seen: among all; H: their harmonic mean.</p>
+UcCDR: of such classes. ZSL: unseen classes told apart among themselves; unseen, seen: among all; H: their
+harmonic mean.</p>
 <div><img alt="" src="data:image/png;base64,$picture"></div>$curves<div><table>$bars</table></div>
 """)
 CENTER_CLASSES = 5  # of queries, for a centred row: the mean of one class is that class
@@ -93,10 +93,7 @@ def classification_table(rows: Sequence[Row]) -> list[str]:
 
 
 def write_retrieval(rows: Sequence[Row], folder: Path, about: Row) -> None:
-    """Files for the rows of `retrieval.rank`; the picture is of the first test.
-
-    about: what results.json says beside the rows: `run`, `config`, `table`, ... Raises OSError.
-    """
+    """Files for the rows of `retrieval.rank`; about: what results.json says beside them. Raises OSError."""
     per_class, sheets = [], []
     for row in rows:
         metrics, counts = row["details"]["metrics"], Counter(row["details"]["queries"].classes)
@@ -105,7 +102,7 @@ def write_retrieval(rows: Sequence[Row], folder: Path, about: Row) -> None:
                 "class": name, "method": row["method"], "mAP@200": score,
                 "mAP@all": metrics["per_class@all"][name], "queries": counts[name],
                 **{key: row[key] for key in TEST}})
-        if not row["transductive"] and all(row[key] == rows[0][key] for key in TEST):
+        if not row["transductive"] and all(row[key] == rows[0][key] for key in TEST):  # of the first test
             sheets.append(examples(row["method"], row["details"]))
     write_files(rows, folder, about, per_class, [line for of_query in zip(*sheets) for line in of_query])
 
@@ -114,7 +111,7 @@ def examples(method: str, details: Row) -> Sheet:
     """Queries of different classes, each with its nearest images."""
     queries, gallery, sheet = details["queries"], details["gallery"], []
     one_each = list({name: i for i, name in enumerate(queries.classes)}.values())
-    chosen = one_each[::math.ceil(len(one_each) / SHOWN)]
+    chosen = at_most(SHOWN, one_each)
     _, nearest = search(details["query_features"][chosen], details["gallery_features"], SHOWN)
     for i, found in zip(chosen, nearest.tolist()):
         name = queries.classes[i]
@@ -138,15 +135,19 @@ def write_classification(rows: Sequence[Row], folder: Path, about: Row) -> None:
                 "split": "unseen" if unseen else "seen"})
             found = [(details["paths"][i], int(predicted[i, 0])) for i in images[:SHOWN]]
             sheet.append((Shown("", names[k]), [Shown(path, names[j], j == k) for path, j in found]))
-    write_files(rows, folder, about, per_class, sheet[::math.ceil(len(sheet) / SHOWN)])
+    write_files(rows, folder, about, per_class, at_most(SHOWN, sheet))
+
+
+def at_most(count: int, items: Sequence[Any]) -> list[Any]:
+    """Every n-th item, so that no more than `count` are left."""
+    return list(items[::math.ceil(len(items) / count)])
 
 
 def write_files(rows: Sequence[Row], folder: Path, about: Row, per_class: Sequence[Row],
                 sheet: Sheet) -> None:
     kept = [{key: value for key, value in row.items() if key != "details"} for row in rows]
     write_text_atomic(folder / "results.json", json.dumps({**about, "rows": kept}, indent=2) + "\n")
-    header, lines = list(per_class[0]), [list(line.values()) for line in per_class]
-    text = io.StringIO()
+    header, lines, text = list(per_class[0]), [list(line.values()) for line in per_class], io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *lines])
     write_text_atomic(folder / "per_class.csv", text.getvalue())
     picture = contact_sheet(sheet)
@@ -179,8 +180,8 @@ def curves(log: Path) -> Iterator[str]:
     for title, values in found.items():
         low, high, last = min(values), max(values), len(values) - 1
         if last:
-            points = " ".join(f"{300 * i / last:.1f},{100 * (high - values[i]) / (high - low or 1):.1f}"
-                              for i in range(0, len(values), math.ceil(len(values) / POINTS)))
+            points = " ".join(f"{300 * i / last:.1f},{100 * (high - value) / (high - low or 1):.1f}"
+                              for i, value in at_most(POINTS, list(enumerate(values))))
             yield (f'<figure>{escape(title)}<svg width="300" height="100"><polyline fill="none" '
                    f'stroke="#0072b2" points="{points}"/></svg>x: 1 to {len(values)}, y: {low:.4g} to '
                    f"{high:.4g}</figure>")

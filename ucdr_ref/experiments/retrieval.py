@@ -40,10 +40,7 @@ Encode = Callable[[Files], Tensor]  # n files -> features [n, e] on the device
 
 
 def load_data(config: Config, given: Collection[str] = ()) -> tuple[Config, Protocol]:
-    """The protocol's file lists; drawn data is drawn first where it is absent.
-
-    given: the fields that the user chose; UCDR-Adapter's others follow from the size of an own folder.
-    """
+    """The protocol's file lists; drawn data is drawn first where it is absent. given: as in `experiment`."""
     if config.dataset == "toy":
         from ..demo.drawing import write_dataset
         if is_main():
@@ -126,11 +123,10 @@ def phase_data(phase: str, protocol: Protocol, config: Config, clip: CLIP) -> Ph
         seed = derive_seed(config.seed, phase, epoch)
         dataset = ImageDataset(train, augment(image_size), config.stroke_domains, seed)
         for indices, images, _ in load_batches(dataset, list(map(local_shard, left)), config.workers):
-            images = images.view(-1, 3, image_size, image_size)  # a shard may be empty
-            images, classes, domains = (part.to(device, non_blocking=True)
-                                        for part in (images, class_ids[indices], domain_ids[indices]))
+            images = images.view(-1, 3, image_size, image_size).to(device)  # a shard may be empty
             images = normalize(images, *STATISTICS[config.train_normalization])  # D4
-            yield Batch(images, classes, domains), [train.paths[i] for i in indices]
+            batch = Batch(images, class_ids[indices].to(device), domain_ids[indices].to(device))
+            yield batch, [train.paths[i] for i in indices]
 
     return PhaseData(epochs, order, load, partial(microbatches, phase=phase, config=config),
                      batch_size=len(order(0)[0]))
@@ -169,8 +165,8 @@ def fit_closed_form(config: Config, protocol: Protocol, features: FeatureCache) 
     domain_ids = numbers_of(train.domains, protocol.domain_names).to(z.device)
     measured = measure(z, class_ids, domain_ids, len(protocol.domain_names))
     if config.selection == "validation" and protocol.metric:
-        strength = max(STRENGTHS, key=lambda strength: validation_score(
-            behind_form(features, measured.form(strength)), protocol))
+        strength = max(STRENGTHS, key=lambda trial: validation_score(
+            behind_form(features, measured.form(trial)), protocol))
     return measured.form(strength), strength
 
 
@@ -226,8 +222,7 @@ def validation_score(encode: Encode, protocol: Protocol) -> float:
 def rank(methods: Mapping[str, Encode], tests: Sequence[Test]) -> list[dict[str, Any]]:
     """A row per test, gallery and method: numbers, and `details` for report and picture.
 
-    A second row is centred: queries and gallery have each lost their own mean (transductive). There is none
-    for queries of few classes, whose mean is that of the classes, or that are all equal.
+    A second row is centred, but for queries of few classes, whose mean is the classes', or all equal ones.
     """
     rows: list[dict[str, Any]] = []
     for test in tests:

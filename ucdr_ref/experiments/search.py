@@ -41,12 +41,12 @@ def search(run: Path | None, gallery: Path | None, images: list[str], texts: lis
         config, method, _ = restore(run, overrides, device, force)
         if config.method == "sre-clip" and config.test_attention == "batch":  # S2
             raise ValueError(f"{run}: --test-attention batch makes features depend on others; {OTHERS}")
-        title, files = f"run {run}, CLIP of {config.weights}", [Path(config.weights), run / "best.pt"]
+        title, model_files = f"run {run}, CLIP of {config.weights}", [config.weights, str(run / "best.pt")]
     else:
-        config = from_dict({**overrides, "method": "zero-shot", "data_root": ""})
-        config = replace(config, weights=locate_weights(config.weights))
-        method = ZeroShot(load_clip(config.weights).to(device))
-        title, files = f"zero-shot CLIP of {config.weights}", [Path(config.weights)]
+        weights = locate_weights(overrides["weights"])
+        config = from_dict({**overrides, "weights": weights, "method": "zero-shot", "data_root": ""})
+        method = ZeroShot(load_clip(weights).to(device))
+        title, model_files = f"zero-shot CLIP of {weights}", [weights]
     gallery = gallery or Path(config.target or os.path.join(config.data_root, config.gallery or "real"))
     if not gallery.is_dir():
         raise ValueError(f"{gallery} is no folder of images to search; give one as --gallery DIR")
@@ -55,9 +55,8 @@ def search(run: Path | None, gallery: Path | None, images: list[str], texts: lis
     set_precision(config.precision)
     extractor = Extractor(method, config)
     invert = "none" if "none" in config.stroke_domains else invert
-    key = digest_of([file_digest(file) for file in files])
-    parts: list[Tensor] = []
-    answers: list[dict[str, Any]] = []
+    key = digest_of([file_digest(file) for file in model_files])
+    parts, answers, unreadable = list[Tensor](), list[dict[str, Any]](), list[str]()
     if images:
         domains = [Path(path).absolute().parent.parent.name for path in images]  # <domain>/<class>/<image>
         for rows, features, inverted in extractor.stream(Files(images, domains, domains), invert):
@@ -69,7 +68,6 @@ def search(run: Path | None, gallery: Path | None, images: list[str], texts: lis
             raise ValueError(f"--text cannot search features outside CLIP's space; {OTHERS}")
         parts.append(text_features(method.clip, texts).cpu())  # L-align pulls an adapter's to these
         answers += [{"query": text, "kind": "text", "inverted": False} for text in texts]
-    unreadable: list[str] = []
     index = load_index(gallery, extractor, key, cache, invert, unreadable=unreadable)
     if like:
         mean = feature_mean(load_index(like, extractor, key, cache, invert, unreadable=unreadable).features)
