@@ -133,14 +133,6 @@ def test_lambda_is_chosen_on_validation_classes_and_recorded(world, tmp_path, mo
     assert f"closed form: lambda = {strength:g}" in results(run)["table"]
 
 
-def test_one_source_domain_leaves_no_subspace(world, tmp_path):
-    run = tmp_path / "one"
-    assert train.main(flags(world, run, "--method", "closed-form", "--domains", "photo", "sketch", "--gallery", "photo",
-                            "--selection", "last")) == 0
-    state = load_state(run / "best.pt")
-    assert state["method"]["form.subspace"].shape == (32, 0) and state["strength"] == 3.0
-
-
 def test_prototypes_take_the_place_of_text(world, tmp_path, capsys):
     tower = {key: value for key, value in tiny_state_dict().items() if key.startswith("visual.")}
     torch.save(tower, tmp_path / "tower.pt")

@@ -72,16 +72,6 @@ def test_the_lines_of_the_docs_run_in_order_from_an_empty_folder(fast, tmp_path,
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "data", "sheet.png", "gallery.npy", "gallery.paths.txt"}
 
 
-@pytest.mark.parametrize("script", [train, evaluate, retrieve], ids=lambda script: script.__name__)
-def test_help_fits_80_columns(script, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-
-    with pytest.raises(SystemExit) as ended:
-        script.main(["--help"])
-    text = capsys.readouterr().out
-    assert ended.value.code == 0 and max(map(len, text.splitlines())) <= 80 and "--device" in text
-
-
 def test_without_a_run_the_one_that_was_evaluated_last_is_taken(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     refused(capsys, evaluate.main([]), "no --run was given", "train first: python train.py")
