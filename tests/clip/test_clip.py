@@ -135,15 +135,6 @@ def test_architecture_from_shapes():
     assert model.visual.proj.any()  # a copy
 
 
-def test_image_tower_alone(tiny):
-    visual = {key: value for key, value in tiny.state_dict().items() if key.startswith("visual.")}
-    model = CLIP.from_state_dict(visual)
-    images, ids = inputs(32)
-    assert torch.equal(model.encode_image(images), tiny.encode_image(images)) and not model.has_text
-    with pytest.raises(ValueError, match="image tower alone: use a full CLIP"):
-        model.encode_text(ids)
-
-
 @pytest.mark.parametrize("images", [torch.zeros(1, 3, 16, 64), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)])
 def test_images_of_another_size_or_kind_are_refused(tiny, images):
     with pytest.raises(ValueError, match=r"expected float \[b, 3, 32, 32\] as of clip.preprocess\(32\)"):

@@ -9,14 +9,8 @@ from ucdr_ref.demo import drawing as toy
 from ucdr_ref.demo.__main__ import main
 from ucdr_ref.demo.drawing import CLASSES, DOMAINS, SPLIT, draw, write_dataset
 
-DIGESTS = {
-    "real": "e07e08c3650f9f1e",
-    "painting": "4aba6a84fd2712d2",
-    "clipart": "c561870874da7e1d",
-    "infograph": "1f9c109a7538e3bf",
-    "sketch": "9d8a1a85768fa1bd",
-    "quickdraw": "b931835cde2f3c48",
-}
+DIGESTS = {"real": "e07e08c3650f9f1e", "painting": "4aba6a84fd2712d2", "clipart": "c561870874da7e1d",
+           "infograph": "1f9c109a7538e3bf", "sketch": "9d8a1a85768fa1bd", "quickdraw": "b931835cde2f3c48"}
 
 
 def digest(domain, classes):
@@ -35,11 +29,6 @@ def test_every_class_in_every_domain():
             assert image.mode == "RGB" and image.size == (64, 64)
             low, high = image.convert("L").getextrema()
             assert high - low > 60, f"{name} in {domain} is hardly visible"
-
-
-def test_no_two_images_of_a_class_are_equal():
-    for domain in DOMAINS:
-        assert len({draw("apple", domain, f"0/{i}", 64).tobytes() for i in range(12)}) == 12
 
 
 def test_split_is_disjoint_and_complete():

@@ -210,7 +210,6 @@ def test_mistakes_are_one_sentence(scene, tmp_path, capsys):
     graph = json.loads((scene / "graph.json").read_text())
     equal_vectors = written("equal.txt", "".join(f"n{k:08d} {k % 2 + 1} 1\n" for k in range(10)))
     refused(capsys, run_with("--unseen", written("a.txt", "lion\n")), "lion")
-    refused(capsys, run_with("--unseen", str(tmp_path / "absent")), "absent")
     refused(capsys, run_with("--unseen", ""), "--unseen FILE", "--graph awa2")
     refused(capsys, run_with("--graph", str(tmp_path / "absent.json")), "absent.json", "ucdr_ref.sre.wordnet")
     twins = {**graph, "names": ["shape 4", *graph["names"][1:]]}
