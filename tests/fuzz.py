@@ -8,9 +8,7 @@ line; no case may compute for more than LIMIT seconds. Undamaged, every file has
 from __future__ import annotations
 
 import argparse
-import faulthandler
 import json
-import os
 import random
 import signal
 import sys
@@ -22,7 +20,7 @@ from tempfile import TemporaryDirectory
 import torch
 from PIL import Image
 
-from tests.clip.test_weights import SMALL, WRITERS
+from tests.clip.test_weights import SMALL, WRITERS, Trap
 from tests.helpers import tiny_state_dict
 from ucdr_ref.clip.weights import load_clip, read_text
 from ucdr_ref.config import Config, from_dict
@@ -42,16 +40,6 @@ class Hang(BaseException):
 
 class Executed(BaseException):
     pass
-
-
-class Trap:
-    """Pickles as a call of `os.mkdir`."""
-
-    def __init__(self, marker: str) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (self.marker,)
 
 
 class Watch:
@@ -125,7 +113,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cases", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    faulthandler.enable()
     torch.set_num_threads(1)
     watch, counts = Watch(), Counter[tuple[str, str]]()
     with TemporaryDirectory(prefix="fuzz.") as name:
@@ -134,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         for kind, (data, read) in sound.items():
             path.write_bytes(data)
             assert watch.outcome(kind, lambda read=read: read(path)) == "read", f"{kind}: refused without a fault"
-        torch.save({**tiny_state_dict(**SMALL), "x": Trap(str(folder / "executed"))}, path)
+        torch.save({**tiny_state_dict(**SMALL), "x": Trap(folder / "executed")}, path)
         sound["trap"] = path.read_bytes(), load_clip
         for i in range(args.cases):
             kind = list(sound)[i % len(sound)]

@@ -2,7 +2,8 @@
 
     python -m tests.killtest --rounds 50 --seed 0
 
-Rounds take turns: SIGKILL at any moment; SIGKILL while a temporary file is being written; SIGINT or SIGTERM to all processes.
+Rounds take turns: SIGKILL at any moment, every other time on a slow disk, where most moments fall into a writing; SIGINT or
+SIGTERM to all processes.
 A training is a fork of this process, which never used PyTorch.
 """
 from __future__ import annotations
@@ -20,16 +21,15 @@ from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import BinaryIO
 
 import torch
 
 import train
 from tests.helpers import LONGER, flags, same_runs, write_world
-from ucdr_ref import cli, training
+from ucdr_ref import training
 from ucdr_ref.cli import load_state
 
-KINDS = ("moment", "write", "signal")
+KINDS = ("moment", "signal")
 
 
 def forked(work: Callable[[], int | None], output: Path) -> BaseProcess:
@@ -59,20 +59,10 @@ def do(work: Callable[[], int | None], output: Path) -> None:
     assert code == 0, f"exit code {code}\n{output.read_text()}"
 
 
-class SlowFile:
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-
-    def write(self, data: bytes) -> None:
-        for start in range(0, len(data), len(data) // 100 + 1):
-            time.sleep(0.002)
-            self.file.write(data[start:start + len(data) // 100 + 1])
-
-
 def slow_training(arguments: list[str]) -> int:
-    """The same training on a slow disk: a checkpoint takes long enough to be killed in."""
-    fast = cli.write_atomic
-    cli.write_atomic = lambda path, fill: fast(path, lambda file: fill(SlowFile(file)))  # type: ignore[arg-type]
+    """The same training on a slow disk."""
+    sync = os.fsync
+    os.fsync = lambda file: (time.sleep(0.05), sync(file))
     return train.main(arguments)
 
 
@@ -109,10 +99,10 @@ class KillTest:
 
     def round(self, number: int) -> str:
         kind, run = KINDS[number % len(KINDS)], self.folder / f"run{number}"
-        workers = int(kind == "signal" or number % 4 == 3)
+        workers, slow = int(kind == "signal" or number % 8 == 6), number % 4 == 0
         call = self.arguments(run, workers)
         for _ in range(1 if kind == "signal" else self.random.randint(1, 3)):
-            process = forked(lambda: (slow_training if kind == "write" else train.main)(call), self.output)
+            process = forked(lambda: (slow_training if slow else train.main)(call), self.output)
             self.wait(kind, run, process)
             time.sleep(self.random.uniform(0, 0.02))
             (self.stop if kind == "signal" else self.kill)(kind, process)
@@ -124,16 +114,9 @@ class KillTest:
     def wait(self, kind: str, run: Path, process: BaseProcess) -> None:
         """Until the moment to strike, or until there is nothing left to strike."""
         start, delay = time.monotonic(), self.random.uniform(0, self.seconds)
-        lines, appearance, seen = self.random.randint(1, self.lines * 2 // 3), self.random.randint(1, 12), set()
-        in_training = kind == "signal" or self.random.random() < 0.5
+        lines, in_training = self.random.randint(1, self.lines * 2 // 3), kind == "signal" or self.random.random() < 0.5
         while process.is_alive():
-            if kind == "write":
-                for path in run.glob(".*.tmp"):
-                    with suppress(FileNotFoundError):
-                        seen.add(path.stat().st_ino)
-                if len(seen) >= appearance:
-                    return
-            elif logged(run) >= lines if in_training else time.monotonic() - start > delay:
+            if logged(run) >= lines if in_training else time.monotonic() - start > delay:
                 return
             time.sleep(0.0005)
 

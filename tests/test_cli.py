@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import evaluate
-import train
 from ucdr_ref import cli
 from ucdr_ref.cli import ProgressLine, load_state, read_json, run_command, write_atomic, write_text_atomic
 
@@ -64,8 +63,9 @@ def test_output_that_cannot_be_written_stops_nothing(tmp_path, redirection, stat
 def test_help_is_quick_and_needs_no_torch(script):
     code = "import runpy, sys; sys.argv = sys.argv[1:]; sys.modules['torch'] = None; runpy.run_path(sys.argv[0], run_name='__main__')"
     start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code, script, "--help"], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, script, "--help"], cwd=ROOT, env={**ENV, "COLUMNS": "80"}, capture_output=True, text=True)
     assert done.returncode == 0 and "--workers" in done.stdout, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
     assert time.monotonic() - start < 2  # 0.2 s on an idle core
 
 
@@ -76,30 +76,18 @@ def test_a_flag_of_a_training_is_no_flag_of_an_evaluation(capsys):
         assert f"{' '.join(flags)}: no flag of this command; a run's options need a training" in capsys.readouterr().err
 
 
-def shots(command: list[str], delays: list[float], cwd: Path) -> None:
+@pytest.mark.parametrize("delays", [(0.3, 1.5), pytest.param([0.2 + n / 6 for n in range(30)], marks=pytest.mark.slow)], ids=len)
+def test_ctrl_c_in_the_first_seconds_is_one_line(delays, tmp_path):
     """SIGINT after each delay: the command ends within ten seconds, with one line and no traceback."""
+    command = [sys.executable, str(ROOT / "train.py"), "--fast", "--run", str(tmp_path / "run"), "--data-root", str(tmp_path / "data")]
     for delay in delays:
-        process = subprocess.Popen([sys.executable, *command], cwd=cwd, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        process = subprocess.Popen(command, cwd=tmp_path, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         _, text = process.communicate(timeout=10)
         assert process.returncode in (0, 130) and "Traceback" not in text, (delay, text)
         assert process.returncode == 0 or text.splitlines()[-1].startswith("stopped by SIGINT"), (delay, text)
-
-
-def test_ctrl_c_in_the_first_seconds_is_one_line(tmp_path):
-    shots([str(ROOT / "train.py"), "--fast", "--run", str(tmp_path / "run"), "--data-root", str(tmp_path / "data")], [0.3, 0.8, 1.5], tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_thirty_shots(script, tmp_path):
-    own, made = ["--run", str(tmp_path / "run")], ["--fast", "--data-root", str(tmp_path / "data")]
-    if script != "train.py":
-        assert train.main([*own, *made]) == 0
-    more = {"train.py": made, "retrieve.py": ["--text", "a dog", "--cache", str(tmp_path / "cache")]}
-    shots([str(ROOT / script), *own, *more.get(script, [])], [0.2 + n / 6 for n in range(30)], tmp_path)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")

@@ -109,16 +109,6 @@ def test_processes_that_never_come_are_not_waited_for(monkeypatch, capsys, tmp_p
     assert time.monotonic() - start < 30 and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("count", [0, 5, 21])
-def test_shares_are_the_whole_in_order(monkeypatch, count):
-    shares = []
-    monkeypatch.setattr(distributed, "world_size", lambda: 7)
-    for rank in range(7):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        shares.append(distributed.local_shard(list(range(count))))
-    assert sum(shares, []) == list(range(count)) and max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
 def test_sre_clip_and_a_search_want_one_process(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(distributed, "processes", nullcontext)

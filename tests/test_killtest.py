@@ -24,5 +24,5 @@ def test_killed_trainings_end_as_one_that_was_not(rounds):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers follow their parent on Linux alone")
 @pytest.mark.parametrize("rounds", [4, pytest.param(36, marks=pytest.mark.slow)])
-def test_workers_end_with_their_parent_and_not_before(rounds):
+def test_workers_end_with_their_parent(rounds):
     assert f"{rounds} rounds, no process left" in run("tests.interrupts", rounds)

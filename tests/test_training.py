@@ -128,7 +128,7 @@ def test_seeds_are_those_of_every_run_so_far():
     assert derive_seed(0, "source", 1, 2) == 8906978294031623505
 
 
-@pytest.mark.parametrize("dies_at", (1, 2, 3, 5, 6, 8, 11, 14, 16, 20))
+@pytest.mark.parametrize("dies_at", (1, 3, 6, 8, 16, 20))
 def test_resumed_equals_uninterrupted(tmp_path, whole, dies_at, capsys):
     """The process dies, without any chance to save, in step `dies_at`; the same command goes on."""
     def die(loss: Tensor) -> None:
@@ -176,6 +176,7 @@ def test_a_batch_in_parts_is_the_same_batch(tmp_path, monkeypatch):
     assert two.calls == 2 * one.calls
     torch.testing.assert_close(one.state_dict(), two.state_dict())
     assert [pytest.approx(line) for line in logged(tmp_path / "1")] == logged(tmp_path / "2")
+    assert equal(*(load_state(tmp_path / "1" / name)["method"] for name in ("last.pt", "best.pt")))  # without a score
 
 
 @pytest.mark.parametrize(("what", "act"), [
@@ -205,11 +206,6 @@ def test_the_best_epoch_is_kept_and_patience_ends(tmp_path):
     train(Toy(), data, validate, run)  # finished: asks for no more scores
 
 
-def test_without_a_score_the_last_epoch_is_the_best(tmp_path):
-    train(Toy(), phases(), None, run_of(tmp_path))
-    assert equal(*(load_state(tmp_path / name)["method"] for name in ("last.pt", "best.pt")))
-
-
 def test_checkpoints_of_something_else_are_refused(tmp_path, whole):
     whole = Path(shutil.copytree(whole, tmp_path / "whole"))
     with pytest.raises(ValueError, match=r"last.pt is of a run with another config \(seed: 0 -> 3\)"):
@@ -232,10 +228,3 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, whole):
     assert load_state(tmp_path / "full" / "last.pt")["progress"]["phase"] == 1
     go(tmp_path / "full")
     same(tmp_path / "full", whole)
-
-
-def test_the_plan_notes_few_steps():
-    data = phases()["second"]
-    assert data.plan().startswith("15 steps of 4 images (few")
-    data.epochs = 4
-    assert data.plan() == "20 steps of 4 images"

@@ -55,12 +55,3 @@ def test_all_parts(tmp_path, capsys, monkeypatch):
     assert [(case["queries"], case["threads"]) for case in written["parts"]["search"]["cases"]] == [
         (q, t) for t in (1, 2) for q in (1, 10, 100)]
     assert (torch.get_num_threads(), faiss.cvar.distance_compute_blas_threshold) == (threads, threshold)
-
-
-def test_the_bound_of_a_search_is_faiss_at_its_best():
-    """The faster mode with the better number of threads, for each number of queries."""
-    times = {(1, 1): (1.0, 2.0, 3.0), (1, 10): (5.0, 9.0, 8.0), (2, 1): (1.5, 4.0, 5.0), (2, 10): (4.0, 7.0, 10.0)}
-    cases = [{"threads": t, "queries": q, "ours_cpu_s": ours, "faiss_cpu_s": rows, "blas_cpu_s": blas, "once_cpu_s": 1.0}
-             for (t, q), (ours, rows, blas) in times.items()]
-    ratios = [line.split("|")[-2].strip() for line in peers.search_table(cases).splitlines()[2:]]
-    assert ratios == ["0.50", "0.71", "0.75", "0.57"]

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from tests.helpers import fill, golden_clip_state_dict, tiny_state_dict
 from ucdr_ref.clip import linear as linear_module
 from ucdr_ref.clip.model import CLIP, infer_architecture
 from ucdr_ref.clip.tokenizer import tokenize
-from ucdr_ref.clip.zero_shot import class_text_features, preprocess
+from ucdr_ref.clip.zero_shot import class_text_features
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 600
@@ -101,20 +100,14 @@ def test_pooled_token_equals_full_pass(tiny):
         assert torch.allclose(tiny.visual.blocks(tokens, at), full[:, at], atol=1e-5)
 
 
-def test_causal_equals_one_pass_per_token(tiny):
-    block, x = tiny.transformer.resblocks[0], torch.randn(2, 11, 64)
-    looped = torch.cat([block(x[:, :length])[:, -1:] for length in range(1, 12)], dim=1)  # each token sees its past only
-    assert torch.allclose(block(x, causal=True), looped, atol=1e-5)
-
-
 def test_text_reads_end_of_text_only(tiny):
     _, ids = inputs(32)
     features = tiny.encode_text(ids)
     changed = ids.clone()
     changed[1, 77 // 2:] = 7  # behind the end-of-text of row 1
     assert torch.allclose(tiny.encode_text(changed), features, atol=1e-5)
-    one_by_one = torch.cat([tiny.encode_text(row[None]) for row in ids])
-    assert torch.allclose(one_by_one, features, atol=1e-5)
+    for row, end, feature in zip(ids, (76, 37), features):  # and what precedes it, one row at a time, cut there
+        assert torch.allclose(tiny.encode_text(row[None, :end + 1]), feature[None], atol=1e-5)
 
 
 def test_layer_norm_in_float32():
@@ -142,25 +135,10 @@ def test_architecture_from_shapes():
     assert model.visual.proj.any()  # a copy
 
 
-def test_image_tower_alone(tiny):
-    visual = {key: value for key, value in tiny.state_dict().items() if key.startswith("visual.")}
-    model = CLIP.from_state_dict(visual)
-    images, ids = inputs(32)
-    assert torch.equal(model.encode_image(images), tiny.encode_image(images)) and not model.has_text
-    with pytest.raises(ValueError, match="image tower alone: use a full CLIP"):
-        model.encode_text(ids)
-
-
 @pytest.mark.parametrize("images", [torch.zeros(1, 3, 16, 64), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)])
 def test_images_of_another_size_or_kind_are_refused(tiny, images):
     with pytest.raises(ValueError, match=r"expected float \[b, 3, 32, 32\] as of clip.preprocess\(32\)"):
         tiny.encode_image(images)
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "L", "P", "CMYK"])
-def test_preprocess_takes_images_as_rgb(mode):
-    image = Image.effect_noise((40, 50), 90).convert("RGB").convert(mode)
-    assert torch.equal(preprocess(32)(image), preprocess(32)(image.convert("RGB")))
 
 
 @pytest.mark.parametrize("names", ["dog", []])

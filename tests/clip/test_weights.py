@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.helpers import tiny_state_dict, to_hugging_face
-from ucdr_ref.clip.weights import OPENAI_SHA256, check_file, file_digest, load_clip, read_text
+from ucdr_ref.clip.weights import OPENAI_SHA256, file_digest, load_clip
 
 SMALL = dict(vocab_size=40, context_length=8, vision_layers=1, text_layers=1, image_size=16)
 KINDS = {torch.float32: "Float", torch.float16: "Half", torch.bfloat16: "BFloat16", torch.int64: "Long"}
@@ -87,13 +87,12 @@ def test_every_format_gives_the_same_model(form, stored, weights, tmp_path):
     assert equal(load_clip(tmp_path / "any.name"), sd)
 
 
-@pytest.mark.parametrize("wrap", [None, "state_dict", "model_state_dict", "model"])
+@pytest.mark.parametrize("wrap", ["state_dict", "model_state_dict", "model"])
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("names", [dict, to_hugging_face])
 def test_wrapped_state_dicts(wrap, prefix, names, weights, tmp_path):
     sd = {prefix + key: value for key, value in names(weights).items()}
-    content = sd if wrap is None else {"epoch": 3, wrap: sd, "optimizer": {"state": {0: torch.zeros(3)}, "lr": [0.1]}}
-    torch.save(content, tmp_path / "model.pt")
+    torch.save({"epoch": 3, wrap: sd, "optimizer": {"state": {0: torch.zeros(3)}, "lr": [0.1]}}, tmp_path / "model.pt")
     assert equal(load_clip(tmp_path / "model.pt"), weights)
 
 
@@ -134,14 +133,13 @@ def test_missing_and_unexpected_keys_are_listed(weights, tmp_path):
 
 
 def test_values_that_no_training_leaves_behind(weights, tmp_path):
-    for key, value in (("visual.ln_post.bias", float("nan")), ("visual.proj", float("inf")), ("visual.proj", 0.0)):
+    for key, value in (("visual.ln_post.bias", float("nan")), ("visual.proj", 0.0)):
         save_file({**weights, key: torch.full_like(weights[key], value)}, tmp_path / "a")
         assert f"{key} is all zero or not finite" in refusal(tmp_path / "a")
 
 
 def test_other_files(weights, tmp_path):
-    contents = {"empty": b"", "page.pt": b"<!DOCTYPE html><html>404</html>", "a.pkl": pickle.dumps({"a": 1}),
-                "lfs.pt": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"}
+    contents = {"empty": b"", "page.pt": b"<!DOCTYPE html><html>404</html>", "a.pkl": pickle.dumps({"a": 1})}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
@@ -150,33 +148,33 @@ def test_other_files(weights, tmp_path):
                           "ints": {key: value.long() for key, value in weights.items()}}.items():
         torch.save(content, tmp_path / name)
     expected = {"empty": "begins with b''", "page.pt": "begins with b'<!DOCTYPE html>", "a.pkl": r"begins with b'\x80\x04",
-                "lfs.pt": "begins with b'version https://git-lfs", "a.zip": "not in a subdirectory", "tensor": "'Tensor'",
+                "a.zip": "not in a subdirectory", "tensor": "'Tensor'",
                 "number": "entry 'epoch' is not a", "nothing": "no ViT CLIP (ViT-B/32, B/16, L/14; a ResNet?)",
                 "ints": "is not a floating-point tensor", ".": "is no file", "absent": "does not exist"}
     for name, part in expected.items():
         assert part in refusal(tmp_path / name), name
 
 
-class Run:
+class Trap:
     """Pickles as a call of `os.mkdir`."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return os.mkdir, (str(self.marker),)
 
 
 def test_nothing_is_executed(weights, tmp_path):
     marker = tmp_path / "executed"
-    content = {"visual.conv1.weight": torch.zeros(2), "x": Run(marker)}
+    content, program = {"visual.conv1.weight": torch.zeros(2), "x": Trap(marker)}, pickle.dumps(Trap(marker), 2)
     torch.save(content, tmp_path / "zip")
     save_legacy(content, tmp_path / "legacy")
-    program = pickle.dumps(Run(marker), 2)
+    torch.save({"args": argparse.Namespace(lr=1), "state_dict": weights}, tmp_path / "namespace")
     with zipfile.ZipFile(tmp_path / "torchscript", "w") as archive:
         archive.writestr("a/data.pkl", program)
         archive.writestr("a/constants.pkl", b"\x80\x02).")
-    for name in ("zip", "legacy"):
+    for name in ("zip", "legacy", "namespace"):
         assert "other things than weights" in refusal(tmp_path / name)
     assert "mkdir" in refusal(tmp_path / "torchscript")
     (tmp_path / "plain").write_bytes(program)
@@ -184,13 +182,3 @@ def test_nothing_is_executed(weights, tmp_path):
     assert not marker.exists()
     pickle.loads(program)
     assert marker.exists()
-    torch.save({"args": argparse.Namespace(lr=1), "state_dict": weights}, tmp_path / "namespace")
-    assert "other things than weights" in refusal(tmp_path / "namespace")
-
-
-def test_texts(tmp_path):
-    (tmp_path / "a").write_bytes("\ufeffé\n".encode())
-    assert read_text(tmp_path / "a") == "é\n" and check_file(tmp_path / "a") == tmp_path / "a"
-    (tmp_path / "a").write_bytes(b"\xff")
-    with pytest.raises(ValueError, match="a is not UTF-8 text; take another"):
-        read_text(tmp_path / "a", "; take another")

@@ -71,17 +71,10 @@ def expect_right(index: Index, gallery: Path, names: list[str] | None = None) ->
             assert row.tolist() == pytest.approx(image.getpixel((0, 0)), abs=1e-3)
 
 
-def test_encoded_once_then_read(gallery):
-    for expected in (5, 0):
-        index, encoded = build(gallery)
-        assert encoded == expected
-        expect_right(index, gallery)
-    assert len([*(gallery.parent / "cache").iterdir()]) == 1
-
-
-@pytest.mark.parametrize("change", ["pixels", "pixels, size and times kept", "added", "removed", "renamed", "model", "moved"])
-def test_what_changed_is_encoded_again(gallery, change):
-    build(gallery)
+@pytest.mark.parametrize("change,again", [("pixels", 1), ("pixels, size and times kept", 1), ("removed", 0), ("renamed", 1), ("model", 5),
+                                          ("moved", 5)])
+def test_what_changed_is_encoded_again(gallery, change, again):
+    assert build(gallery)[1] == 5
     key, red, before = "model", gallery / "red.png", os.stat(gallery / "red.png")
     if change.startswith("pixels"):
         time.sleep(0.02)  # longer than a tick of the file system's clock
@@ -89,8 +82,6 @@ def test_what_changed_is_encoded_again(gallery, change):
         if change != "pixels":
             assert os.stat(red).st_size == before.st_size
             os.utime(red, ns=(before.st_atime_ns, before.st_mtime_ns))
-    elif change == "added":
-        paint(gallery / "new.png", (1, 2, 3))
     elif change == "removed":
         red.unlink()
     elif change == "renamed":
@@ -99,10 +90,11 @@ def test_what_changed_is_encoded_again(gallery, change):
         key = "other model"
     else:
         gallery = gallery.rename(gallery.with_name("elsewhere"))
-    index, encoded = build(gallery, key)
-    assert encoded == (5 if change in ("model", "moved") else 0 if change == "removed" else 1)
-    expect_right(index, gallery)
-    assert build(gallery, key)[1] == 0
+    for expected in (again, 0):
+        index, encoded = build(gallery, key)
+        assert encoded == expected
+        expect_right(index, gallery)
+    assert len([*(gallery.parent / "cache").iterdir()]) == (2 if again == 5 else 1)
 
 
 @pytest.mark.parametrize("damage", [
@@ -137,28 +129,21 @@ def test_unreadable_images_are_left_out_and_listed(gallery):
         build(gallery, unreadable=[])
 
 
-def test_what_was_encoded_survives_an_interruption(gallery):
+def test_what_was_encoded_survives_an_interruption_and_is_saved_before(gallery, monkeypatch):
+    monkeypatch.setattr(module, "SAVE_SECONDS", 0)
+    saved = []
+
     def stop(encoded: int) -> None:
+        saved.extend(len(load_state(path)["rows"]) for path in (gallery.parent / "cache").glob("*.pt"))
         if encoded == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         load_index(gallery, extractor(MeanColour(stop)), "model", gallery.parent / "cache")
+    assert saved[0] < 4
     index, encoded = build(gallery)
     assert encoded == 1
     expect_right(index, gallery)
-
-
-def test_the_file_is_there_long_before_the_end(gallery, monkeypatch):
-    monkeypatch.setattr(module, "SAVE_SECONDS", 0)
-    seen = []
-
-    def look(encoded: int) -> None:
-        path = next((gallery.parent / "cache").glob("*.pt"), None)
-        seen.append(len(load_state(path)["rows"]) if path else 0)
-
-    build(gallery, method=MeanColour(look))
-    assert seen[0] == 0 and seen[-1] > 0
 
 
 def test_files_left_out_are_not_read_and_stay_in_the_file(gallery):
@@ -180,17 +165,15 @@ def test_folders_below_the_root_tell_strokes(tmp_path):
     assert index.paths == names and index.inverted.tolist() == [True, True, False, False]
     expected = [[245.0, 235, 225] if flag else [10.0, 20, 30] for flag in index.inverted]
     torch.testing.assert_close(index.features, torch.tensor(expected), rtol=0, atol=1e-3)
-    plain = load_index(root, extractor(strokes=("sketch",)), "m", tmp_path / "cache", invert="none")
-    assert not plain.inverted.any() and plain.encoded == 4
 
 
 def test_strange_names_survive(gallery):
-    names = [b"new\nline.png", b"back\\slash n.png", b"\xff\xfe.png", "\u96ea \u00e9.png".encode(), b"caf\xe9/quote'\".png"]
+    names = [b"new\nline.png", b"back\\slash n.png", "\u96ea \u00e9.png".encode(), b"caf\xe9/quote'\".png"]
     (gallery / os.fsdecode(b"caf\xe9")).mkdir()
     for i, name in enumerate(names):
         with open(os.path.join(os.fsencode(gallery), name), "wb") as file:
             Image.new("RGB", (4, 4), (i, i, i)).save(file, format="png")
-    for expected in (10, 0):
+    for expected in (9, 0):
         index, encoded = build(gallery)
         assert encoded == expected and set(map(os.fsdecode, names)) <= set(index.paths)
         expect_right(index, gallery)
@@ -207,6 +190,3 @@ def test_each_file_is_encoded_once_whatever_lists_it_is_in(gallery):
     assert method.encoded == 4
     expected = torch.tensor([[5.0, 245, 245], [10, 10, 250], [255, 255, 255], [5, 245, 245], [10, 250, 10]])
     torch.testing.assert_close(torch.cat([first, rest]), expected, rtol=0, atol=1e-3)
-    (gallery / "sub" / "deep" / "grey.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="grey.png: not a readable image .*; replace or remove it"):
-        cache.encode(files)

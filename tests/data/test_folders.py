@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import touch_images
 from ucdr_ref.data.benchmarks import DATASETS
 from ucdr_ref.data.folders import Tree, compare_counts, folder_key, list_images, match, scan
 
@@ -63,17 +62,9 @@ def test_what_cannot_be_listed_or_holds_no_image_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"no images in <domain>/<class>/\* \(no readable format: .heic\)"):
         scanned(tmp_path / "data")
     touch(tmp_path / "data", "photo/b/1.png")
-    with pytest.raises(ValueError, match="1 class folders without images, such as .*photo/a .no readable format: .heic."):
+    (tmp_path / "data/photo/c").mkdir()
+    with pytest.raises(ValueError, match="2 class folders without images, such as .*photo/a .no readable format: .heic."):
         scanned(tmp_path / "data")
-
-
-def test_a_thousand_empty_class_folders_are_one_message(tmp_path):
-    touch(tmp_path, "photo/full/1.png")
-    for i in range(1000):
-        (tmp_path / "photo" / f"{i:03d}").mkdir()
-    with pytest.raises(ValueError) as error:
-        scanned(tmp_path)
-    assert str(error.value) == f"1000 class folders without images, such as {tmp_path}/photo/000; fill or remove them"
 
 
 def test_runs_are_no_data(tmp_path):
@@ -81,19 +72,17 @@ def test_runs_are_no_data(tmp_path):
     touch(tmp_path, "photo/a/1.png", "photo/b/1.png", "photo/c/config.json", "photo/c/2.png")
     for run in ("runs/toy-0000", "mine", "photo/kept"):
         touch(tmp_path / run, "config.json", "run.json", "queries.png", "pictures/sheet.png")
-    tree, notes = scanned(tmp_path)
-    assert {domain: list(classes) for domain, classes in tree.items()} == {"photo": ["a", "b", "c"]}
+    assert {domain: list(classes) for domain, classes in scanned(tmp_path)[0].items()} == {"photo": ["a", "b", "c"]}
     assert names_in(tmp_path) == ["photo/a/1.png", "photo/b/1.png", "photo/c/2.png"]
 
 
 def test_deeper_images_and_unknown_endings_are_counted(tmp_path):
-    touch_images(tmp_path / "data", ["photo"], "abcd", 3)
-    touch_images(tmp_path, ["elsewhere"], "abcd", 3)
+    touch(tmp_path, "elsewhere/a/1.png", "elsewhere/b/1.png", "data/photo/a/1.png", "data/photo/b/1.png")
     (tmp_path / "data" / "sketch").symlink_to(tmp_path / "elsewhere")
     touch(tmp_path / "data", "photo/a/deeper/1.png", "photo/a/deeper/still/2.png", "photo/3.png", "photo/b/x.heic",
           "photo/b/notes.txt", "photo/b/.hidden", ".git/a/1.png")
     tree, notes = scanned(tmp_path / "data")
-    assert list(tree) == ["photo", "sketch"] and {len(paths) for paths in tree["sketch"].values()} == {3}
+    assert {domain: list(classes) for domain, classes in tree.items()} == {"photo": ["a", "b"], "sketch": ["a", "b"]}
     assert notes == ["note     5 files are no images at <domain>/<class>/<image> and are not used, such as "
                      f"{tmp_path}/data/photo/3.png"]
     (tmp_path / "elsewhere" / "a" / "loop").symlink_to(tmp_path / "data")  # data/sketch/a/loop/sketch/a/loop ...
@@ -110,13 +99,10 @@ def test_named_domains_must_be_there_and_hold_images(tmp_path):
         scanned(tmp_path, {"sketch": ("sketch", "png")})
 
 
-@pytest.mark.parametrize("names", [("t-shirt", "T shirt", "t_shirt", "T--Shirt "), ("killer+whale", "Killer_Whale"),
-                                   ("café", unicodedata.normalize("NFD", "Café"))])
-def test_names_that_are_one(names):
-    assert len(set(map(folder_key, names))) == 1
-
-
-def test_names_that_differ():
+def test_names_that_are_one_and_names_that_differ():
+    for names in (("t-shirt", "T shirt", "t_shirt", "T--Shirt "), ("killer+whale", "Killer_Whale"),
+                  ("café", unicodedata.normalize("NFD", "Café"))):
+        assert len(set(map(folder_key, names))) == 1
     names = ["a", "ab", "a b", "...", "!", "猫", "狗", "कि", "का", os.fsdecode(b"caf\xe9"), os.fsdecode(b"caf\xe8"), "caf"]
     assert len(set(map(folder_key, names))) == len(names)
 

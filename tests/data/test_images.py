@@ -4,7 +4,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -31,8 +30,6 @@ from ucdr_ref.data.images import (
 )
 from ucdr_ref.demo.drawing import draw
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def saved(tmp_path, image: Image.Image, name: str, **options) -> str:
     path = str(tmp_path / name)
@@ -46,31 +43,23 @@ def grey(*values: float, kind: type = np.uint16) -> Image.Image:
 
 def test_every_kind_of_image_becomes_rgb(tmp_path):
     red = Image.new("RGB", (8, 8), (200, 0, 0))
-    clear_palette = red.convert("P")
-    cases = {
-        "palette.png": (red.convert("P"), {}, (200, 0, 0)), "grey.png": (Image.new("L", (8, 8), 70), {}, (70, 70, 70)),
-        "bits.png": (Image.new("1", (8, 8), 1), {}, (255, 255, 255)),
-        "clear.png": (Image.new("RGBA", (8, 8), (0, 0, 0, 0)), {}, (255, 255, 255)),
-        "half.png": (Image.new("LA", (8, 8), (0, 128)), {}, (127, 127, 127)),
-        "clear_palette.png": (clear_palette, {"transparency": clear_palette.getpixel((0, 0))}, (255, 255, 255)),
-        "clear_rgb.png": (Image.new("RGB", (8, 8), (9, 9, 9)), {"transparency": (9, 9, 9)}, (255, 255, 255)),
-        "print.jpg": (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), {}, (255, 0, 0)),
-        "moving.gif": (red, {"save_all": True, "append_images": [Image.new("RGB", (8, 8), (0, 0, 200))]}, (200, 0, 0)),
-        "plain.webp": (red, {"lossless": True}, (200, 0, 0)),
-    }
-    for name, (image, options, expected) in cases.items():
+    palette = red.convert("P")
+    for name, image, options, expected in (
+            ("palette.png", palette, {}, (200, 0, 0)), ("bits.png", Image.new("1", (8, 8), 1), {}, (255, 255, 255)),
+            ("half.png", Image.new("LA", (8, 8), (0, 128)), {}, (127, 127, 127)),
+            ("clear_palette.png", palette, {"transparency": palette.getpixel((0, 0))}, (255, 255, 255)),
+            ("clear_rgb.png", Image.new("RGB", (8, 8), (9, 9, 9)), {"transparency": (9, 9, 9)}, (255, 255, 255)),
+            ("print.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0)), {}, (255, 0, 0)),
+            ("moving.gif", red, {"save_all": True, "append_images": [Image.new("RGB", (8, 8), (0, 0, 200))]}, (200, 0, 0)),
+            ("plain.webp", red, {"lossless": True}, (200, 0, 0))):
         found = open_image(saved(tmp_path, image, name, **options))
         assert found.mode == "RGB" and found.size == (8, 8), name
         assert max(abs(a - b) for a, b in zip(found.getpixel((4, 4)), expected)) <= 6, (name, found.getpixel((4, 4)))
 
 
 @pytest.mark.parametrize(("image", "expected"), [
-    (grey(0, 25700, 65535), (0, 100, 255)), (grey(0, 2048, 4095), (0, 128, 255)), (grey(0, 100, 255), (0, 100, 255)),
-    (grey(0, 0, 0), (0, 0, 0)),
-    (grey(0, 70_000, 2 ** 17 - 1, kind=np.int32), (0, 136, 255)),
-    (grey(0, 0.5, 1, kind=np.float32), (0, 128, 255)), (grey(-5, 25700, 65535, kind=np.float32), (0, 100, 255)),
-    (grey(0, 100, 255, kind=np.float32), (0, 100, 255)), (grey(np.nan, 0.5, np.inf, kind=np.float32), (0, 255, 0)),
-], ids=lambda value: value.mode if isinstance(value, Image.Image) else "-".join(map(str, value)))
+    (grey(0, 25700, 65535), (0, 100, 255)), (grey(0, 0, 0), (0, 0, 0)), (grey(0, 70_000, 2 ** 17 - 1, kind=np.int32), (0, 136, 255)),
+    (grey(-5, 0.5, 1, kind=np.float32), (0, 128, 255)), (grey(np.nan, 0.5, np.inf, kind=np.float32), (0, 255, 0))], ids=str)
 def test_deep_grey_is_scaled_by_its_largest_value(image, expected, tmp_path):
     found = np.asarray(open_image(saved(tmp_path, image, "deep.tiff")))
     assert (found == found[:1, :, :1]).all() and tuple(found[0, :, 0].tolist()) == expected
@@ -137,26 +126,14 @@ def test_bytes_normalised_later_have_the_bits_of_torchvisions_chain():
 
 # strokes
 
-def dataset(tmp_path, transform, seed=0, domains=("sketch", "real", "sketch", "real")) -> ImageDataset:
-    paths = [saved(tmp_path, Image.new("RGB", (40, 40), (10 * i, 0, 0)), f"{i}.png") for i in range(4)]
-    return ImageDataset(Files(paths, list("abab"), list(domains)), transform, ("sketch",), seed)
-
-
-@pytest.mark.parametrize("name", ["sketch", "Sketch", "SKETCH"])
-def test_stroke_domains_are_inverted_whatever_the_case_of_their_folder(name, tmp_path):
-    data = dataset(tmp_path, lambda image: torch.tensor(image.getpixel((0, 0))), domains=(name, "real", name, "sketches"))
-    assert [data[i][1].tolist() for i in range(4)] == [[255, 255, 255], [10, 0, 0], [235, 255, 255], [30, 0, 0]]
-    assert [data[i][2] for i in range(4)] == [True, False, True, False]
-
-
 def test_inversion_by_the_look_or_by_the_folder(tmp_path):
     strokes, photo = Image.new("RGB", (64, 64), "white"), Image.effect_noise((64, 64), 60).convert("RGB")
     ImageDraw.Draw(strokes).line((8, 8, 50, 40), fill="black", width=3)
     paths = [saved(tmp_path, image, f"{i}.png") for i, image in enumerate((strokes, photo, strokes, photo))]
-    files = Files(paths, ["x"] * 4, ["real", "real", "sketch", "sketch"])
+    files = Files(paths, ["x"] * 4, ["real", "sketches", "sketch", "SKETCH"])  # whatever the case of the folder
     for invert, expected in (("auto", [True, False, True, True]), ("domain", [False, False, True, True]),
                              ("none", [False] * 4)):
-        data = ImageDataset(files, resize_crop(64), ("sketch",), invert=invert)
+        data = ImageDataset(files, resize_crop(64), ("Sketch",), invert=invert)
         (_, images, inverted), = load_batches(data, [range(4)], 0)
         assert inverted.tolist() == expected
         for pixels, path, flag in zip(images, paths, expected):
@@ -166,19 +143,28 @@ def test_inversion_by_the_look_or_by_the_folder(tmp_path):
 
 def test_drawn_strokes_are_told_from_pictures():
     for domain in ("sketch", "quickdraw", "clipart", "infograph", "painting", "real"):
-        flags = [is_strokes(draw(name, domain, 0)) for name in ("giraffe", "bus", "pear", "owl", "table", "shark")]
-        assert sum(flags) == (6 if domain in ("sketch", "quickdraw") else 0), domain
+        flags = {is_strokes(draw(name, domain, 0)) for name in ("giraffe", "bus", "pear")}
+        assert flags == {domain in ("sketch", "quickdraw")}, domain
 
 
 # batches
 
-def test_augmentation_follows_from_seed_and_index_alone(tmp_path):
+def dataset(tmp_path, transform, seed=0) -> ImageDataset:
+    paths = [saved(tmp_path, Image.new("RGB", (40, 40), (10 * i, 0, 0)), f"{i}.png") for i in range(4)]
+    return ImageDataset(Files(paths, list("abab"), ["sketch", "real", "sketch", "real"]), transform, ("sketch",), seed)
+
+
+def test_augmentation_follows_from_seed_and_index_alone(tmp_path, monkeypatch):
+    """Arrays pass by a pipe: neither shared memory, often small, nor a temporary folder of a long name has a part in it."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("long" * 25)))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    (tmp_path / ("long" * 25)).mkdir()
     data, again, other = (dataset(tmp_path, augment(32), seed) for seed in (1, 1, 2))
     torch.manual_seed(5)
     first, second = ({i: image for indices, images, _ in load_batches(part, batches, workers)
                       for i, image in zip(indices.tolist(), images)}
                      for part, batches, workers in ((data, [[3, 0, 2, 1]], 0), (again, [[0], [1, 2, 3]], 2)))
-    assert all(torch.equal(first[i], second[i]) for i in range(4))
+    assert all(torch.equal(first[i], second[i]) for i in range(4)) and type(data[0][1]) is np.ndarray
     assert not np.array_equal(first[1], other[1][1])
 
 
@@ -227,33 +213,7 @@ def test_a_reader_killed_while_a_step_is_computed_is_one_line(tmp_path, capsys):
     assert error.startswith("error: DataLoader worker") and error.count("\n") == 1
 
 
-SMALL = """
-import sys, tempfile, torch
-from PIL import Image
-from ucdr_ref.clip.zero_shot import resize_crop
-from ucdr_ref.data.images import Files, ImageDataset, load_batches
-path = sys.argv[1]
-Image.new("RGB", (300, 300)).save(path)
-data = ImageDataset(Files([path] * 400, ["a"] * 400, ["a"] * 400), resize_crop(224), ())
-print(sum(len(images) for _, images, _ in load_batches(data, [range(40)] * 10, 2)))
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs a name space of its own")
-def test_small_shared_memory_and_a_long_temporary_folder_do_not_matter(tmp_path):
-    long = tmp_path / ("long" * 25)
-    long.mkdir()
-    call = [sys.executable, "-c", SMALL, str(tmp_path / "a.png")]
-    small = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c",
-             "mount -t tmpfs -o size=4m tmpfs /dev/shm && exec \"$@\"", "sh"]
-    if subprocess.run([*small, "true"], capture_output=True).returncode:
-        small = []  # no name spaces here: the long name alone
-    done = subprocess.run([*small, *call], capture_output=True, text=True, cwd=ROOT, timeout=300,
-                          env={**os.environ, "TMPDIR": str(long)})
-    assert done.stdout == "400\n" and not done.stderr, done.stderr
-
-
-@pytest.mark.parametrize("sizes,batch", [((10, 20, 30), 9), ((7, 7), 2), ((5, 50), 20), ((40, 41, 42, 43), 50)])
+@pytest.mark.parametrize("sizes,batch", [((10, 20, 30), 9), ((5, 50), 20)])
 def test_batches_are_balanced_and_as_many_as_the_smallest_domain_allows(sizes, batch):
     domain_ids = [domain for domain, size in enumerate(sizes) for _ in range(size)]
     groups = balanced_batches(domain_ids, batch, seed=3, epoch=0)

@@ -15,7 +15,6 @@ from ucdr_ref.experiments.retrieval import phase_data
 
 CASES = json.loads((Path(__file__).parents[1] / "golden" / "released_order.json").read_text())
 SIZES = {"clipart": 100, "infograph": 130, "painting": 400, "quickdraw": 500, "real": 250}
-SOURCE, TARGET = 400, 50
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["case"])
@@ -27,15 +26,6 @@ def test_the_passes_are_those_of_the_released_sampler(case):
             batches = released_batches(ids, sampled, batch, turn)
             assert [i for part in batches for i in part] == expected
             assert {len(part) for part in batches[:-1]} <= {batch} and 0 < len(batches[-1]) <= batch
-
-
-def test_every_domain_is_walked_through_in_full():
-    ids = [domain for domain, size in enumerate(SIZES.values()) for _ in range(size)]
-    passes = [released_batches(ids, TARGET, batch, turn) for turn, batch in enumerate([SOURCE, *[TARGET] * 10])]
-    assert len({i for part in passes for batch in part for i in batch}) == len(ids)
-    assert [len(batch) for batch in passes[0]] == [400, 100] and {len(batch) for batch in passes[1]} == {50}
-    with pytest.raises(ValueError, match="batch of 2 cannot hold the 5 source domains"):
-        released_batches(ids, 2, 400, 0)
 
 
 def test_both_phases_of_a_run_take_their_place_in_the_one_stream():

@@ -9,14 +9,8 @@ from ucdr_ref.demo import drawing as toy
 from ucdr_ref.demo.__main__ import main
 from ucdr_ref.demo.drawing import CLASSES, DOMAINS, SPLIT, draw, write_dataset
 
-DIGESTS = {
-    "real": "e07e08c3650f9f1e",
-    "painting": "4aba6a84fd2712d2",
-    "clipart": "c561870874da7e1d",
-    "infograph": "1f9c109a7538e3bf",
-    "sketch": "9d8a1a85768fa1bd",
-    "quickdraw": "b931835cde2f3c48",
-}
+DIGESTS = {"real": "e07e08c3650f9f1e", "painting": "4aba6a84fd2712d2", "clipart": "c561870874da7e1d",
+           "infograph": "1f9c109a7538e3bf", "sketch": "9d8a1a85768fa1bd", "quickdraw": "b931835cde2f3c48"}
 
 
 def digest(domain, classes):
@@ -28,26 +22,18 @@ def test_same_bytes_on_every_machine(domain):
     assert digest(domain, CLASSES[::6]) == DIGESTS[domain], f"drawn with Pillow {PIL.__version__}; 11.2.1 or newer is needed"
 
 
-@pytest.mark.parametrize("size", [64, 96])
-def test_every_class_in_every_domain(size):
+def test_every_class_in_every_domain():
     for domain in DOMAINS:
         for name in CLASSES:
-            image = draw(name, domain, "any", size)
-            assert image.mode == "RGB" and image.size == (size, size)
+            image = draw(name, domain, "any", 64)
+            assert image.mode == "RGB" and image.size == (64, 64)
             low, high = image.convert("L").getextrema()
             assert high - low > 60, f"{name} in {domain} is hardly visible"
 
 
-def test_no_two_images_of_a_class_are_equal():
-    for domain in DOMAINS:
-        assert len({draw("apple", domain, f"0/{i}", 64).tobytes() for i in range(12)}) == 12
-
-
 def test_split_is_disjoint_and_complete():
-    parts = [set(SPLIT[k]) for k in ("train", "val", "test")]
-    assert [len(p) for p in parts] == [len(SPLIT[k]) for k in ("train", "val", "test")] == [40, 8, 12]
-    assert set.union(*parts) == set(CLASSES) and sum(map(len, parts)) == len(CLASSES) == 60
-    assert CLASSES == tuple(sorted(CLASSES)) and DOMAINS == ("real", "painting", "clipart", "infograph", "sketch", "quickdraw")
+    assert sorted(sum(SPLIT.values(), ())) == [*CLASSES] and len(set(CLASSES)) == 60
+    assert [len(SPLIT[part]) for part in ("train", "val", "test")] == [40, 8, 12]
 
 
 @pytest.mark.parametrize("arguments, word", [
@@ -76,9 +62,6 @@ def test_dataset_goes_into_an_empty_folder_only(tmp_path, capsys):
     root = write_dataset(tmp_path / "empty", per_class=1, **settings)
     with pytest.raises(ValueError, match="other settings"):
         write_dataset(root, per_class=2, **settings)
-    (root / "toy.json").write_text("{")
-    with pytest.raises(ValueError, match=f"{root / 'toy.json'} is not readable"):
-        write_dataset(root, per_class=1, **settings)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(ValueError, match="no drawn data"):
@@ -102,10 +85,3 @@ def test_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_dataset(tmp_path / "data", **settings)
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(toy, "draw", draw)
-    assert len(list(write_dataset(tmp_path / "data", **settings).rglob("*.png"))) == 8
-
-
-def test_contact_sheet(tmp_path):
-    assert main(["--sheet", str(tmp_path / "sheet.png")]) == 0
-    assert 50_000 < (tmp_path / "sheet.png").stat().st_size < 700_000

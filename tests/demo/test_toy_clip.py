@@ -4,27 +4,24 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 from ucdr_ref.clip.weights import load_clip
-from ucdr_ref.config import resolve
-from ucdr_ref.data.benchmarks import build_protocol
 from ucdr_ref.demo import pretrain
-from ucdr_ref.demo.drawing import CLASSES, DOMAINS, SPLIT, draw, write_dataset
+from ucdr_ref.demo.drawing import CLASSES, DOMAINS, draw
 from ucdr_ref.demo.pretrain import CAPTIONS, SHAPE, random_clip, sample_pair
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights" / "demo-clip.pt"
 
 
 def test_pairs_are_reproducible_and_uneven():
-    pairs = [sample_pair(0, i) for i in range(300)]
+    pairs = [sample_pair(0, i) for i in range(100)]
     again = sample_pair(0, 7)
     assert np.array_equal(pairs[7][0], again[0]) and pairs[7][1] == again[1]
     assert not np.array_equal(sample_pair(1, 7)[0], again[0])
     texts = [caption for _, caption in pairs]
     drawn = sum(any(word in text for word in ("sketch", "drawing", "draw", "doodle", "scribbled")) for text in texts)
-    assert drawn < 150 < sum(any(name.replace("_", " ") in text for name in CLASSES) for text in texts)
+    assert drawn < 50 < sum(any(name.replace("_", " ") in text for name in CLASSES) for text in texts)
     assert set(CAPTIONS) == set(DOMAINS)
 
 
@@ -39,24 +36,8 @@ def test_pretraining_never_draws_a_benchmark_image(monkeypatch):
     monkeypatch.setattr(pretrain, "draw", noting)
     seen = {sample_pair(0, i)[0].tobytes() for i in range(120)}
     assert len(seeds) == 120 and all(seed.startswith("web/") for seed in seeds)
-    benchmark = {np.asarray(draw(name, domain, f"0/{i}")).tobytes()
-                 for name in CLASSES[::6] for domain in DOMAINS for i in range(2)}
+    benchmark = {np.asarray(draw(name, domain, "0/0")).tobytes() for name in CLASSES[::6] for domain in DOMAINS}
     assert not seen & benchmark and len(seen) == 120
-
-
-@pytest.mark.parametrize("held_out", ["sketch", "infograph"])
-def test_training_and_selection_see_nothing_of_the_query_side(tmp_path_factory, held_out):
-    root = tmp_path_factory.getbasetemp() / "toy-honest"
-    write_dataset(root, per_class=2, size=32)
-    protocol = build_protocol(resolve({"data_root": str(root), "held_out": held_out}))
-    ucdr = protocol.tests[0]
-    assert set(ucdr.query.classes) == set(SPLIT["test"]) and set(ucdr.query.domains) == {held_out}
-    validation = protocol.validation
-    used = protocol.train + validation.query + validation.galleries["unseen"]
-    assert held_out not in used.domains and not set(used.classes) & set(SPLIT["test"])
-    assert set(validation.query.classes) == set(SPLIT["val"]) and not set(SPLIT["val"]) & set(protocol.train.classes)
-    evaluated = ucdr.query + ucdr.galleries["mixed"]
-    assert not set(used.paths) & set(evaluated.paths)
 
 
 def test_the_small_clip_starts_and_ships_as_promised():

@@ -82,17 +82,6 @@ def test_the_same_command_goes_on_to_the_same_end(world, finished, tmp_path, mon
     assert "finished already; evaluating" in capsys.readouterr().out
 
 
-def test_a_killed_start_is_a_begun_run(world, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / ".config.json.4711.tmp").write_text('{"meth')
-    for _ in range(2):
-        assert train.main(flags(world, run, "--method", "zero-shot")) == 0
-        for path in run.iterdir():
-            if path.name != "config.json":
-                path.unlink()
-
-
 def test_another_folder_is_refused(world, run, capsys):
     refused(capsys, train.main(flags(world, world / "data")), "is no run folder")
     refused(capsys, evaluate.main(call(run, "--out", str(run / "best.pt"))), "best.pt")

@@ -20,7 +20,7 @@ from ucdr_ref.cli import load_state
 from ucdr_ref.clip.weights import load_clip
 from ucdr_ref.clip.zero_shot import preprocess
 from ucdr_ref.config import PRESETS, from_dict
-from ucdr_ref.data.benchmarks import DATASETS, Test, class_list
+from ucdr_ref.data.benchmarks import DATASETS, Test
 from ucdr_ref.data.images import Files, open_image
 from ucdr_ref.experiments import report
 from ucdr_ref.experiments import retrieval as experiment
@@ -133,14 +133,6 @@ def test_lambda_is_chosen_on_validation_classes_and_recorded(world, tmp_path, mo
     assert f"closed form: lambda = {strength:g}" in results(run)["table"]
 
 
-def test_one_source_domain_leaves_no_subspace(world, tmp_path):
-    run = tmp_path / "one"
-    assert train.main(flags(world, run, "--method", "closed-form", "--domains", "photo", "sketch", "--gallery", "photo",
-                            "--selection", "last")) == 0
-    state = load_state(run / "best.pt")
-    assert state["method"]["form.subspace"].shape == (32, 0) and state["strength"] == 3.0
-
-
 def test_prototypes_take_the_place_of_text(world, tmp_path, capsys):
     tower = {key: value for key, value in tiny_state_dict().items() if key.startswith("visual.")}
     torch.save(tower, tmp_path / "tower.pt")
@@ -177,22 +169,14 @@ def test_an_unreadable_image_stops_training_and_evaluation_with_its_name(world, 
     refused(capsys, train.main(flags(world, tmp_path / "run", "--data-root", str(data))), "shape_3/", "not a readable image")
 
 
-@pytest.mark.parametrize("preset, domains, classes", [
-    ("domainnet/sketch", 5, 245), ("sketchy-random", 2, 90), ("tuberlin", 2, 200), ("folder", 2, 42)])
+@pytest.mark.parametrize("preset, domains, classes", [("domainnet/sketch", 5, 245), ("tuberlin", 2, 200), ("folder", 2, 42)])
 def test_dry_run_of_every_preset(preset, domains, classes, world, tmp_path, capsys):
     """On empty files in each dataset's layout; the drawn data's is among the documented commands."""
-    def lists(dataset: str) -> list[str]:
-        return [name for part in ("train", "val", "test") for name in class_list(f"{dataset}-{part}")]
-
     data, dataset = tmp_path / "data", PRESETS[preset]["dataset"]
-    if dataset == "domainnet":
-        touch_images(data, DATASETS["domainnet"].domains, lists("domainnet"), 2)
-    elif dataset == "tuberlin":
-        touch_images(data, ("sketches", "images"), lists("tuberlin"), 2)
-    elif dataset == "folder":
+    if dataset == "folder":
         touch_images(data, ("photo", "sketch", "icon"), [f"class {i}" for i in range(60)], 4)
     else:
-        touch_images(data, ("sketch", "extended_photo"), class_list("sketchy-all"), 4)
+        touch_images(data, DATASETS[dataset].domains, sum(DATASETS[dataset].splits().values(), []), 2)
     assert train.main(["--preset", preset, "--data-root", str(data), "--weights", str(world / "clip.pt"),
                        "--run", str(tmp_path / "dry"), "--dry-run"]) == 0
     text = capsys.readouterr().out
@@ -200,8 +184,7 @@ def test_dry_run_of_every_preset(preset, domains, classes, world, tmp_path, caps
     count = (config.context_vectors + (domains + classes) * config.prompt_length) * 64
     assert f"{classes} classes" in text and f"{count:,} trainable parameters" in text
     assert "14,720 trainable parameters" in text and not (tmp_path / "dry").exists()
-    if preset == "domainnet/sketch":
-        assert "; original 48,837 (-48," in text
+    assert preset != "domainnet/sketch" or "; original 48,837 (-48," in text
 
 
 def test_mistakes_are_one_sentence(world, tmp_path, capsys):
