@@ -59,7 +59,8 @@ def test_every_kind_of_image_becomes_rgb(tmp_path):
 
 @pytest.mark.parametrize(("image", "expected"), [
     (grey(0, 25700, 65535), (0, 100, 255)), (grey(0, 0, 0), (0, 0, 0)), (grey(0, 70_000, 2 ** 17 - 1, kind=np.int32), (0, 136, 255)),
-    (grey(-5, 0.5, 1, kind=np.float32), (0, 128, 255)), (grey(np.nan, 0.5, np.inf, kind=np.float32), (0, 255, 0))], ids=str)
+    (grey(-5, 0.5, 1, kind=np.float32), (0, 128, 255)), (grey(np.nan, 0.5, np.inf, kind=np.float32), (0, 255, 0))],
+    ids=["short", "black", "int", "float", "not finite"])
 def test_deep_grey_is_scaled_by_its_largest_value(image, expected, tmp_path):
     found = np.asarray(open_image(saved(tmp_path, image, "deep.tiff")))
     assert (found == found[:1, :, :1]).all() and tuple(found[0, :, 0].tolist()) == expected
