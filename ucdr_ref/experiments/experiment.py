@@ -190,12 +190,14 @@ def lock_run(folder: Path) -> AbstractContextManager[object]:
 
 def other_inputs(folder: Path, weights: str, digests: Mapping[str, tuple[int, str]]) -> list[str]:
     """What of weights (a digest) and image lists {name: (length, digest)} is not the run's."""
-    record = read_json(folder / "run.json")
-    found = ["other weights than the run's"] * (record["weights_sha256"] != weights)
-    for name, now in digests.items():
-        count, digest = record["files"][name]
-        if now != (count, digest):
-            found.append(f"other images than the run's ({name}: {now[0]} now, {count} at the start)")
+    path = folder / "run.json"
+    record = read_json(path)
+    with as_value_error(path, "does not say what the run was made with", "name another --run"):
+        found = ["other weights than the run's"] * (record["weights_sha256"] != weights)
+        for name, now in digests.items():
+            count, digest = record["files"][name]
+            if now != (count, digest):
+                found.append(f"other images than the run's ({name}: {now[0]} now, {count} at the start)")
     return found
 
 
