@@ -13,9 +13,10 @@ from PIL import Image, ImageDraw, ImageOps
 
 import retrieve
 import train
-from tests.helpers import flags, refused, tiny_state_dict
+from tests.helpers import files_of_at_most, flags, refused, tiny_state_dict
 from ucdr_ref.clip import load_clip, preprocess, tokenize
 from ucdr_ref.config import resolve
+from ucdr_ref.demo.drawing import CLASSES, write_dataset
 from ucdr_ref.experiments import search
 from ucdr_ref.experiments.experiment import restore
 
@@ -193,7 +194,7 @@ def test_no_file_of_others_is_overwritten(world, tmp_path, capsys, call):
         assert call(*given, "--out", tmp_path / "sheet.png", "--export", tmp_path / "x.npy") == 0
 
 
-def test_files_are_written_though_the_reader_is_lost(world, tmp_path, monkeypatch, call, photos):
+def test_answers_survive_a_lost_reader_and_a_full_disk(world, tmp_path, capsys, monkeypatch, call, photos):
     given = (*photos[0], "--query", world / "data/icon/shape_4/0.png")
     reader, writer = os.pipe()
     os.close(reader)  # as `head` does, only sooner
@@ -201,3 +202,19 @@ def test_files_are_written_though_the_reader_is_lost(world, tmp_path, monkeypatc
         patch.setattr(sys, "stdout", stdout)
         assert call(*given, "--out", tmp_path / "sheet.png", "--export", tmp_path / "x.npy") == 1
     assert all((tmp_path / name).exists() for name in ("sheet.png", "x.npy", "x.paths.txt"))
+    capsys.readouterr()
+    with files_of_at_most(1000):  # as on a full disk
+        assert call(*given, "--out", tmp_path / "other.png") == 2
+    printed = capsys.readouterr()
+    assert "   1  0." in printed.out and "could not write" in printed.err and "other.png" in printed.err
+
+
+def test_centring_the_documented_way_is_no_worse_on_one_class(tmp_path, ask):
+    """Drawn sketches of a single class, centred by the mean of a folder of sketches of many classes."""
+    data = write_dataset(tmp_path / "data", sorted({"giraffe", "bus", *CLASSES[::6]}), ["sketch", "real"], 6)
+    for name in ("giraffe", "bus"):
+        given = ("--weights", "weights/demo-clip.pt", "--gallery", data / "real", "--k", "6", "--query",
+                 *sorted((data / "sketch" / name).iterdir()))
+        plain, centred = (sum(f"/{name}/" in hit["path"] for answer in ask(*given, *more)["queries"] for hit in answer["results"])
+                          for more in ((), ("--center", data / "sketch")))
+        assert centred >= plain > 0, name
