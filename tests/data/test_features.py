@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ucdr_ref.cli import load_state
 from ucdr_ref.clip.zero_shot import CLIP_MEAN, CLIP_STD
@@ -69,6 +70,20 @@ def expect_right(index: Index, gallery: Path, names: list[str] | None = None) ->
     for i, row in enumerate(index.features):
         with Image.open(index.path(i)) as image:
             assert row.tolist() == pytest.approx(image.getpixel((0, 0)), abs=1e-3)
+
+
+def test_a_signal_at_the_readers_end_is_heard(gallery, monkeypatch):
+    end, struck = _MultiProcessingDataLoaderIter._shutdown_workers, []
+
+    def strike(loaded: object) -> None:
+        end(loaded)
+        struck.append(True)
+        if struck == [True]:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(_MultiProcessingDataLoaderIter, "_shutdown_workers", strike)
+        list(Extractor(MeanColour(), Config(workers=1)).stream(Files([str(gallery / "red.png")], ["a"], ["a"])))
 
 
 @pytest.mark.parametrize("change,again", [("pixels", 1), ("pixels, size and times kept", 1), ("removed", 0), ("renamed", 1), ("model", 5),

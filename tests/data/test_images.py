@@ -203,7 +203,7 @@ def test_a_stuck_reader_ends_in_a_sentence(tmp_path, monkeypatch):
     assert time.monotonic() - begin < 60
 
 
-def test_a_reader_killed_while_a_step_is_computed_is_one_line(tmp_path, capsys):
+def test_a_reader_killed_in_a_step_is_one_line(tmp_path, capsys):
     def run(argv: object) -> None:
         for _ in load_batches(dataset(tmp_path, resize_crop(8)), [[0]] * 100, 1):
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
@@ -215,7 +215,7 @@ def test_a_reader_killed_while_a_step_is_computed_is_one_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("sizes,batch", [((10, 20, 30), 9), ((5, 50), 20)])
-def test_batches_are_balanced_and_as_many_as_the_smallest_domain_allows(sizes, batch):
+def test_batches_are_balanced(sizes, batch):
     domain_ids = [domain for domain, size in enumerate(sizes) for _ in range(size)]
     groups = balanced_batches(domain_ids, batch, seed=3, epoch=0)
     share = min(batch // len(sizes), min(sizes))
@@ -224,13 +224,5 @@ def test_batches_are_balanced_and_as_many_as_the_smallest_domain_allows(sizes, b
         assert Counter(domain_ids[i] for i in group) == {domain: share for domain in range(len(sizes))}
     flat = [i for group in groups for i in group]
     assert len(flat) == len(set(flat))
-    assert groups == balanced_batches(domain_ids, batch, seed=3, epoch=0)
-    assert groups != balanced_batches(domain_ids, batch, seed=3, epoch=1)
-    assert groups != balanced_batches(domain_ids, batch, seed=4, epoch=0)
-
-
-def test_lists_of_files():
-    files = Files(["r/x.png", "r/y.png"], ["a", "b"], ["s", "s"])
-    assert (files + files).keep([3]) == Files(["r/y.png"], ["b"], ["s"])
-    assert files.digest("r") != files.keep([1, 0]).digest("r")
-    assert len(Files([os.fsdecode(b"r/\xff.png")], ["a"], ["s"]).digest("r")) == 64  # a name that is not UTF-8
+    again = [balanced_batches(domain_ids, batch, seed, epoch) for seed, epoch in ((3, 0), (3, 1), (4, 0))]
+    assert groups == again[0] and groups not in again[1:]

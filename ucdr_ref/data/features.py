@@ -47,8 +47,8 @@ class Extractor:
         dataset = ImageDataset(files, transform, self.config.stroke_domains, invert=invert)
         batches = split_indices(len(files), EVAL_BATCH)
         progress = ProgressLine("encoding", len(files))
-        for batch, (indices, images, inverted) in zip(
-                batches, load_batches(dataset, batches, self.config.workers, unreadable)):
+        loaded = load_batches(dataset, batches, self.config.workers, unreadable)
+        for (indices, images, inverted), batch in zip(loaded, batches):  # `loaded` comes to its own end
             if len(indices):
                 with torch.no_grad(), autocast(self.config.precision, self.device):
                     features = self.method.encode(normalize(images.to(self.device))).float()

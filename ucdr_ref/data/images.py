@@ -160,6 +160,9 @@ def load_batches(dataset: ImageDataset, batches: Sequence[Sequence[int]], worker
     except RuntimeError as error:
         raise ValueError(f"a process that reads images failed ({one_line(error)}); take --workers 0, or give "
                          "more memory (in a container also --shm-size)") from error
+    finally:
+        if workers:  # here, as a signal that meets PyTorch's own end of it, in a destructor, would be lost
+            loaded._shutdown_workers()
 
 
 def end_with_main(worker: int) -> None:
