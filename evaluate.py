@@ -7,7 +7,7 @@ def run(argv: list[str] | None) -> None:
     from pathlib import Path
 
     from ucdr_ref.cli import read_json
-    from ucdr_ref.config import FIELDS, MACHINE, add_arguments, differences, from_dict, parse
+    from ucdr_ref.config import FIELDS, add_arguments, differences, from_dict, parse
 
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
                                      epilog="A field that is not given is the run's own.")
@@ -21,7 +21,7 @@ def run(argv: list[str] | None) -> None:
                         help="where features of images are kept for all runs (default: %(default)s)")
     parser.add_argument("--compare", nargs=2, type=Path, metavar="RUN",
                         help="print the tables of two runs and the config fields that differ, and stop")
-    add_arguments(parser, (*MACHINE, "data_root", "target", "class_split", "weights"))
+    add_arguments(parser, ("device", "workers", "precision", "data_root", "target", "class_split", "weights"))
     args = parse(parser, argv)
 
     if args.compare:

@@ -35,7 +35,6 @@ from ..ucdr.closed_form import STRENGTHS, ClosedForm, ClosedFormAdapter, center,
 from .report import CENTER_CLASSES
 
 CPU_PART = 10  # images of phase 2 at once: on a CPU no slower than a batch of 50, in a third of the memory
-STRENGTH = 3.0  # lambda of the closed form where no validation classes choose it
 Encode = Callable[[Files], Tensor]  # n files -> features [n, e] on the device
 
 
@@ -159,8 +158,8 @@ def training(config: Config, protocol: Protocol, method: Any,
 
 
 def fit_closed_form(config: Config, protocol: Protocol, features: FeatureCache) -> tuple[ClosedForm, float]:
-    """The closed form of the training images, and its lambda, chosen on validation classes if there are."""
-    train, z, strength = protocol.train, features.encode(protocol.train), STRENGTH
+    """The closed form of the training images, and its lambda: chosen on validation classes, or 3."""
+    train, z, strength = protocol.train, features.encode(protocol.train), STRENGTHS[0]
     class_ids = numbers_of(train.classes, protocol.class_names).to(z.device)
     domain_ids = numbers_of(train.domains, protocol.domain_names).to(z.device)
     measured = measure(z, class_ids, domain_ids, len(protocol.domain_names))

@@ -47,6 +47,9 @@ def search(run: Path | None, gallery: Path | None, images: list[str], texts: lis
         config = from_dict({**overrides, "weights": weights, "method": "zero-shot", "data_root": ""})
         method = ZeroShot(load_clip(weights).to(device))
         title, model_files = f"zero-shot CLIP of {weights}", [weights]
+    elsewhere = config.method in ("sre-clip", "closed-form") or config.evaluation_features != "normalized"
+    if texts and elsewhere:
+        raise ValueError(f"--text cannot search features outside CLIP's space; {OTHERS}")
     gallery = gallery or Path(config.target or os.path.join(config.data_root, config.gallery or "real"))
     if not gallery.is_dir():
         raise ValueError(f"{gallery} is no folder of images to search; give one as --gallery DIR")
@@ -64,8 +67,6 @@ def search(run: Path | None, gallery: Path | None, images: list[str], texts: lis
             answers += [{"query": images[i], "kind": "image", "inverted": flag}
                         for i, flag in zip(rows, inverted.tolist())]
     if texts:
-        if config.method in ("sre-clip", "closed-form") or config.evaluation_features != "normalized":
-            raise ValueError(f"--text cannot search features outside CLIP's space; {OTHERS}")
         parts.append(text_features(method.clip, texts).cpu())  # L-align pulls an adapter's to these
         answers += [{"query": text, "kind": "text", "inverted": False} for text in texts]
     index = load_index(gallery, extractor, key, cache, invert, unreadable=unreadable)
