@@ -1,6 +1,4 @@
 """Evaluates a run folder: a table beside zero-shot CLIP, and a report, JSON, CSV and a picture of results."""
-from __future__ import annotations
-
 
 def run(argv: list[str] | None) -> None:
     import argparse

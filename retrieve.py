@@ -1,6 +1,4 @@
 """Searches a folder of images by image or text: prints the nearest, draws them, exports the vectors."""
-from __future__ import annotations
-
 
 def run(argv: list[str] | None) -> None:
     import argparse

@@ -1,6 +1,4 @@
 """Trains a method and evaluates it: `python train.py` alone runs the demonstration."""
-from __future__ import annotations
-
 
 def run(argv: list[str] | None) -> None:
     import argparse

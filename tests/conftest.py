@@ -1,6 +1,4 @@
 """A small world for the tests of the whole: three domains, eight classes, a random CLIP."""
-from __future__ import annotations
-
 import signal
 from pathlib import Path
 

@@ -5,8 +5,6 @@
 A case is a file with some bits flipped, or cut at some place. What a reader may raise is a ValueError or an OSError of one
 line; no case may compute for more than LIMIT seconds. Undamaged, every file has to be read.
 """
-from __future__ import annotations
-
 import argparse
 import json
 import random

@@ -1,6 +1,4 @@
 """What several tests need: small CLIPs, a small world of images, flags of a short run, comparisons of runs and refusals."""
-from __future__ import annotations
-
 import json
 import math
 import signal

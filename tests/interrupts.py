@@ -4,8 +4,6 @@
 
 Each round forks a reader and strikes it soon after a point. A pipe that it and its workers hold open tells when the last is gone.
 """
-from __future__ import annotations
-
 import argparse
 import os
 import random

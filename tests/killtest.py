@@ -6,8 +6,6 @@ Rounds take turns: SIGKILL at any moment, every other time on a slow disk, where
 SIGTERM to all processes.
 A training is a fork of this process, which never used PyTorch.
 """
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -4,8 +4,6 @@ It shares the package's parameters, never its arithmetic: all 77 tokens of every
 every step of both phases, every block computes every token, a full copy of the image branch is averaged and run in
 both phases, each image gets its own masked prompt bank, queues are lists. Ledger: the paper's column.
 """
-from __future__ import annotations
-
 import copy
 import math
 from collections import deque

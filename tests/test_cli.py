@@ -1,6 +1,4 @@
 """What every command does: one line for a mistake, output that goes away, Ctrl-C, files that are whole or absent."""
-from __future__ import annotations
-
 import io
 import os
 import pickle

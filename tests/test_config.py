@@ -1,6 +1,4 @@
 """Options: who wins over whom, what JSON keeps, and one sentence for every value that cannot be."""
-from __future__ import annotations
-
 import argparse
 import json
 from dataclasses import asdict, replace

@@ -1,6 +1,4 @@
 """Device, precision, and two processes that compute what one does, through a crash and a stop."""
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,6 +1,4 @@
 """The kill test and the interrupts of readers, in processes that have not used PyTorch yet: short, and whole."""
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Oracles are double loops over sorted Python lists; float64 distances come from explicit differences."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

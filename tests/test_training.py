@@ -1,6 +1,4 @@
 """The loop: what it computes, that an interrupted run ends as one that was not, what stops it."""
-from __future__ import annotations
-
 import shutil
 import signal
 from contextlib import ExitStack

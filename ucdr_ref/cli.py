@@ -2,8 +2,6 @@
 
 No PyTorch is imported here, so that `--help` is quick and Ctrl-C is heard from the start.
 """
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -3,8 +3,6 @@
 A field's type is its choices (`Literal`), or `Annotated` adds a number's closed range; then the help. No
 PyTorch is imported.
 """
-from __future__ import annotations
-
 import argparse
 import typing
 from collections.abc import Mapping, Sequence

@@ -2,8 +2,6 @@
 
 Each takes its share of every batch; rows are joined in the order of the ranks.
 """
-from __future__ import annotations
-
 import hashlib
 import os
 import sys

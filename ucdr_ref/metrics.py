@@ -6,8 +6,6 @@ Conventions (of UCDR-Adapter's evaluation, shared with ProS and SnMpNet):
 - AP@k is divided by the number of hits within the first k, as in published tables; for `mAP@k/relevant` by
   the textbook's min(relevant, k). A query without hit scores 0 and counts.
 """
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -3,8 +3,6 @@
 All randomness of a step follows from (seed, phase, epoch, step), so an interrupted run that is started again
 equals one that was not.
 """
-from __future__ import annotations
-
 import json
 import math
 import signal
@@ -84,7 +82,7 @@ def train(method: Any, phases: Mapping[str, PhaseData], validate: Callable[[], f
 
 
 def fit(method: Any, phase: str, data: PhaseData, validate: Callable[[], float] | None,
-        checkpointer: Checkpointer) -> None:
+        checkpointer: "Checkpointer") -> None:
     """One phase: steps, checkpoints, validation after each epoch, early stop."""
     run, progress = checkpointer.run, checkpointer.progress
     method.start(phase)

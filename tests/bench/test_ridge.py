@@ -1,6 +1,4 @@
 """Ridge regression against least squares and a literal choice of lambda; calibration by every threshold."""
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

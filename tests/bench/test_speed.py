@@ -1,6 +1,4 @@
 """What is timed is the same work on both sides; every part runs; tables hold its numbers."""
-from __future__ import annotations
-
 import json
 
 import pytest

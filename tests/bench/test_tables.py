@@ -1,6 +1,4 @@
 """The commands that measure training and retrieval: what they would run, what they read back, the tables they print."""
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -1,6 +1,4 @@
 """The towers beside open_clip's and the golden numbers, their parts, and models from shapes."""
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,6 +1,4 @@
 """The tokenizer against open_clip_torch's (skipped where that is not installed), against golden ids, and its errors."""
-from __future__ import annotations
-
 import gzip
 import hashlib
 import random

@@ -1,6 +1,4 @@
 """Weight files of every format, and what is none: one sentence, nothing executed."""
-from __future__ import annotations
-
 import argparse
 import os
 import pickle

@@ -1,6 +1,4 @@
 """Which images are trained on, queried and ranked: every dataset as its archive unpacks, the draws, own folders."""
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,6 +1,4 @@
 """Folders of classes by name or WordNet id."""
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,6 +1,4 @@
 """The method's feature is the mean colour of an image, so a row can be told by looking at the file."""
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable

@@ -1,6 +1,4 @@
 """What is found below a folder, and what is said about the rest."""
-from __future__ import annotations
-
 import os
 import unicodedata
 from collections.abc import Mapping, Sequence

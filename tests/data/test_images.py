@@ -1,6 +1,4 @@
 """Reading images of every kind, transforms, stroke inversion, processes that read, the domain-balanced order."""
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

@@ -1,6 +1,4 @@
 """The released order of training images (D15) against what the released sampler itself gave."""
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,6 +1,4 @@
 """The demonstration is honest: its CLIP saw none of its images, and training sees nothing of the query side."""
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

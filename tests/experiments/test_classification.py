@@ -1,6 +1,4 @@
 """SRE-CLIP from folders to a table: training, resuming, evaluation elsewhere, and clear refusals."""
-from __future__ import annotations
-
 import csv
 import json
 import shutil

@@ -1,6 +1,4 @@
 """Run folders: what they record, who may go on in them, and one sentence for everything that does not fit."""
-from __future__ import annotations
-
 import json
 import shutil
 import signal

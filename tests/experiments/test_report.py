@@ -1,6 +1,4 @@
 """What an evaluation leaves: numbers of every class, a picture that shows what was found, a page for people."""
-from __future__ import annotations
-
 import csv
 import html
 import io

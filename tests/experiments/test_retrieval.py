@@ -1,6 +1,4 @@
 """Retrieval from folders to tables: rows beside separate computations, the closed form, centring, class features."""
-from __future__ import annotations
-
 import csv
 import json
 import math

@@ -1,6 +1,4 @@
 """retrieve.py from folders, paths and texts to answers: right ones, kept ones, and ones that say what was done."""
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,6 +1,4 @@
 """Class lists, WordNet's closure and the graph's JSON file, on an excerpt of WordNet written here."""
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

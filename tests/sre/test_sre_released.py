@@ -1,6 +1,4 @@
 """SRE-CLIP, variant `released`, against the numbers of the authors' code."""
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,6 +1,4 @@
 """The closed form against literal loops, and on features whose domain shift is known."""
-from __future__ import annotations
-
 from itertools import product
 
 import pytest

@@ -1,6 +1,4 @@
 """Every loss against an obvious loop."""
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,6 +1,4 @@
 """The method against the released code's numbers and against a plain transcription; its switches, queues and errors."""
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

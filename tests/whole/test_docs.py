@@ -1,6 +1,4 @@
 """README and docs are true: commands parse, what is named exists, tables hold the committed numbers."""
-from __future__ import annotations
-
 import ast
 import importlib
 import json

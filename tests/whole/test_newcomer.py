@@ -1,6 +1,4 @@
 """What a newcomer does: install, read --help, run the lines of the README and of docs/running.md one after another."""
-from __future__ import annotations
-
 import os
 import re
 import shlex

@@ -1,6 +1,4 @@
 """Who may import whom, without a circle; sizes."""
-from __future__ import annotations
-
 import ast
 import sys
 from pathlib import Path

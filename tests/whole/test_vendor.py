@@ -1,6 +1,4 @@
 """Parts of the package, copied under another name, do their work alone."""
-from __future__ import annotations
-
 import shutil
 import sys
 from pathlib import Path

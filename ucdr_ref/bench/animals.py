@@ -7,8 +7,6 @@ DIR holds `<domain>/<class>/<image>` of AwA2's classes for sketch, quickdraw, cl
 alone. Every run is an ordinary `python train.py ...` below --out, finished ones are not run again. Accuracies
 are averaged over images. The ridge, which has no spread, runs for seed 0 alone.
 """
-from __future__ import annotations
-
 import argparse
 import os
 import re

@@ -1,6 +1,4 @@
 """How far centring depends on the queries: zero-shot CLIP on the drawn data of `--fast`, trained nothing."""
-from __future__ import annotations
-
 import random
 from pathlib import Path
 from typing import Any

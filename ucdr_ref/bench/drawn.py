@@ -6,8 +6,6 @@ and docs/ledger.md.
 Every run is an ordinary `python train.py ...` in its own folder below --runs, named after its flags; finished
 ones are not run again, a stopped one goes on, and parts share runs. Numbers are in %.
 """
-from __future__ import annotations
-
 import argparse
 import json
 import os

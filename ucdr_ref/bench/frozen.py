@@ -1,6 +1,4 @@
 """Rows of the table on real images that train nothing: arithmetic on features of zero-shot CLIP."""
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 from pathlib import Path

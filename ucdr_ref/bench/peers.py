@@ -1,6 +1,4 @@
 """What the package is timed beside: FAISS's flat index, CLIP's own image transform, a plain batched sort."""
-from __future__ import annotations
-
 import os
 import resource
 import time

@@ -13,8 +13,6 @@ Rows without training come first (`frozen`); features stay in --out. Then the tr
 --subset cpu: the five domains named, bfloat16, one epoch of each phase, the last kept; `paper` for every
 held-out domain, then two seeds more and the other variants for sketch.
 """
-from __future__ import annotations
-
 import argparse
 import os
 import re

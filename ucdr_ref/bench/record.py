@@ -1,6 +1,4 @@
 """What all measurements share: trainings, means over seeds, and command, machine and date in their JSON."""
-from __future__ import annotations
-
 import json
 import shlex
 import statistics

@@ -3,8 +3,6 @@
 Nothing here is published. `n` images, `e` CLIP embedding, `c` classes, `w` width of a class vector;
 N(v) = v / |v|.
 """
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

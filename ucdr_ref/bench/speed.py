@@ -13,8 +13,6 @@ input, beside CLIP's own transform. metrics: beside the authors' loop over queri
 and a plain batched sort. search: in turns with faiss-cpu's flat index (requirements-dev.txt); the bound is
 the faster of its two modes with its best number of threads.
 """
-from __future__ import annotations
-
 import argparse
 import os
 import sys

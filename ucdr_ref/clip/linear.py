@@ -1,8 +1,6 @@
 """Linear layers, on a CPU by oneDNN where they are frozen: PyTorch's default there, MKL, leaves up to half of
 the speed of AMD's processors unused.
 """
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -2,8 +2,6 @@
 
 A method inserts tokens between `embed` and `blocks` of the vision tower. A head is 64 wide in every model.
 """
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 
@@ -161,7 +159,7 @@ class CLIP(nn.Module):
                              "UCDR-Adapter, --class-features prototypes")
 
     @classmethod
-    def from_state_dict(cls, sd: Mapping[str, Tensor]) -> CLIP:
+    def from_state_dict(cls, sd: Mapping[str, Tensor]) -> "CLIP":
         """The model that the shapes describe, frozen, in float32.
 
         Raises ValueError for another family than ViT, RuntimeError that lists missing and unexpected keys.

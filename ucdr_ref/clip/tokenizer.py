@@ -4,8 +4,6 @@ OpenAI's cleans text with `ftfy` and splits it with `regex`. Without them mojiba
 colour codes, and HTML entities in capitals or escaped more than three times stay; letters and numbers younger
 than Python's Unicode table count as symbols.
 """
-from __future__ import annotations
-
 import functools
 import gzip
 import html

@@ -1,6 +1,4 @@
 """CLIP from a weight file of any usual format, told by its content. Nothing in a file is executed."""
-from __future__ import annotations
-
 import hashlib
 import json
 import pickle

@@ -1,6 +1,4 @@
 """Zero-shot CLIP: its image transform, its text for a class, and the baseline."""
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

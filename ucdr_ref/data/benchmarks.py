@@ -2,8 +2,6 @@
 
 Every list is sorted and every draw has its own seeded generator, so a split is the same on every machine.
 """
-from __future__ import annotations
-
 import os
 import random
 from collections.abc import Callable

@@ -1,6 +1,4 @@
 """Folders of SRE-CLIP's sources and target, `<root>/<class>/*`: the class of each image, batches of them."""
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Collection, Sequence

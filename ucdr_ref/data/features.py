@@ -2,8 +2,6 @@
 
 `n` files, `e` CLIP embedding, `g` readable images of a folder.
 """
-from __future__ import annotations
-
 import os
 import sys
 import time

@@ -2,8 +2,6 @@
 
 Links are followed, hidden names and folders of runs passed over; the order is that of the names.
 """
-from __future__ import annotations
-
 import os
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence

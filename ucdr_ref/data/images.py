@@ -2,8 +2,6 @@
 
 Nothing here keeps a random state, so that an interrupted run goes on exactly as it would have.
 """
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import os
@@ -43,10 +41,10 @@ class Files:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __add__(self, other: Files) -> Files:
+    def __add__(self, other: "Files") -> "Files":
         return Files(self.paths + other.paths, self.classes + other.classes, self.domains + other.domains)
 
-    def keep(self, indices: Sequence[int]) -> Files:
+    def keep(self, indices: Sequence[int]) -> "Files":
         return Files(*([column[i] for i in indices] for column in (self.paths, self.classes, self.domains)))
 
     def digest(self, root: str) -> str:

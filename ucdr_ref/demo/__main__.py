@@ -1,6 +1,4 @@
 """Draws the demonstration data, or trains its CLIP: `python -m ucdr_ref.demo --help`."""
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -7,8 +7,6 @@ randomness comes from `random.Random(text)`, so the pictures are the same on eve
     python -m ucdr_ref.demo --out data/toy --per-class 20
     python -m ucdr_ref.demo --sheet sheet.png
 """
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 # ruff: noqa: I001 (the import of the alphabet in a few lines)
 """Animals and plants of the drawn data: one small function per class, `Random` -> parts."""
-from __future__ import annotations
-
 from random import Random
 
 from .objects import BLUE, BROWN, CREAM, GREEN, GREY, INK, LEAF, OLIVE, ORANGE, PINK, PURPLE, RED, SKY, TAN, TEAL, WHITE, WOOD, YELLOW, Part, blob, both, cloud, curve, dark, dome, ell, eye, flipped, hue, legs, limb, line, mix, poly, rect, ring, spiral, turned, vase

@@ -2,8 +2,6 @@
 
 An object is a list of `Part`s, painted in order. `toy_living` and `toy_things` compose them, `toy` renders them.
 """
-from __future__ import annotations
-
 import math
 from random import Random
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 # ruff: noqa: I001 (the import of the alphabet in a few lines)
 """Vehicles, buildings and furniture of the drawn data: one small function per class, `Random` -> parts."""
-from __future__ import annotations
-
 from random import Random
 
 from .objects import BLUE, BROWN, CREAM, GLASS, GREEN, GREY, INK, ORANGE, PINK, PURPLE, RED, SKY, STEEL, TAN, TEAL, WHITE, WOOD, YELLOW, Colour, Part, blob, both, curve, dark, dome, ell, flipped, hue, limb, line, mix, poly, rect, ring, turned, vase, wheels

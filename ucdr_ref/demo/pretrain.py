@@ -4,8 +4,6 @@ The pairs are a web-like mix: photographs abound, doodles are rare, some classes
 always tell colours, mostly the domain and sometimes not the object. So the features hold much besides the class, and zero-shot
 retrieval across domains is decent but can be improved, as with the real CLIP.
 """
-from __future__ import annotations
-
 import math
 import sys
 import time

@@ -3,8 +3,6 @@
 Every coordinate is rounded to a pixel before anything is painted and no picture is filtered in floating point where
 whole numbers do, so that the result is the same on every machine.
 """
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from random import Random

@@ -1,6 +1,4 @@
 """Domain-adaptive zero-shot classification: SRE-CLIP beside zero-shot CLIP, from image folders to a table."""
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence

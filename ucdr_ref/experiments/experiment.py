@@ -3,8 +3,6 @@
 The folder holds config.json, run.json (command, versions, digests of weights and image lists), log.jsonl,
 last.pt, best.pt and, once the run is finished, results.json. The same command goes on where it stopped.
 """
-from __future__ import annotations
-
 import json
 import platform
 import sys

@@ -1,6 +1,4 @@
 """What an evaluation leaves: a table, results.json, per_class.csv, queries.png and report.html."""
-from __future__ import annotations
-
 import csv
 import io
 import json

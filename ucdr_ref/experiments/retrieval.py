@@ -1,6 +1,4 @@
 """Universal cross-domain retrieval: UCDR-Adapter, zero-shot CLIP, the closed form, from images to a table."""
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence

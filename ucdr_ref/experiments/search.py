@@ -1,6 +1,4 @@
 """Searching a folder of images, with the features of a finished run or of zero-shot CLIP."""
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -1,6 +1,4 @@
 """SRE-CLIP: image adapter and graph head over frozen CLIP features."""
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,6 +1,4 @@
 """Class graph of SRE-CLIP: JSON file, normalised adjacency, class vectors of the nodes."""
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

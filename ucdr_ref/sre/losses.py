@@ -1,6 +1,4 @@
 """The losses of SRE-CLIP (arXiv 2510.21808), a pure function per equation. Imports nothing of the package."""
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,6 +1,4 @@
 """Options of SRE-CLIP: the ledger S (paper or a careful reading first, released code second), numbers."""
-from __future__ import annotations
-
 from dataclasses import dataclass
 from math import inf
 from typing import Annotated, ClassVar, Literal

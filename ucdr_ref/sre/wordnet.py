@@ -2,8 +2,6 @@
 
     python -m ucdr_ref.sre.wordnet --wordnet DIR --classes FILE --out graph.json
 """
-from __future__ import annotations
-
 import argparse
 import re
 from pathlib import Path

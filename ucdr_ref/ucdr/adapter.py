@@ -1,6 +1,4 @@
 """UCDR-Adapter: both training phases, and encoding."""
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 

@@ -2,8 +2,6 @@
 
 Not published: what a trained method must be shown beside. z [n, e]: image features; N(v) = v / |v|.
 """
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

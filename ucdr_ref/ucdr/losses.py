@@ -1,6 +1,4 @@
 """The losses of UCDR-Adapter (WACV 2025), a pure function per equation. Imports nothing of the package."""
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,6 +1,4 @@
 """The learnable parts of UCDR-Adapter: text template (T), prompt banks (P), target prompt generator (A)."""
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
