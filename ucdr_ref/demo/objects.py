@@ -1,6 +1,6 @@
 """The alphabet of the drawn demonstration data: coloured polygons and strokes on a 100 x 100 grid, y downwards.
 
-An object is a list of `Part`s, painted in order. `toy_living` and `toy_things` compose them, `toy` renders them.
+An object is a list of `Part`s, painted in order; `nature`, `goods` and `places` compose them, `styles` paints them.
 """
 import math
 from random import Random
@@ -179,3 +179,27 @@ def turned(parts: list[Part], degrees: float, x: float = 50, y: float = 50) -> l
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     return [p._replace(points=[(x + (a - x) * c - (b - y) * s, y + (a - x) * s + (b - y) * c) for a, b in p.points])
             for p in parts]
+
+
+class Shape(NamedTuple):
+    """A part placed on the canvas: whole pixels."""
+
+    points: list[tuple[int, int]]
+    fill: Colour
+    width: int
+    detail: bool
+
+
+def place(parts: list[Part], r: Random, side: int, low: float, high: float) -> list[Shape]:
+    """Compose the object and place it on a `side` x `side` canvas: mirrored or not, tilted, stretched, its longer
+    extent a share `low`-`high` of the side, anywhere inside."""
+    mirror, stretch, a = r.choice((-1, 1)), r.uniform(0.88, 1.14), math.radians(r.uniform(-9, 9))
+    c, s = math.cos(a), math.sin(a)
+    turned = [[((x - 50) * mirror * stretch * c - (y - 50) * s, (x - 50) * mirror * stretch * s + (y - 50) * c)
+               for x, y in p.points] for p in parts]
+    xs, ys = [x for pts in turned for x, _ in pts], [y for pts in turned for _, y in pts]
+    x0, y0, wide, tall = min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
+    k = r.uniform(low, high) * side / max(wide, tall)
+    dx, dy = (side - k * wide) * r.uniform(0.15, 0.85), (side - k * tall) * r.uniform(0.15, 0.85)
+    return [Shape([(round((x - x0) * k + dx), round((y - y0) * k + dy)) for x, y in pts], p.fill,
+                  max(1, round(p.width * k)) if p.width else 0, p.detail) for p, pts in zip(parts, turned)]

@@ -3,38 +3,12 @@
 Every coordinate is rounded to a pixel before anything is painted and no picture is filtered in floating point where
 whole numbers do, so that the result is the same on every machine.
 """
-import math
 from collections.abc import Sequence
 from random import Random
-from typing import NamedTuple
 
 from PIL import Image, ImageChops, ImageDraw
 
-from .objects import BRIGHT, INK, WHITE, Colour, Part, clip, dark, hue, mix
-
-
-class Shape(NamedTuple):
-    """A part placed on the canvas: whole pixels."""
-
-    points: list[tuple[int, int]]
-    fill: Colour
-    width: int
-    detail: bool
-
-
-def place(parts: list[Part], r: Random, side: int, low: float, high: float) -> list[Shape]:
-    """Compose the object and place it on a `side` x `side` canvas: mirrored or not, tilted, stretched, its longer
-    extent a share `low`-`high` of the side, anywhere inside."""
-    mirror, stretch, a = r.choice((-1, 1)), r.uniform(0.88, 1.14), math.radians(r.uniform(-9, 9))
-    c, s = math.cos(a), math.sin(a)
-    turned = [[((x - 50) * mirror * stretch * c - (y - 50) * s, (x - 50) * mirror * stretch * s + (y - 50) * c)
-               for x, y in p.points] for p in parts]
-    xs, ys = [x for pts in turned for x, _ in pts], [y for pts in turned for _, y in pts]
-    x0, y0, wide, tall = min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
-    k = r.uniform(low, high) * side / max(wide, tall)
-    dx, dy = (side - k * wide) * r.uniform(0.15, 0.85), (side - k * tall) * r.uniform(0.15, 0.85)
-    return [Shape([(round((x - x0) * k + dx), round((y - y0) * k + dy)) for x, y in pts], p.fill,
-                  max(1, round(p.width * k)) if p.width else 0, p.detail) for p, pts in zip(parts, turned)]
+from .objects import BRIGHT, INK, WHITE, Colour, Part, Shape, clip, dark, hue, mix, place
 
 
 def waves(r: Random, amount: float) -> list[int]:
