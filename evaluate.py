@@ -4,7 +4,7 @@ def run(argv: list[str] | None) -> None:
     import argparse
     from pathlib import Path
 
-    from ucdr_ref.cli import read_json
+    from ucdr_ref.cli import as_value_error, read_json
     from ucdr_ref.config import FIELDS, add_arguments, differences, from_dict, parse
 
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
@@ -23,10 +23,13 @@ def run(argv: list[str] | None) -> None:
     args = parse(parser, argv)
 
     if args.compare:
-        found = [read_json(run / "results.json") for run in args.compare]
-        for run, results in zip(args.compare, found):
-            print(f"{run}\n{results['table']}\n")
-        first, second = (from_dict(results["config"]) for results in found)
+        configs = []
+        for run in args.compare:
+            results = read_json(run / "results.json")
+            with as_value_error(f"{run}/results.json", "is of no evaluation", "evaluate the run again"):
+                print(f"{run}\n{results['table']}\n")
+                configs.append(from_dict(results["config"]))
+        first, second = configs
         print("{} -> {}:".format(*args.compare), "; ".join(differences(second, first)) or "the same fields")
         return
 

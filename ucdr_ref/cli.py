@@ -160,11 +160,11 @@ def save_atomic(obj: Any, path: str | Path) -> None:
     write_atomic(path, lambda file: file.write(content.getbuffer()))
 
 
-def load_state(path: str | Path) -> dict[str, Any]:
-    """The dict that `save_atomic` wrote, on the CPU; ValueError for another file."""
+def load_state(path: str | Path, advice: str = "delete it and train again") -> dict[str, Any]:
+    """The dict that `save_atomic` wrote, on the CPU; ValueError, which ends in `advice`, for another file."""
     import torch
 
-    with as_value_error(path, "is no checkpoint of this package", "delete it and train again"):
+    with as_value_error(path, "is no checkpoint of this package", advice):
         return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 

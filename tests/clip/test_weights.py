@@ -134,6 +134,8 @@ def test_values_that_no_training_leaves_behind(weights, tmp_path):
     for key, value in (("visual.ln_post.bias", float("nan")), ("visual.proj", 0.0)):
         save_file({**weights, key: torch.full_like(weights[key], value)}, tmp_path / "a")
         assert f"{key} is all zero or not finite" in refusal(tmp_path / "a")
+    save_file({**weights, "visual.conv1.weight": torch.zeros(1280, 3, 14, 14)}, tmp_path / "ViT-H")
+    assert "vision width 1280" in refusal(tmp_path / "ViT-H")
 
 
 def test_other_files(weights, tmp_path):

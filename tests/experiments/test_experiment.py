@@ -127,7 +127,7 @@ def test_an_unfinished_run_says_so(run, capsys):
 def test_the_advice_for_a_lost_model_leads_out(world, finished, run, capsys):
     advice = f"delete results.json and last.pt in {run}, then run the command in its run.json"
     (run / "best.pt").write_bytes((run / "best.pt").read_bytes()[:1000])
-    refused(capsys, evaluate.main(call(run)), "is no whole checkpoint", advice)
+    refused(capsys, evaluate.main(call(run)), "is no checkpoint of this package", f"; {advice}")
     (run / "best.pt").unlink()
     refused(capsys, evaluate.main(call(run)), "holds no best.pt", advice)
     (run / "results.json").unlink()
@@ -164,7 +164,9 @@ def test_compare_prints_tables_and_what_differs(world, run, tmp_path, capsys):
     for folder in (run, tmp_path / "zs"):
         assert f"{folder}\n{results(folder)['table']}\n" in printed
     assert "method: 'ucdr-adapter' -> 'zero-shot'" in printed and "seed: 0 -> 7" in printed
-    refused(capsys, evaluate.main(["--compare", str(run), str(tmp_path)]), "results.json")
+    for content, says in (("{}", "of no evaluation"), ("[1]", "JSON object")):
+        (tmp_path / "results.json").write_text(content)
+        refused(capsys, evaluate.main(["--compare", str(run), str(tmp_path)]), "results.json", says)
 
 
 def test_own_folders_get_a_schedule_that_fits_their_size(world, tmp_path, capsys):

@@ -81,8 +81,8 @@ def restore(folder: str | Path, overrides: Mapping[str, Any], device: torch.devi
         advice = f"delete results.json and last.pt in {folder}, then run the command in its run.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no best.pt; {advice}")
+    state = load_state(path, advice)
     with as_value_error(path, "is no whole checkpoint", advice):
-        state = load_state(path)
         trained = from_dict(state["config"])
     check_config(from_dict(read_json(path.with_name("config.json"))), trained, path)
     config = from_dict({**state["config"], **overrides})
