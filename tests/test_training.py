@@ -60,7 +60,7 @@ def phases(parts: int = 1) -> dict[str, PhaseData]:
 
     return {phase: PhaseData(
         EPOCHS[phase], lambda epoch: range(5),
-        lambda epoch, left, phase=phase: ((rows(phase, epoch, i), [f"{phase} {epoch} {i}"]) for i in left),
+        lambda epoch, left, phase=phase: ((rows(phase, epoch, i), 4) for i in left),
         lambda batch: [(part, 1 / parts) for part in batch.chunk(parts)], batch_size=4) for phase in EPOCHS}
 
 
@@ -182,9 +182,8 @@ def test_a_batch_in_parts_is_the_same_batch(tmp_path, monkeypatch):
 def test_what_is_not_finite_stops_before_it_reaches_the_weights(tmp_path, what, act):
     method = Toy()
     method.act[8] = act
-    with pytest.raises(ValueError, match=f"^{what} not finite after phase second, epoch 1, step 2; .*nonfinite.txt"):
+    with pytest.raises(ValueError, match=f"^{what} not finite after phase second, epoch 1, step 2; take"):
         go(tmp_path / "bad", method)
-    assert (tmp_path / "bad" / "nonfinite.txt").read_text() == "second 0 2\n"
     assert all(value.isfinite().all() for value in method.state_dict().values())
     assert load_state(tmp_path / "bad" / "last.pt")["progress"]["step"] == 2
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cli import ProgressLine, as_value_error, is_main, load_state, save_atomic, signals_to, write_text_atomic
+from .cli import ProgressLine, as_value_error, is_main, load_state, save_atomic, signals_to
 from .config import PATHS, Config, differences, from_dict
 from .distributed import all_gather, autocast, average, barrier, derive_seed
 
@@ -33,11 +33,11 @@ class Run:
 
 @dataclass
 class PhaseData:
-    """What a phase iterates over; `load` yields (batch, its files) for what is left of an epoch's order."""
+    """What a phase iterates over; `load` yields (batch, its images here) for what is left of an order."""
 
     epochs: int
     order: Callable[[int], Sequence[Any]]
-    load: Callable[[int, Sequence[Any]], Iterator[tuple[Any, list[str]]]]
+    load: Callable[[int, Sequence[Any]], Iterator[tuple[Any, int]]]
     # What passes at once of a batch, each part with its share of the images.
     microbatches: Callable[[Any], list[tuple[Any, float]]] = lambda batch: [(batch, 1.0)]
     validates: Callable[[int], bool] = lambda epochs: True  # whether to take a score after that many epochs
@@ -94,7 +94,7 @@ def fit(method: Any, phase: str, data: PhaseData, validate: Callable[[], float] 
     line = ProgressLine(phase, data.epochs * len(data.order(0)) * data.batch_size)
     while progress.epoch < data.epochs and progress.epochs_without_improvement < run.patience:
         order = data.order(progress.epoch)
-        for batch, files in data.load(progress.epoch, order[progress.step:]):
+        for batch, count in data.load(progress.epoch, order[progress.step:]):
             torch.manual_seed(derive_seed(run.seed, phase, progress.epoch, progress.step))
             for group in optimizer.param_groups:
                 rate = method.learning_rate(phase, progress.epoch, progress.step)
@@ -108,12 +108,12 @@ def fit(method: Any, phase: str, data: PhaseData, validate: Callable[[], float] 
                 sums.append(share * torch.stack([term.detach().float() for term in terms.values()]))
             losses = torch.stack(sums).sum(0)
             gradients = [parameter.grad for parameter in trained.values() if parameter.grad is not None]
-            average([*gradients, losses], weight=len(files))
+            average([*gradients, losses], weight=count)
             norm = torch.stack([gradient.norm() for gradient in gradients]).sum()
             *numbers, size = torch.cat([losses, norm[None]]).tolist()  # where a step waits for the device
             values = dict(zip(terms, numbers))
             if not all(map(math.isfinite, [*numbers, size])):
-                checkpointer.refuse({**values, "gradient": size}, phase, files)
+                checkpointer.refuse({**values, "gradient": size}, phase)
             optimizer.step()
             progress.step += 1
             checkpointer.log({"phase": phase, "epoch": progress.epoch, "step": progress.step, **values})
@@ -184,12 +184,10 @@ class Checkpointer:
             reason = signal.Signals(self.stopping[0]).name if self.stopping else "another process"
             raise KeyboardInterrupt(f"stopped by {reason} in {self.place(phase)}; the same command goes on")
 
-    def refuse(self, values: dict[str, float], phase: str, files: list[str]) -> None:
-        """Raises ValueError at numbers that are not finite; nonfinite.txt names the files of the batch."""
+    def refuse(self, values: dict[str, float], phase: str) -> None:
+        """Raises ValueError at numbers that are not finite."""
         bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
-        path = self.run.folder / "nonfinite.txt"
-        write_text_atomic(path, "\n".join(all_gather(files)) + "\n")
-        raise ValueError(f"{bad} not finite after {self.place(phase)}; look at the files that {path} names")
+        raise ValueError(f"{bad} not finite after {self.place(phase)}; take a smaller learning rate")
 
     def save_best(self, method: Any) -> None:
         save_atomic({"method": own_state(method), **self.run.extra}, self.run.folder / "best.pt")

@@ -109,7 +109,7 @@ def test_rows_without_training(tmp_path, capsys, monkeypatch):
         moved += [F.normalize(F.normalize(features.encode(files), dim=1) - mean),
                   torch.tensor([CLASSES["unseen"].index(name) for name in files.classes])]
     assert rows[-1]["unseen"]["mAP@all"] == pytest.approx(100 * metrics.retrieval(*moved)["mAP@all"], abs=2e-3)
-    monkeypatch.setattr("ucdr_ref.data.features.Extractor.stream", lambda *_: pytest.fail("encoded a second time"))
+    monkeypatch.setattr("ucdr_ref.data.features.stream_features", lambda *_: pytest.fail("encoded a second time"))
     assert real.main([*flags, "--machine", "y"]) == 0
     assert json.loads((tmp_path / "out" / "real-y.json").read_text())["frozen"] == found["frozen"]
     assert str(tmp_path) not in json.dumps(found)

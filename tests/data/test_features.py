@@ -15,7 +15,7 @@ from ucdr_ref.cli import load_state
 from ucdr_ref.clip.zero_shot import CLIP_MEAN, CLIP_STD
 from ucdr_ref.config import Config
 from ucdr_ref.data import features as module
-from ucdr_ref.data.features import Extractor, FeatureCache, Index, load_index
+from ucdr_ref.data.features import FeatureCache, Index, load_index, stream_features
 from ucdr_ref.data.folders import list_images
 from ucdr_ref.data.images import Files
 
@@ -42,8 +42,8 @@ class MeanColour:
         return 255 * (images.mean(dim=(2, 3)) * STD + MEAN)
 
 
-def extractor(method: MeanColour | None = None, strokes: tuple[str, ...] = ()) -> Extractor:
-    return Extractor(method or MeanColour(), Config(workers=0, stroke_domains=strokes))
+def inputs(method: MeanColour | None = None, strokes: tuple[str, ...] = ()) -> tuple[MeanColour, Config]:
+    return method or MeanColour(), Config(workers=0, stroke_domains=strokes)
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def gallery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def build(gallery: Path, key: str = "model", method: MeanColour | None = None, **more: object) -> tuple[Index, int]:
     """The index, and how many images were encoded."""
     method = method or MeanColour()
-    index = load_index(gallery, extractor(method), key, gallery.parent / "cache", **more)
+    index = load_index(gallery, *inputs(method), key, gallery.parent / "cache", **more)
     assert index.encoded == method.encoded
     return index, method.encoded
 
@@ -81,7 +81,7 @@ def test_a_signal_at_the_readers_end_is_heard(gallery, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(_MultiProcessingDataLoaderIter, "_shutdown_workers", strike)
-        list(Extractor(MeanColour(), Config(workers=1)).stream(Files([str(gallery / "red.png")], ["a"], ["a"])))
+        list(stream_features(MeanColour(), Config(workers=1), Files([str(gallery / "red.png")], ["a"], ["a"])))
 
 
 @pytest.mark.parametrize("change,again", [("pixels", 1), ("pixels, size and times kept", 1), ("removed", 0), ("renamed", 1), ("model", 5),
@@ -152,7 +152,7 @@ def test_what_was_encoded_survives_an_interruption_and_is_saved_before(gallery, 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        load_index(gallery, extractor(MeanColour(stop)), "model", gallery.parent / "cache")
+        load_index(gallery, *inputs(MeanColour(stop)), "model", gallery.parent / "cache")
     assert saved[0] < 4
     index, encoded = build(gallery)
     assert encoded == 1
@@ -174,7 +174,7 @@ def test_folders_below_the_root_tell_strokes(tmp_path):
     names = ["Sketch/a/1.png", "cow/quickdraw/2.png", "cow/sketch.png", "sketches.png"]
     for name in names:
         paint(root / name, (10, 20, 30))
-    index = load_index(root, extractor(strokes=("sketch", "quickdraw", "sketches")), "m", tmp_path / "cache")
+    index = load_index(root, *inputs(strokes=("sketch", "quickdraw", "sketches")), "m", tmp_path / "cache")
     assert index.paths == names and index.inverted.tolist() == [True, True, False, False]
     expected = [[245.0, 235, 225] if flag else [10.0, 20, 30] for flag in index.inverted]
     torch.testing.assert_close(index.features, torch.tensor(expected), rtol=0, atol=1e-3)
@@ -198,7 +198,7 @@ def test_each_file_is_encoded_once_whatever_lists_it_is_in(gallery):
     paths = [str(gallery / name) for name in COLOURS]
     files = Files(paths, ["x"] * 5, ["sketch"] + ["real"] * 4)
     method = MeanColour()
-    cache = FeatureCache(extractor(method, ("sketch",)))
+    cache = FeatureCache(*inputs(method, ("sketch",)))
     first, rest = cache.encode(files.keep([0, 2])), cache.encode(files.keep([4, 0, 1]))
     assert method.encoded == 4
     expected = torch.tensor([[5.0, 245, 245], [10, 10, 250], [255, 255, 255], [5, 245, 245], [10, 250, 10]])

@@ -69,7 +69,7 @@ from pathlib import Path
 from theirs.cli import load_state
 from theirs.config import resolve
 from theirs.data.benchmarks import build_protocol
-from theirs.data.features import Extractor, load_index
+from theirs.data.features import load_index
 from theirs.experiments import experiment
 from theirs.metrics import search
 
@@ -82,7 +82,7 @@ steps = [json.loads(line)["phase"] for line in (run / "log.jsonl").read_text().s
 assert {"source", "target"} <= set(steps)
 assert build_protocol(config).class_names == load_state(run / "best.pt")["class_names"]
 config, method, state = experiment.restore(run, {}, device)
-index = load_index(world / "data/photo", Extractor(method, config), "model", Path("cache"))
+index = load_index(world / "data/photo", method, config, "model", Path("cache"))
 distances, rows = search(index.features[3:4], index.features, 3)
 assert rows[0, 0] == 3 and distances[0, 0] < 1e-3
 """

@@ -8,7 +8,7 @@ import torch
 from ..clip.weights import load_clip
 from ..clip.zero_shot import ZeroShot
 from ..config import resolve
-from ..data.features import Extractor, FeatureCache
+from ..data.features import FeatureCache
 from ..data.images import Files
 from ..experiments.retrieval import load_data, score
 from ..ucdr.closed_form import center, feature_mean
@@ -24,7 +24,7 @@ def centred(seeds: list[int]) -> list[dict[str, Any]]:
     images in their own domain; "of quickdraw": the queries lose that of the source domain most like theirs.
     """
     config, protocol = load_data(resolve({}, fast=True))
-    features = FeatureCache(Extractor(ZeroShot(load_clip(config.weights)), config))
+    features = FeatureCache(ZeroShot(load_clip(config.weights)), config)
     test = protocol.tests[0]
     queries, files = test.query, test.galleries["unseen"]
     query, gallery = features.encode(queries), features.encode(files)

@@ -10,7 +10,7 @@ from ..clip.weights import file_digest, load_clip
 from ..clip.zero_shot import ZeroShot
 from ..config import Config
 from ..data.benchmarks import Protocol, build_protocol
-from ..data.features import Extractor, FeatureCache, load_index
+from ..data.features import FeatureCache, load_index
 from ..data.folders import list_images
 from ..data.images import Files
 from ..distributed import pick_device
@@ -41,14 +41,14 @@ def encode_all(data: Path, weights: Path, cache: Path, config: Config) -> dict[s
     key = f"zero-shot {file_digest(weights)}"
     rows: dict[str, dict[str, Tensor]] = {}
     for strokes in ((), STROKES):
-        extractor = Extractor(method, replace(config, stroke_domains=strokes))
+        inverting = replace(config, stroke_domains=strokes)
         wanted = strokes or config.domains
         files = [file for file in list_images(str(data)) if Path(file[0]).parts[0] in wanted]
-        index = load_index(data, extractor, key, cache, files=files)
+        index = load_index(data, method, inverting, key, cache, files=files)
         rows["strokes" if strokes else "none"] = {
             os.path.join(data, path): row for path, row in zip(index.paths, index.features)}
     rows["strokes"] = rows["none"] | rows["strokes"]
-    return {name: FeatureCache(extractor, found) for name, found in rows.items()}
+    return {name: FeatureCache(method, config, found) for name, found in rows.items()}
 
 
 def frozen_rows(config: Config, features: FeatureCache) -> list[Row]:

@@ -31,10 +31,8 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def normalize(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
-    """uint8 [..., 3, H, W] -> (images / 255 - mean) / std, float32; the bits are torchvision's."""
-    # A tensor, as a GPU multiplies by the reciprocal of a number, which differs in the last bit.
-    scale, shift, width = torch.tensor([[255.0] * 3, mean, std], device=images.device).view(3, 3, 1, 1)
-    return images.contiguous().div(scale).sub_(shift).div_(width)
+    """uint8 [..., 3, H, W] -> (images / 255 - mean) / std, float32."""
+    return transforms.functional.normalize(images / 255, list(mean), list(std), inplace=True)
 
 
 def class_to_text(name: str) -> str:

@@ -24,54 +24,49 @@ EVAL_BATCH = 128
 SAVE_SECONDS = 60  # between two writings of an index
 
 
-@dataclass(frozen=True)
-class Extractor:
-    """A method on its device: image files in, features [n, e] (float32) out."""
+def stream_features(method: Any, config: Config, files: Files, invert: str = "domain",
+                    unreadable: list[str] | None = None) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """(indices, features [b, e] and inverted [b] on the CPU) of the readable images, batch by batch.
 
-    method: Any  # with `clip` and `encode`: images [b, 3, H, W] -> features [b, e]
-    config: Config  # its precision, workers and stroke_domains
+    method: with `clip` and `encode`, images [b, 3, H, W] -> features [b, e]; config: its precision, workers
+    and stroke_domains. invert: of `ImageDataset`; unreadable, ValueError: as `load_batches`.
+    """
+    device, transform = device_of(method), resize_crop(method.clip.image_size)
+    dataset = ImageDataset(files, transform, config.stroke_domains, invert=invert)
+    batches = split_indices(len(files), EVAL_BATCH)
+    progress = ProgressLine("encoding", len(files))
+    loaded = load_batches(dataset, batches, config.workers, unreadable)
+    for (indices, images, inverted), batch in zip(loaded, batches):  # `loaded` comes to its own end
+        if len(indices):
+            with torch.no_grad(), autocast(config.precision, device):
+                features = method.encode(normalize(images.to(device))).float()
+            yield indices.tolist(), features.cpu(), inverted
+        progress.update(batch.stop)
+    progress.close()
 
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.method.clip.visual.proj.device)
 
-    def stream(self, files: Files, invert: str = "domain",
-               unreadable: list[str] | None = None) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """(indices, features [b, e] and inverted [b] on the CPU) of the readable images, batch by batch.
-
-        invert: of `ImageDataset`; unreadable, ValueError: as `load_batches`.
-        """
-        transform = resize_crop(self.method.clip.image_size)
-        dataset = ImageDataset(files, transform, self.config.stroke_domains, invert=invert)
-        batches = split_indices(len(files), EVAL_BATCH)
-        progress = ProgressLine("encoding", len(files))
-        loaded = load_batches(dataset, batches, self.config.workers, unreadable)
-        for (indices, images, inverted), batch in zip(loaded, batches):  # `loaded` comes to its own end
-            if len(indices):
-                with torch.no_grad(), autocast(self.config.precision, self.device):
-                    features = self.method.encode(normalize(images.to(self.device))).float()
-                yield indices.tolist(), features.cpu(), inverted
-            progress.update(batch.stop)
-        progress.close()
+def device_of(method: Any) -> torch.device:
+    return torch.device(method.clip.visual.proj.device)
 
 
 @dataclass
 class FeatureCache:
     """Features in memory, each file encoded once and by one process: the galleries of tests overlap."""
 
-    extractor: Extractor
+    method: Any  # this and config: of `stream_features`
+    config: Config
     rows: dict[str, Tensor] = field(default_factory=dict)
 
     def encode(self, files: Files) -> Tensor:
-        """Features [n, e] on the device, in every process. Raises as `Extractor.stream`."""
+        """Features [n, e] on the device, in every process. Raises as `load_batches`."""
         if new := [i for i, path in enumerate(files.paths) if path not in self.rows]:
             batches = split_indices(len(new), EVAL_BATCH)[rank()::world_size()]  # of all domains each
             part = files.keep([new[i] for batch in batches for i in batch])
-            stream = self.extractor.stream(part)
+            stream = stream_features(self.method, self.config, part)
             named = [([part.paths[i] for i in found], rows) for found, rows, _ in stream]
             for paths, rows in all_gather(named):
                 self.rows |= zip(paths, rows)
-        return torch.stack([self.rows[path] for path in files.paths]).to(self.extractor.device)
+        return torch.stack([self.rows[path] for path in files.paths]).to(device_of(self.method))
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,7 @@ class Index:
         return os.path.join(self.folder, self.paths[i])
 
 
-def load_index(folder: str | os.PathLike[str], extractor: Extractor, key: str, cache: Path,
+def load_index(folder: str | os.PathLike[str], method: Any, config: Config, key: str, cache: Path,
                invert: str = "domain", files: Sequence[File] = (),
                unreadable: list[str] | None = None) -> Index:
     """The index of a folder's images: from its file in `cache` as far as it goes, the rest encoded.
@@ -98,7 +93,7 @@ def load_index(folder: str | os.PathLike[str], extractor: Extractor, key: str, c
     size or times change. The file is written about once a minute, at the end and when interrupted; the last
     of two processes wins. unreadable, ValueError: as `load_batches`, also when no image is readable.
     """
-    root, config = os.path.realpath(folder), extractor.config
+    root = os.path.realpath(folder)
     content = [root, key, invert, config.precision, sorted(config.stroke_domains)]
     path = cache / f"{digest_of(content)[:32]}.pt"
     rows, files = load_rows(path), files or list_images(root)
@@ -109,7 +104,7 @@ def load_index(folder: str | os.PathLike[str], extractor: Extractor, key: str, c
         images = Files([os.path.join(root, name) for name in names], names, list(map(os.path.dirname, names)))
         saved = time.monotonic()
         try:
-            for indices, features, inverted in extractor.stream(images, invert, unreadable):
+            for indices, features, inverted in stream_features(method, config, images, invert, unreadable):
                 rows |= zip([new[i] for i in indices], torch.cat([features, inverted[:, None]], dim=1))
                 if time.monotonic() > saved + SAVE_SECONDS:
                     save_rows(path, rows)

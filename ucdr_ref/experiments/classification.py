@@ -16,7 +16,7 @@ from ..clip.weights import file_digest
 from ..clip.zero_shot import ZeroShot, class_text_features
 from ..config import Config
 from ..data.class_folders import ClassFolder, draw_batch, scan_class_folder
-from ..data.features import Extractor, load_index
+from ..data.features import load_index
 from ..data.folders import abbreviate
 from ..distributed import one_process
 from ..metrics import zero_shot_accuracy
@@ -126,8 +126,8 @@ def build_method(config: Config, clip: CLIP, state: dict[str, Any]) -> SRECLIP:
 def features_of(folders: Sequence[ClassFolder], clip: CLIP, config: Config, cache: Path) -> Features:
     """Frozen CLIP's, not normalised; `cache` keeps them for all runs."""
     key = digest_of(["image features", file_digest(config.weights)])
-    extractor = Extractor(ZeroShot(clip, normalized=False), config)
-    found = [load_index(folder.root, extractor, key, cache, files=folder.files) for folder in folders]
+    method = ZeroShot(clip, normalized=False)
+    found = [load_index(folder.root, method, config, key, cache, files=folder.files) for folder in folders]
     return Features(torch.cat([index.features for index in found]),
                     [index.path(i) for index in found for i in range(len(index.paths))],
                     torch.tensor([label for folder in folders for label in folder.labels]))
@@ -160,13 +160,12 @@ def phase_data(source: Features, target: Features, config: Config, device: torch
     def order(epoch: int) -> range:
         return range(epoch * EPOCH, min((epoch + 1) * EPOCH, iterations))
 
-    def load(epoch: int, left: Sequence[int]) -> Iterator[tuple[Batch, list[str]]]:
+    def load(epoch: int, left: Sequence[int]) -> Iterator[tuple[Batch, int]]:
         for i in left:
             s, t = (draw_batch(len(part.paths), b, i, config.seed, name)
                     for part, name in ((source, "source"), (target, "target")))
             rows, labels, unlabelled = source.rows[s], source.labels[s], target.rows[t]
-            yield (Batch(rows.to(device), labels.to(device), unlabelled.to(device), i),
-                   [source.paths[k] for k in s] + [target.paths[k] for k in t])
+            yield Batch(rows.to(device), labels.to(device), unlabelled.to(device), i), len(s) + len(t)
 
     def validates(epochs: int) -> bool:
         """S6: as released, after each tenth of the iterations but the last; a run of one epoch at its end."""

@@ -14,7 +14,7 @@ from ..clip.model import CLIP
 from ..clip.zero_shot import ZeroShot, normalize
 from ..config import FIELDS, Config
 from ..data.benchmarks import Protocol, Test, build_protocol
-from ..data.features import Extractor, FeatureCache
+from ..data.features import FeatureCache
 from ..data.folders import abbreviate
 from ..data.images import (
     STATISTICS,
@@ -98,7 +98,7 @@ def prototypes(config: Config, protocol: Protocol, clip: CLIP) -> Tensor:
     files = train.keep([i for i, name in enumerate(train.domains) if name == gallery])
     if missing := sorted(set(names) - set(files.classes)):
         raise ValueError(f"--class-features prototypes: no image in {gallery} for {abbreviate(missing)}")
-    features = FeatureCache(Extractor(ZeroShot(clip), config)).encode(files)
+    features = FeatureCache(ZeroShot(clip), config).encode(files)
     class_ids = numbers_of(files.classes, names).to(features.device)
     return features.new_zeros(len(names), clip.embed_dim).index_add_(0, class_ids, features)
 
@@ -116,14 +116,13 @@ def phase_data(phase: str, protocol: Protocol, config: Config, clip: CLIP) -> Ph
             return released_batches(domain_ids.tolist(), config.target_batch, size, turn)
         return balanced_batches(domain_ids.tolist(), size, derive_seed(config.seed, phase), epoch)
 
-    def load(epoch: int, left: Sequence[list[int]]) -> Iterator[tuple[Batch, list[str]]]:
+    def load(epoch: int, left: Sequence[list[int]]) -> Iterator[tuple[Batch, int]]:
         seed = derive_seed(config.seed, phase, epoch)
         dataset = ImageDataset(train, augment(image_size), config.stroke_domains, seed)
         for indices, images, _ in load_batches(dataset, list(map(local_shard, left)), config.workers):
             images = images.view(-1, 3, image_size, image_size).to(device)  # a shard may be empty
             images = normalize(images, *STATISTICS[config.train_normalization])  # D4
-            batch = Batch(images, class_ids[indices].to(device), domain_ids[indices].to(device))
-            yield batch, [train.paths[i] for i in indices]
+            yield Batch(images, class_ids[indices].to(device), domain_ids[indices].to(device)), len(images)
 
     return PhaseData(epochs, order, load, partial(microbatches, phase=phase, config=config),
                      batch_size=len(order(0)[0]))
@@ -146,13 +145,12 @@ def training(config: Config, protocol: Protocol, method: Any,
     """The phases, what chooses the epoch, and what checkpoints hold beside the weights."""
     learned: dict[str, Any] = {"class_names": protocol.class_names, "domain_names": protocol.domain_names}
     if config.method == "closed-form":
-        features = FeatureCache(Extractor(ZeroShot(method.clip), config))
+        features = FeatureCache(ZeroShot(method.clip), config)
         method.form, learned["strength"] = fit_closed_form(config, protocol, features)
     phases = {phase: phase_data(phase, protocol, config, method.clip) for phase in method.PHASES}
     if not phases or protocol.metric is None:
         return phases, None, learned
-    extractor = Extractor(method, config)
-    return phases, lambda: validation_score(FeatureCache(extractor).encode, protocol), learned
+    return phases, lambda: validation_score(FeatureCache(method, config).encode, protocol), learned
 
 
 def fit_closed_form(config: Config, protocol: Protocol, features: FeatureCache) -> tuple[ClosedForm, float]:
@@ -191,12 +189,12 @@ def describe(config: Config, protocol: Protocol, method: Any) -> list[str]:
 def evaluate(config: Config, protocol: Protocol, method: Any) -> list[dict[str, Any]]:
     """`rank`'s rows of zero-shot CLIP and of the run's method."""
     zero_shot = ZeroShot(method.clip, config.evaluation_features == "normalized")  # D18
-    features = FeatureCache(Extractor(zero_shot, config))
+    features = FeatureCache(zero_shot, config)
     methods: dict[str, Encode] = {"zero-shot": features.encode}
     if config.method == "closed-form":
         methods["closed-form"] = behind_form(features, method.form)
     elif config.method == "ucdr-adapter":
-        methods["ucdr-adapter"] = FeatureCache(Extractor(method, config)).encode
+        methods["ucdr-adapter"] = FeatureCache(method, config).encode
     return rank(methods, protocol.tests)
 
 

@@ -2,6 +2,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..cli import digest_of, write_atomic
 from ..clip.weights import file_digest, load_clip
 from ..clip.zero_shot import ZeroShot, text_features
 from ..config import from_dict, locate_weights
-from ..data.features import Extractor, Index, load_index
+from ..data.features import Index, load_index, stream_features
 from ..data.images import Files
 from ..distributed import one_process, pick_device, set_precision
 from ..ucdr.closed_form import center, feature_mean
@@ -54,22 +55,24 @@ def search(run: Path | None, gallery: Path | None, images: list[str], texts: lis
     for path in outputs:
         check_output(path, [gallery, like or gallery, *map(Path, images)])
     set_precision(config.precision)
-    extractor = Extractor(method, config)
     invert = "none" if "none" in config.stroke_domains else invert
     key = digest_of([file_digest(file) for file in model_files])
     parts, answers, unreadable = list[Tensor](), list[dict[str, Any]](), list[str]()
     if images:
         domains = [Path(path).absolute().parent.parent.name for path in images]  # <domain>/<class>/<image>
-        for rows, features, inverted in extractor.stream(Files(images, domains, domains), invert):
+        queries = Files(images, domains, domains)
+        for rows, features, inverted in stream_features(method, config, queries, invert):
             parts.append(features)
             answers += [{"query": images[i], "kind": "image", "inverted": flag}
                         for i, flag in zip(rows, inverted.tolist())]
     if texts:
         parts.append(text_features(method.clip, texts).cpu())  # L-align pulls an adapter's to these
         answers += [{"query": text, "kind": "text", "inverted": False} for text in texts]
-    index = load_index(gallery, extractor, key, cache, invert, unreadable=unreadable)
+    load = partial(load_index, method=method, config=config, key=key, cache=cache, invert=invert,
+                   unreadable=unreadable)
+    index = load(gallery)
     if like:
-        mean = feature_mean(load_index(like, extractor, key, cache, invert, unreadable=unreadable).features)
+        mean = feature_mean(load(like).features)
         parts = [center(features, mean) for features in parts]
         index = replace(index, features=center(index.features))
         title += f"; queries centred by {like}, gallery by itself"
