@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# On processors without AVX-512, oneDNN is no faster.
+# oneDNN is no faster without AVX-512, and slower than MKL on Intel's processors with AMX.
 AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-ONEDNN = AVX512 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+ONEDNN = AVX512 and not AMX and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
