@@ -173,7 +173,8 @@ def test_a_batch_in_parts_is_the_same_batch(tmp_path, monkeypatch):
         train(method, phases(parts), None, run_of(tmp_path / str(parts)))
     assert two.calls == 2 * one.calls
     torch.testing.assert_close(one.state_dict(), two.state_dict())
-    assert [pytest.approx(line) for line in logged(tmp_path / "1")] == logged(tmp_path / "2")
+    losses = [[line["loss"] for line in logged(tmp_path / parts) if "loss" in line] for parts in "12"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # of float32, on any processor
     assert equal(*(load_state(tmp_path / "1" / name)["method"] for name in ("last.pt", "best.pt")))  # without a score
 
 

@@ -33,7 +33,9 @@ class Run:
 
 @dataclass
 class PhaseData:
-    """What a phase iterates over; `load` yields (batch, its images here) for what is left of an order."""
+    """What a phase iterates over; `load` yields, for what is left of an epoch's order, a batch and the number
+    of its images in this process.
+    """
 
     epochs: int
     order: Callable[[int], Sequence[Any]]

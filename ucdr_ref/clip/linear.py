@@ -10,7 +10,8 @@ from torch.autograd.function import once_differentiable
 
 # oneDNN is no faster without AVX-512, and slower than MKL on Intel's processors with AMX.
 AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+amx = getattr(torch.cpu, "_is_amx_tile_supported", None)  # PyTorch 2.4 cannot tell
+AMX = amx is not None and amx()
 ONEDNN = AVX512 and not AMX and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 

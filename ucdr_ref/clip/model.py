@@ -178,7 +178,7 @@ def infer_architecture(sd: Mapping[str, Tensor]) -> dict[str, int]:
         raise ValueError("no ViT CLIP (ViT-B/32, B/16, L/14; a ResNet?): visual.proj is missing")
     layers = [key.split(".")[0] for key in sd if key.endswith(".ln_1.weight")]  # "visual" or "transformer"
     width, _, _, patch = sd["visual.conv1.weight"].shape
-    if width > 1024:  # heads of another width
+    if width > 1024:  # such models' heads are wider than 64
         raise ValueError(f"vision width {width}: larger than ViT-L")
     grid = math.isqrt(len(sd["visual.positional_embedding"]) - 1)
     arch = dict(image_size=grid * patch, patch=patch, embed_dim=sd["visual.proj"].shape[1],

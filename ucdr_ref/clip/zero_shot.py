@@ -32,7 +32,7 @@ def rgb(image: Image.Image) -> Image.Image:
 
 def normalize(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
     """uint8 [..., 3, H, W] -> (images / 255 - mean) / std, float32."""
-    return transforms.functional.normalize(images / 255, list(mean), list(std), inplace=True)
+    return transforms.functional.normalize(images / 255, mean, std, inplace=True)
 
 
 def class_to_text(name: str) -> str:
