@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import fill, golden_clip_state_dict, tiny_state_dict
-from ucdr_ref.clip import linear as linear_module
 from ucdr_ref.clip.model import CLIP, infer_architecture
 from ucdr_ref.clip.tokenizer import tokenize
 from ucdr_ref.clip.zero_shot import class_text_features
@@ -35,33 +34,6 @@ def inputs(image_size: int, vocabulary: int = VOCABULARY) -> tuple[Tensor, Tenso
 @pytest.fixture(scope="module")
 def tiny() -> CLIP:
     return CLIP.from_state_dict(tiny_state_dict(vocab_size=VOCABULARY))
-
-
-@pytest.mark.skipif(not linear_module.AVX512, reason="no AVX-512")
-@pytest.mark.parametrize("shape", [(3, 5, 64), (7, 64), (0, 4, 64), (2, 1, 64)])
-def test_frozen_linear_equals_a_linear_layer(shape, monkeypatch):
-    torch.manual_seed(0)
-    x, layer = torch.randn(shape, requires_grad=True), linear_module.Linear(64, 96).requires_grad_(False)
-    grad = torch.randn(*shape[:-1], 96)
-    monkeypatch.setattr(linear_module, "ONEDNN", True)
-    y = layer(x)
-    assert y.grad_fn is not None and "OneDNN" in type(y.grad_fn).__name__
-    found = torch.autograd.grad(y, x, grad)[0]
-    monkeypatch.setattr(linear_module, "ONEDNN", False)
-    expected = layer(x)
-    assert "OneDNN" not in type(expected.grad_fn).__name__
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(found, torch.autograd.grad(expected, x, grad)[0])
-
-
-def test_trained_linear_and_half_precision_take_the_usual_way():
-    x, layer = torch.randn(3, 8), linear_module.Linear(8, 8)
-    layer(x).sum().backward()
-    assert layer.weight.grad is not None and layer.bias.grad.tolist() == [3.0] * 8
-    layer.requires_grad_(False)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert layer(x).dtype == torch.bfloat16
-    assert layer.to(torch.bfloat16)(x.to(torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_towers_equal_open_clip():

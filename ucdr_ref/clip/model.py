@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear import Linear, linear
-
 ALL = slice(None)  # tokens
 HEAD_WIDTH = 64
 
@@ -30,13 +28,13 @@ class Attention(nn.Module):
         super().__init__()
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
-        self.out_proj = Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, at: slice = ALL, causal: bool = False) -> Tensor:
         """x [b, L, w] -> the outputs of its tokens `at`"""
         w = x.shape[-1]
-        q = linear(x[:, at], self.in_proj_weight[:w], self.in_proj_bias[:w])
-        k, v = linear(x, self.in_proj_weight[w:], self.in_proj_bias[w:]).chunk(2, dim=-1)
+        q = F.linear(x[:, at], self.in_proj_weight[:w], self.in_proj_bias[:w])
+        k, v = F.linear(x, self.in_proj_weight[w:], self.in_proj_bias[w:]).chunk(2, dim=-1)
         q, k, v = (part.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2) for part in (q, k, v))
         # Flash attention refuses an empty batch, and a process may hold no image.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=causal) if len(x) else q
@@ -48,8 +46,8 @@ class MLP(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.c_fc = Linear(width, 4 * width)
-        self.c_proj = Linear(4 * width, width)
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_proj = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(F.silu(1.702 * self.c_fc(x)).div_(1.702))
