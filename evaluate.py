@@ -9,12 +9,11 @@ def run(argv: list[str] | None) -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]",
                                      epilog="A field that is not given is the run's own.")
-    parser.add_argument("--run", type=Path, metavar="DIR",
-                        help="run folder (default: the one below runs/ that was evaluated last)")
-    parser.add_argument("--out", type=Path, metavar="DIR",
-                        help="where to write (default: the run folder; with --force its `forced`)")
+    parser.add_argument("--run", type=Path, metavar="DIR", default="runs/demo",
+                        help="run folder (default: %(default)s)")
     parser.add_argument("--force", action="store_true",
-                        help="evaluate with other images or weights, or before the end; the table says so")
+                        help="evaluate with other images or weights, or before the end, into the run's "
+                             "folder `forced`; the table says so")
     parser.add_argument("--cache", type=Path, metavar="DIR", default="runs/cache",
                         help="where features of images are kept for all runs (default: %(default)s)")
     parser.add_argument("--compare", nargs=2, type=Path, metavar="RUN",
@@ -38,7 +37,7 @@ def run(argv: list[str] | None) -> None:
 
     overrides = {name: value for name, value in vars(args).items() if name in FIELDS}
     with processes():
-        experiment.evaluate(args.run or experiment.newest_run(), overrides, args.cache, args.out, args.force)
+        experiment.evaluate(args.run, overrides, args.cache, args.force)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ def run(argv: list[str] | None) -> None:
                                      epilog="A field that is not given is the run's own. --weights without "
                                             "--run: zero-shot CLIP.")
     parser.add_argument("--run", type=Path, metavar="DIR",
-                        help="run folder (default: the one below runs/ that was evaluated last)")
+                        help="run folder (default: runs/demo)")
     parser.add_argument("--gallery", type=Path, metavar="DIR",
                         help="folder of images to search, with all below it (default: the run's gallery)")
     parser.add_argument("--query", type=Path, nargs="+", default=[], metavar="IMG",
@@ -45,10 +45,10 @@ def run(argv: list[str] | None) -> None:
     if args.k < 1:
         raise ValueError(f"--k {args.k}: must be at least 1")
 
-    from ucdr_ref.experiments import experiment, search  # PyTorch: seconds
+    from ucdr_ref.experiments import search  # PyTorch: seconds
 
     overrides = {name: value for name, value in vars(args).items() if name in fields}
-    folder = args.run or (None if "weights" in overrides else experiment.newest_run())
+    folder = args.run or (None if "weights" in overrides else Path("runs/demo"))
     index, found = search.search(
         folder, args.gallery, list(map(str, args.query)), args.text, args.k, args.center, args.invert,
         [path for path in (args.out, args.export) if path], args.cache, args.force, overrides)

@@ -93,9 +93,8 @@ def test_evaluate_needs_neither_graph_nor_source(run, scene, tmp_path):
     state["config"] |= {"graph": "gone.json", "unseen": "gone.txt", "source": ["gone"], "target": "gone"}
     torch.save(state, tmp_path / "best.pt")
     shutil.copy(tmp_path / "best.pt", moved / "best.pt")
-    assert evaluate.main(["--run", str(moved), "--target", str(moved / "sketch"), "--out", str(tmp_path / "out"),
-                          "--cache", str(tmp_path / "cache"), "--workers", "0"]) == 0
-    found, lines = results(tmp_path / "out"), list(csv.DictReader((tmp_path / "out" / "per_class.csv").open()))
+    assert evaluate.main(["--run", str(moved), "--target", str(moved / "sketch"), "--cache", str(tmp_path / "cache"), "--workers", "0"]) == 0
+    found, lines = results(moved), list(csv.DictReader((moved / "per_class.csv").open()))
     assert "48 target images of 8 classes" in found["table"] and max(map(len, found["table"].splitlines())) <= 80
     ours = found["rows"]
     assert ours == results(run)["rows"] and [row["method"] for row in ours] == ["zero-shot", "sre-clip"]

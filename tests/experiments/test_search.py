@@ -115,7 +115,7 @@ def test_what_cannot_be_searched_is_refused_in_one_sentence(run, world, tmp_path
     torch.save(tiny_state_dict(7), "other.pt")
     gallery, query, clip = ("--gallery", world / "data/photo"), ("--query", world / "data/icon/shape_4/0.png"), world / "clip.pt"
     here = ("--weights", clip, *gallery)
-    for given, says in (((*gallery, *query), "no --run was given"), (("--weights", clip, *query), "--gallery DIR"),
+    for given, says in (((*gallery, *query), "runs/demo holds no best.pt; train first"), (("--weights", clip, *query), "--gallery DIR"),
                         (here, "nothing to do"), ((*here, "--out", "x.png", "--export", "x.npy"), "nothing to do"),
                         ((*here, "--text", " "), "--text: an empty text"),
                         ((*here, *query, "--k", "0"), "--k 0: must be at least 1"),

@@ -16,9 +16,8 @@ import torch
 import evaluate
 import retrieve
 import train
-from tests.helpers import refused, tiny_state_dict
+from tests.helpers import tiny_state_dict
 from ucdr_ref.config import resolve
-from ucdr_ref.experiments.experiment import newest_run
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDS_DATA = "# needs data that is not shipped"  # the first line of such a block
@@ -43,7 +42,8 @@ def commands(fast: bool) -> list[str]:
             if re.search(r"-m (pytest|tests\.killtest|ucdr_ref\.bench)", line):
                 continue  # .ci/run, tests/test_killtest.py
             if fast and " train.py" in line:
-                line += " --fast --toy-images 4" + " --sre-iterations 20" * ("sre-clip" in line)
+                sre = "sre-clip" in line
+                line += " --fast --toy-images 4" + (" --sre-iterations 20" if sre else " --run runs/demo")
             found.append(re.sub(r"^python (\w+\.py)", rf"{shlex.quote(sys.executable)} {ROOT}/\1", line))
     return list(dict.fromkeys(found))
 
@@ -63,27 +63,12 @@ def test_the_lines_of_the_docs_run_in_order_from_an_empty_folder(fast, tmp_path,
             done = subprocess.run(line, shell=True, env=ENVIRONMENT, capture_output=True, text=True, timeout=1800)
             assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
     code = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)[1]
-    for here, there in (("weights/", f"{ROOT}/weights/"), *([("runs/demo", "runs/fast"), ("data/toy/", "data/toy-fast/")] if fast else [])):
+    for here, there in (("weights/", f"{ROOT}/weights/"), *([("data/toy/", "data/toy-fast/")] if fast else [])):
         code = code.replace(here, there)
     exec(code, {})
-    runs = {"fast", "sre-fast"} if fast else {"demo", "sre-demo"}
+    runs = {"demo", "sre-fast" if fast else "sre-demo"}
     assert {path.name for path in (tmp_path / "runs").iterdir()} >= runs
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "data", "sheet.png", "gallery.npy", "gallery.paths.txt"}
-
-
-def test_without_a_run_the_one_that_was_evaluated_last_is_taken(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    refused(capsys, evaluate.main([]), "no --run was given", "train first: python train.py")
-    for age, name, files in ((40, "fast", ("best.pt", "results.json")), (30, "own", ("best.pt", "results.json")),
-                             (20, "begun", ("best.pt",))):
-        for file in files:
-            path = tmp_path / "runs" / name / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-            os.utime(path, (1e9 - age, 1e9 - age))
-    assert newest_run() == Path("runs/own") and "runs/own" in capsys.readouterr().err
-    os.utime("runs/fast/results.json", (1e9, 1e9))
-    assert newest_run() == Path("runs/fast")
 
 
 def test_weights_beside_the_scripts_serve_any_folder(tmp_path, monkeypatch):

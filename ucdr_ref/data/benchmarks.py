@@ -210,8 +210,6 @@ def folder_split(config: Config, tree: Tree, notes: list[str]) -> Splits:
     present = sorted({name for classes in tree.values() for name in classes})
     if not config.class_split:
         count = len(present)
-        if count < 4:
-            raise ValueError(f"{config.data_root}: {count} classes cannot be split in three; give 4 or more")
         order = random.Random("0/classes").sample(present, count)
         test, val = max(1, count // 5), max(1, count // 10)
         return {"test": sorted(order[:test]), "val": sorted(order[test:test + val]),

@@ -66,7 +66,7 @@ def train(config: Config, folder: Path, cache: Path, dry_run: bool = False,
             extra = {"config": asdict(config), "weights_sha256": weights, **learned}
             run = Run(folder, config.seed, precision, device, extra, patience)
             train_phases(method, phases, validate, run)
-        evaluate(folder, asdict(config), cache, folder, finished=True)  # best.pt may have other paths
+        evaluate(folder, asdict(config), cache, finished=True)  # best.pt may have other paths
 
 
 def restore(folder: str | Path, overrides: Mapping[str, Any], device: torch.device,
@@ -98,12 +98,12 @@ def restore(folder: str | Path, overrides: Mapping[str, Any], device: torch.devi
     return config, method.eval(), state
 
 
-def evaluate(folder: Path, overrides: Mapping[str, Any], cache: Path, out: Path | None = None,
-             force: bool = False, finished: bool = False) -> None:
-    """Writes the results of a run into `out` (the run folder), then prints its table.
+def evaluate(folder: Path, overrides: Mapping[str, Any], cache: Path, force: bool = False,
+             finished: bool = False) -> None:
+    """Writes the results of a run into its folder, then prints its table.
 
     Other images or weights than the run's, and a training that has not finished, are refused, or, with
-    `force`, named in table and results.json, in a folder of their own. finished: it has just ended.
+    `force`, named in table and results.json, in the folder `forced` of the run. finished: it has just ended.
     """
     barrier()  # until the main process has written best.pt and the log
     device = pick_device(overrides.get("device", "auto"))
@@ -116,10 +116,8 @@ def evaluate(folder: Path, overrides: Mapping[str, Any], cache: Path, out: Path 
         remarks.append("the training has not finished")
     if remarks and not force:
         raise ValueError(f"{folder}: {'; '.join(remarks)}; --force evaluates all the same, and says so")
-    out = out or (folder / "forced" if remarks else folder)
-    if out != folder and (out / "config.json").exists():
-        raise ValueError(f"--out {out} is the folder of another run; name one for these results")
-    out.mkdir(parents=True, exist_ok=True)
+    out = folder / "forced" if remarks else folder
+    out.mkdir(exist_ok=True)
     if sre:
         rows = classification.evaluate(config, data, method, folder, cache)
         lines, write = report.classification_table(rows), report.write_classification
@@ -133,16 +131,6 @@ def evaluate(folder: Path, overrides: Mapping[str, Any], cache: Path, out: Path 
         "run": str(folder), "config": asdict(config), "weights_sha256": weights, "versions": versions(device),
         "remarks": remarks, "strength": state.get("strength"), "table": text})
     print(f"{text}\n{out}: report.html, results.json, per_class.csv and a picture")
-
-
-def newest_run() -> Path:
-    """The run below runs/ that was evaluated last, named on stderr."""
-    found = sorted(Path("runs").glob("*/results.json"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise FileNotFoundError("no --run was given, and runs/ holds no finished run; train first: python "
-                                "train.py")
-    print(f"{found[-1].parent} (the newest run; --run names another)", file=sys.stderr)
-    return found[-1].parent
 
 
 # Run folders
