@@ -18,7 +18,8 @@ from ucdr_ref.cli import load_state
 from ucdr_ref.clip.weights import load_clip
 from ucdr_ref.clip.zero_shot import preprocess
 from ucdr_ref.config import PRESETS, from_dict
-from ucdr_ref.data.benchmarks import DATASETS, Test
+from ucdr_ref.data import benchmarks
+from ucdr_ref.data.benchmarks import DATASETS
 from ucdr_ref.data.images import Files, open_image
 from ucdr_ref.experiments import report
 from ucdr_ref.experiments import retrieval as experiment
@@ -87,7 +88,7 @@ def test_the_table_fits_80_columns_and_says_its_conditions(run, form_run):
 def test_centred_rows_need_queries_of_several_classes_that_differ():
     def centred(labels: str, encode) -> bool:
         files = Files([str(i) for i in range(len(labels))], list(labels), ["d"] * len(labels))
-        found = experiment.rank({"m": encode}, [Test("UCDR", "d", files, {"unseen": files})])
+        found = experiment.rank({"m": encode}, [benchmarks.Test("UCDR", "d", files, {"unseen": files})])
         return any(row["transductive"] for row in found)
 
     def different(files: Files) -> torch.Tensor:
