@@ -23,10 +23,10 @@ def run(argv: list[str] | None) -> None:
 
     if args.compare:
         configs = []
-        for run in args.compare:
-            results = read_json(run / "results.json")
-            with as_value_error(f"{run}/results.json", "is of no evaluation", "evaluate the run again"):
-                print(f"{run}\n{results['table']}\n")
+        for folder in args.compare:
+            results = read_json(folder / "results.json")
+            with as_value_error(f"{folder}/results.json", "is of no evaluation", "evaluate the run again"):
+                print(f"{folder}\n{results['table']}\n")
                 configs.append(from_dict(results["config"]))
         first, second = configs
         print("{} -> {}:".format(*args.compare), "; ".join(differences(second, first)) or "the same fields")

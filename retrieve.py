@@ -42,6 +42,8 @@ def run(argv: list[str] | None) -> None:
         raise ValueError("--text: an empty text finds nothing; say what to look for")
     if args.center and args.text:
         raise ValueError("--center: the mean of images is none of --text; leave out one of the two")
+    if args.export and args.export.suffix != ".npy":
+        raise ValueError(f"--export {args.export}: must end in .npy")
     if args.k < 1:
         raise ValueError(f"--k {args.k}: must be at least 1")
 

@@ -23,6 +23,7 @@ SCRIPTS = ("train.py", "evaluate.py", "retrieve.py")
 @pytest.mark.parametrize(("error", "status", "line"), [
     (ValueError("--k 0:\n  must be at least 1"), 2, "error: --k 0: must be at least 1\n"),
     (FileNotFoundError(2, "No such file", "x"), 2, "error: [Errno 2] No such file: 'x'\n"),
+    (MemoryError("no room"), 2, "error: no room\n"),
     (RuntimeError("CUDA out of memory.\nTried"), 2, "error: CUDA out of memory. Tried\n"),
     (KeyboardInterrupt("stopped by SIGTERM in phase x"), 130, "stopped by SIGTERM in phase x\n")])
 def test_every_mistake_is_one_line_and_a_status(capsys, error, status, line):
@@ -71,7 +72,7 @@ def test_a_flag_of_a_training_is_no_flag_of_an_evaluation(capsys):
     for flags in (["--held-out", "photo"], ["--held-out=photo"], ["--nonsense", "1"]):
         with pytest.raises(SystemExit):
             evaluate.main(flags)
-        assert f"{' '.join(flags)}: no flag of this command; a run's options need a training" in capsys.readouterr().err
+        assert f"{' '.join(flags)}: no flag here, see --help; a run's options need a training" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("delays", [(0.3, 1.5), pytest.param([0.2 + n / 6 for n in range(30)], marks=pytest.mark.slow)], ids=len)

@@ -33,7 +33,7 @@ def run_command(run: Callable[[list[str] | None], None], argv: list[str] | None)
         except KeyboardInterrupt as stop:
             status = 130
             print(stop, file=sys.stderr)
-        except (ValueError, OSError, RuntimeError) as error:
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
             if isinstance(error, RuntimeError) and not re.search("memory|DataLoader worker", str(error)):
                 raise
             status = 2

@@ -1,6 +1,6 @@
 """One frozen Config of both methods' options: presets named after table rows, flags and JSON.
 
-A field's type is its choices (`Literal`), or `Annotated` adds a number's closed range; then the help. No
+A field is `Annotated[type, (low, high), help]`: the closed range is a number's, choices are a `Literal`. No
 PyTorch is imported.
 """
 import argparse
@@ -45,7 +45,7 @@ class Shared:
     workers: Annotated[int, (0, 256), "processes that read images; 0: the main one does"] = 2
     precision: Annotated[
         Literal["fp32", "tf32", "bf16"],
-        "arithmetic of the towers; LayerNorm and, but for tf32, losses: float32"] = "fp32"
+        "arithmetic of the towers; LayerNorm stays float32, losses too but under tf32"] = "fp32"
     micro_batch: Annotated[
         int, (0, inf), "images of a phase-2 batch at once, to save memory; 0: 10 on a CPU, all on a GPU"] = 0
 
@@ -135,7 +135,7 @@ def add_arguments(parser: argparse.ArgumentParser, names: Sequence[str] = ()) ->
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        parser.error(f"{' '.join(unknown)}: no flag of this command; a run's options need a training")
+        parser.error(f"{' '.join(unknown)}: no flag here, see --help; a run's options need a training")
     return args
 
 

@@ -196,6 +196,19 @@ def test_a_name_of_capitals_is_held_out_as_it_is_given(tmp_path):
     assert (protocol.tests[0].query_domain, protocol.validation.query_domain) == ("Art", "Zine")
 
 
+def test_domains_are_told_apart_and_need_training_images(tmp_path, tidy):
+    with pytest.raises(ValueError, match=r"--data-root '': no such folder"):
+        protocol_of("folder", "")
+    classes = [f"c{i}" for i in range(8)]
+    root = touch_images(tmp_path / "data", ("photo", "sketch", "icon"), classes, 2)
+    train = protocol_of("folder", root).class_names
+    touch_images(root, ("clipart",), sorted({*classes} - {*train}), 2)  # nothing to train on
+    assert protocol_of("folder", root).domain_names == ["icon", "photo"]
+    (root / "Sketch").symlink_to(root / "icon")
+    with pytest.raises(ValueError, match="expected different domains .* Sketch, clipart, icon, photo, sketch"):
+        protocol_of("folder", root)
+
+
 def test_a_gallery_of_one_class_chooses_no_epoch(tmp_path):
     shutil.rmtree(touch_images(tmp_path / "data", ("photo", "sketch", "icon"), "abcdefgh", 2) / "photo" / "d")
     split = split_file(tmp_path, train=["a", "b"], val=["c", "d"], test=["e", "f"])
@@ -206,7 +219,7 @@ def test_a_gallery_of_one_class_chooses_no_epoch(tmp_path):
 @pytest.mark.parametrize("flags", [
     dict(held_out="paintings"), dict(gallery="x"), dict(held_out="photo"), dict(seen="sketch"), dict(held_out="none", seen="photo")])
 def test_wrong_domains_are_one_sentence(flags, tidy):
-    with pytest.raises(ValueError, match="--held-out .* expected different domains out of icon, photo, sketch"):
+    with pytest.raises(ValueError, match="--held-out .* expected different domains .* out of icon, photo, sketch"):
         protocol_of("folder", tidy["folder"], **flags)
 
 

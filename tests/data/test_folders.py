@@ -63,6 +63,9 @@ def test_what_cannot_be_listed_or_holds_no_image_is_named(tmp_path):
     (tmp_path / "data/photo/c").mkdir()
     with pytest.raises(ValueError, match="2 class folders without images, such as .*photo/a .no readable format: .heic."):
         scanned(tmp_path / "data")
+    touch(tmp_path / "deep", "photo/a/1.png", "photo/b/2020/1.png")
+    with pytest.raises(ValueError, match="1 class folders without images, such as .*photo/b; move images in subfolders up"):
+        scanned(tmp_path / "deep")
 
 
 def test_runs_are_no_data(tmp_path):

@@ -120,10 +120,23 @@ def test_zero_shot_row_equals_a_separate_computation(run, scene):
 
 def test_retrieve_works_on_a_run(run, scene, tmp_path, capsys):
     query = str(scene / "photo" / "shape_5" / "1.png")
-    assert retrieve.main(["--run", str(run), "--gallery", str(scene / "photo"), "--query", query, "--workers", "0", "--cache",
-                          str(tmp_path), "--json"]) == 0
-    answer = json.loads(capsys.readouterr().out)
-    assert answer["queries"][0]["results"][0]["path"] == query and answer["images"] == 36
+    for k in range(3):  # dark strokes on white, which this run has not inverted either
+        shutil.copy(scene / "sketch" / "shape_5" / f"{k}.png", tmp_path)
+    for gallery, images in ((scene / "photo", 36), (tmp_path, 3)):
+        assert retrieve.main(["--run", str(run), "--gallery", str(gallery), "--query", query, "--workers", "0", "--cache",
+                              str(tmp_path / "cache"), "--json"]) == 0
+        answer = json.loads(capsys.readouterr().out)
+        assert answer["images"] == images and answer["inverted"] == 0
+        assert images == 3 or answer["queries"][0]["results"][0]["path"] == query
+
+
+def test_another_method_s_checkpoint_is_refused(run, scene, tmp_path, capsys):
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    state = load_state(copied / "last.pt")
+    state["config"]["seed"], _ = 9, state.pop("evaluations")
+    torch.save(state, copied / "last.pt")
+    (copied / "results.json").unlink()
+    refused(capsys, train.main(flags(scene, copied)), "last.pt is of a run with another config")
 
 
 def test_an_interrupted_run_ends_in_the_same_weights(scene, tmp_path, monkeypatch):

@@ -118,6 +118,8 @@ def test_an_unfinished_run_says_so(run, capsys):
     refused(capsys, evaluate.main(call(run)), "the training has not finished; --force")
     assert evaluate.main(call(run, "--force")) == 0 and not (run / "results.json").exists()
     assert results(run / "forced")["remarks"] == ["the training has not finished"]
+    (run / "best.pt").unlink()
+    refused(capsys, evaluate.main(call(run)), f"{run} holds no best.pt; run the command in its run.json, which goes on")
 
 
 def test_the_advice_for_a_lost_model_leads_out(world, finished, run, capsys):

@@ -180,13 +180,16 @@ def test_vectors_are_those_that_were_searched(world, tmp_path, ask, photos):
 def test_no_file_of_others_is_overwritten(world, tmp_path, capsys, call):
     photos, query, picture = world / "data/photo", draw_strokes(tmp_path / "query.png"), draw_strokes(tmp_path / "picture.png")
     np.save(tmp_path / "mine.npy", np.zeros(3))
+    (tmp_path / "own.paths.txt").touch()
     (tmp_path / "notes.png").write_text("notes")
     given = ("--weights", world / "clip.pt", "--gallery", photos, "--query", query)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}  # and no cache: it is told at once
     for flag, path in (("--out", query), ("--out", photos / "shape_4/0.png"), ("--out", photos / "new.png"),
                        ("--out", tmp_path / "notes.png"), ("--out", picture), ("--export", tmp_path / "mine.npy"),
+                       ("--export", tmp_path / "own.npy"),
                        ("--out", tmp_path / "none/x.png"), ("--export", tmp_path / "none/x.npy")):
         refused(capsys, call(*given, flag, path), str(path), "name another")
+    refused(capsys, call(*given, "--export", tmp_path / "x.bin"), "x.bin: must end in .npy")
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     for _ in range(2):  # the second time over its own files
         assert call(*given, "--out", tmp_path / "sheet.png", "--export", tmp_path / "x.npy") == 0
@@ -205,6 +208,13 @@ def test_answers_survive_a_lost_reader_and_a_full_disk(world, tmp_path, capsys, 
         assert call(*given, "--out", tmp_path / "other.png") == 2
     printed = capsys.readouterr()
     assert "   1  0." in printed.out and "could not write" in printed.err and "other.png" in printed.err
+
+
+def test_a_text_is_its_own_caption(tmp_path, monkeypatch):
+    sheets = []
+    monkeypatch.setattr(search, "contact_sheet", lambda sheet: sheets.append(sheet) or b"")
+    search.draw({"queries": [{"query": "black/white cat", "kind": "text", "results": []}]}, tmp_path / "x.png")
+    assert sheets[0][0][0] == ("", "black/white cat", None)
 
 
 def test_centring_the_documented_way_is_no_worse_on_one_class(tmp_path, ask):

@@ -43,7 +43,8 @@ def commands(fast: bool) -> list[str]:
                 continue  # .ci/run, tests/test_killtest.py
             if fast and " train.py" in line:
                 sre = "sre-clip" in line
-                line += " --fast --toy-images 4" + (" --sre-iterations 20" if sre else " --run runs/demo")
+                line += " --fast --toy-images 4"
+                line += " --sre-iterations 20" if sre else " --run runs/demo --data-root data/toy"
             found.append(re.sub(r"^python (\w+\.py)", rf"{shlex.quote(sys.executable)} {ROOT}/\1", line))
     return list(dict.fromkeys(found))
 
@@ -63,9 +64,7 @@ def test_the_lines_of_the_docs_run_in_order_from_an_empty_folder(fast, tmp_path,
             done = subprocess.run(line, shell=True, env=ENVIRONMENT, capture_output=True, text=True, timeout=1800)
             assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
     code = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)[1]
-    for here, there in (("weights/", f"{ROOT}/weights/"), *([("data/toy/", "data/toy-fast/")] if fast else [])):
-        code = code.replace(here, there)
-    exec(code, {})
+    exec(code.replace("weights/", f"{ROOT}/weights/"), {})
     runs = {"demo", "sre-fast" if fast else "sre-demo"}
     assert {path.name for path in (tmp_path / "runs").iterdir()} >= runs
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "data", "sheet.png", "gallery.npy", "gallery.paths.txt"}

@@ -78,7 +78,7 @@ class Protocol:
     def lists(self) -> dict[str, Files]:
         """Every list of files by its name."""
         found = {"train": self.train}
-        for test in [self.validation, *self.tests] if self.validation else self.tests:
+        for test in filter(None, [self.validation, *self.tests]):
             found[f"{test.protocol} query"] = test.query
             found |= {f"{test.protocol} gallery {name}": files for name, files in test.galleries.items()}
         return found
@@ -133,6 +133,8 @@ def ud_sample(config: Config, name: str, i: int, paths: list[str]) -> list[str]:
 def build_protocol(config: Config) -> Protocol:
     """The protocol of the config's dataset; ValueError where the data does not fit."""
     root, notes, dataset = config.data_root, list[str](), DATASETS.get(config.dataset)
+    if not os.path.isdir(root):
+        raise ValueError(f"--data-root {root!r}: no such folder; expected <domain>/<class>/<image> below it")
     if dataset:
         if config.domains or config.class_split:
             raise ValueError(f"--domains and --class-split are not for --dataset {config.dataset}")
@@ -185,6 +187,7 @@ def build_protocol(config: Config) -> Protocol:
             notes.append("note     a validation gallery of one class cannot choose: the last epoch is kept")
     inverted = ", ".join(named_like(tree, config.stroke_domains)) or "of no domain"
     notes.append(f"note     colours inverted (D14): {inverted}")
+    sources = [domain for domain in sources if domain in set(trained.domains)]
     protocol = Protocol(root, names, sources, trained, validation, tests, gallery, metric, notes)
     if empty := [name for name, files in protocol.lists().items() if not files.paths]:
         raise ValueError(f"no image left for {', '.join(empty)}; add images, or change the class split")
@@ -199,9 +202,10 @@ def roles(config: Config, dataset: Dataset | None, tree: Tree) -> tuple[str | No
     others = dataset.seen if dataset else sorted({*domains} - {gallery})
     seen = folder_key(config.seen or next((name for name in others if name != held_out), gallery))
     equal = gallery == seen if held_out == "none" else held_out in (gallery, seen)
-    if equal or not {gallery, seen} <= {*domains} or held_out not in (*domains, "none"):
+    twice = len(domains) < len(tree)  # such as Sketch and sketch
+    if twice or equal or not {gallery, seen} <= {*domains} or held_out not in (*domains, "none"):
         raise ValueError(f"--held-out {held_out}, --gallery {gallery} and --seen {seen}: expected different "
-                         f"domains out of {', '.join(sorted(tree))}")
+                         f"domains (or --held-out none) out of {', '.join(sorted(tree))}")
     return domains.get(held_out), domains[gallery], domains[seen]
 
 

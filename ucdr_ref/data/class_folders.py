@@ -27,8 +27,9 @@ def scan_class_folder(flag: str, root: str, names: Sequence[str], ids: Sequence[
     """Lists `<root>/<class>/*` (AwA2: `<root>/JPEGImages/<class>/*`) without opening an image.
 
     names, ids: of the c classes, ids being WordNet's. A folder bears a class's name or id or both (I2AwA:
-    `antelope-n02419796`); a name of several classes is no name. only: class indices; other folders are left
-    out. ValueError for a folder without images of wanted classes and, without `only`, folders of no class.
+    `antelope-n02419796`); a name that several classes share identifies none. only: class indices; other
+    folders are left out. ValueError for a folder without images of wanted classes and, without `only`,
+    folders of no class.
     """
     if not os.path.isdir(root):
         raise FileNotFoundError(f"{flag} {root}: no such folder; expected <folder>/<class>/<image>")

@@ -31,22 +31,18 @@ def stream_features(method: Any, config: Config, files: Files, invert: str = "do
     method: with `clip` and `encode`, images [b, 3, H, W] -> features [b, e]; config: its precision, workers
     and stroke_domains. invert: of `ImageDataset`; unreadable, ValueError: as `load_batches`.
     """
-    device, transform = device_of(method), resize_crop(method.clip.image_size)
+    device, transform = method.clip.visual.proj.device, resize_crop(method.clip.image_size)
     dataset = ImageDataset(files, transform, config.stroke_domains, invert=invert)
     batches = split_indices(len(files), EVAL_BATCH)
     progress = ProgressLine("encoding", len(files))
     loaded = load_batches(dataset, batches, config.workers, unreadable)
-    for (indices, images, inverted), batch in zip(loaded, batches):  # `loaded` comes to its own end
+    for (indices, images, inverted), batch in zip(loaded, batches):  # `loaded` first: it runs to its end
         if len(indices):
             with torch.no_grad(), autocast(config.precision, device):
                 features = method.encode(normalize(images.to(device))).float()
             yield indices.tolist(), features.cpu(), inverted
         progress.update(batch.stop)
     progress.close()
-
-
-def device_of(method: Any) -> torch.device:
-    return torch.device(method.clip.visual.proj.device)
 
 
 @dataclass
@@ -66,7 +62,8 @@ class FeatureCache:
             named = [([part.paths[i] for i in found], rows) for found, rows, _ in stream]
             for paths, rows in all_gather(named):
                 self.rows |= zip(paths, rows)
-        return torch.stack([self.rows[path] for path in files.paths]).to(device_of(self.method))
+        table = torch.stack([self.rows[path] for path in files.paths])
+        return table.to(self.method.clip.visual.proj.device)
 
 
 @dataclass(frozen=True)

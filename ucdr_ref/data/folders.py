@@ -91,7 +91,7 @@ def scan(root: str, domains: Mapping[str, Sequence[str]], notes: list[str]) -> T
                          f"{abbreviate(present) or 'none'}; {ADVICE}")
     if empty:
         raise ValueError(f"{len(empty)} class folders without images, such as {empty[0]}{formats(others)}; "
-                         "fill or remove them")
+                         "move images in subfolders up, and empty folders away")
     if unused := unused + others:
         notes.append(f"note     {len(unused)} files are no images at <domain>/<class>/<image> and are not "
                      f"used, such as {min(unused)}")

@@ -139,7 +139,7 @@ def training(config: Config, data: Data, method: SRECLIP, folder: Path, cache: P
                       for folders in (data.sources, [data.target]))
     learned, last = {**data.classes(), "evaluations": list[Any]()}, folder / "last.pt"
     if last.exists():
-        learned["evaluations"] = load_state(last)["evaluations"]
+        learned["evaluations"] = load_state(last).get("evaluations", [])  # another method's is refused later
 
     def validate() -> float:
         """H (instance) on the test images, by which the released code chooses (S6)."""
@@ -211,7 +211,7 @@ def evaluate(config: Config, data: Data, method: SRECLIP, folder: Path, cache: P
                    "unseen": data.unseen, "paths": target.paths}
         rows.append({"method": name, **about, **found, "details": details})
     if config.sre_report == "best-test":  # S6: each metric's own maximum over the test evaluations
-        tried = load_state(folder / "last.pt")["evaluations"]
+        tried = load_state(folder / "last.pt").get("evaluations", [])
         best = {average: {name: max((found[average][name] or 0 for found in tried), default=None)
                           for name in ACCURACIES} for average in ("instance", "class")}
         rows.append({"method": "best-test", **about, "evaluations": len(tried), **best})

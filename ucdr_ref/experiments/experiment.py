@@ -77,8 +77,10 @@ def restore(folder: str | Path, overrides: Mapping[str, Any], device: torch.devi
     a model, and, unless `force`, for other weights than the run's.
     """
     path, advice = Path(folder, "best.pt"), f"train first: python train.py --run {folder}"
-    if path.with_name("results.json").exists():  # the same command alone would only evaluate
+    if path.exists() or path.with_name("results.json").exists():  # the same command alone would only evaluate
         advice = f"delete results.json and last.pt in {folder}, then run the command in its run.json"
+    elif path.with_name("run.json").exists():  # stopped before its first best epoch
+        advice = "run the command in its run.json, which goes on"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no best.pt; {advice}")
     state = load_state(path, advice)
@@ -150,8 +152,7 @@ def open_run(folder: Path, config: Config, weights: str, digests: Mapping[str, t
     if record.exists():
         different += other_inputs(folder, weights, digests)
     if different:
-        raise ValueError(f"{folder} holds another run ({'; '.join(different)}); name another --run, or "
-                         "delete that folder")
+        raise ValueError(f"{folder} holds another run ({'; '.join(different)}); name another --run")
     folder.mkdir(parents=True, exist_ok=True)
     lock = lock_run(folder)
     # first: it makes this a run folder, whatever happens next

@@ -48,14 +48,15 @@ def search(run: Path | None, gallery: Path | None, images: list[str], texts: lis
         title, model_files = f"zero-shot CLIP of {weights}", [weights]
     elsewhere = config.method in ("sre-clip", "closed-form") or config.evaluation_features != "normalized"
     if texts and elsewhere:
-        raise ValueError(f"--text cannot search features outside CLIP's space; {OTHERS}")
+        raise ValueError(f"--text cannot search features other than CLIP's normalized ones; {OTHERS}")
     gallery = gallery or Path(config.target or os.path.join(config.data_root, config.gallery or "real"))
     if not gallery.is_dir():
         raise ValueError(f"{gallery} is no folder of images to search; give one as --gallery DIR")
     for path in outputs:
         check_output(path, [gallery, like or gallery, *map(Path, images)])
     set_precision(config.precision)
-    invert = "none" if "none" in config.stroke_domains else invert
+    if set(config.stroke_domains) <= {"none"}:  # the model has seen no inverted image
+        invert = "none"
     key = digest_of([file_digest(file) for file in model_files])
     parts, answers, unreadable = list[Tensor](), list[dict[str, Any]](), list[str]()
     if images:
@@ -101,7 +102,8 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     """The contact sheet of the answers. Raises OSError."""
     sheet = []
     for answer in found["queries"]:
-        query = Shown(answer["query"] if answer["kind"] == "image" else "", Path(answer["query"]).name)
+        text, image = answer["query"], answer["kind"] == "image"
+        query = Shown(text, Path(text).name) if image else Shown("", text)
         sheet.append((query, [Shown(hit["path"], f"{hit['distance']:.3f} {Path(hit['path']).name}")
                               for hit in answer["results"]]))
     picture = contact_sheet(sheet)
@@ -121,6 +123,9 @@ def check_output(path: Path, inputs: Sequence[Path]) -> None:
         raise ValueError(f"{path}: there is no such folder; make it, or name another file")
     if {path.resolve(), *path.resolve().parents} & {file.resolve() for file in inputs}:
         raise ValueError(f"{path} is, or lies among, the images of this search; name another file")
-    if path.exists() and not (path.with_suffix(".paths.txt").exists() if path.suffix == ".npy"
-                              else SOFTWARE.encode() in path.read_bytes()[:99]):  # a sheet's mark
+    if path.suffix == ".npy":
+        earlier = path.exists() == path.with_suffix(".paths.txt").exists()
+    else:
+        earlier = not path.exists() or SOFTWARE.encode() in path.read_bytes()[:99]  # a sheet's mark
+    if not earlier:
         raise ValueError(f"{path}: no earlier search wrote the file that is there; name another one")
