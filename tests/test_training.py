@@ -226,3 +226,13 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, whole):
     assert load_state(tmp_path / "full" / "last.pt")["progress"]["phase"] == 1
     go(tmp_path / "full")
     same(tmp_path / "full", whole)
+
+
+def test_progress_grows_where_the_last_epoch_is_shorter(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr("ucdr_ref.cli.ProgressLine.update", lambda line, count, extra="": done.append((count, line.total)))
+    both = phases()
+    both["second"].order = lambda epoch: range(5 if epoch < EPOCHS["second"] - 1 else 2)
+    train(Toy(), both, None, run_of(tmp_path))
+    second = [count for count, total in done if total == 4 * 5 * EPOCHS["second"]]
+    assert second == sorted(second) and second[-1] == 4 * (5 * (EPOCHS["second"] - 1) + 2)

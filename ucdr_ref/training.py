@@ -93,7 +93,8 @@ def fit(method: Any, phase: str, data: PhaseData, validate: Callable[[], float] 
         parameter.requires_grad_(name in trained)
     optimizer = method.optimizer(phase)
     checkpointer.resume(optimizer, phase)
-    line = ProgressLine(phase, data.epochs * len(data.order(0)) * data.batch_size)
+    per_epoch = len(data.order(0))  # the last one of SRE-CLIP may be shorter
+    line = ProgressLine(phase, data.epochs * per_epoch * data.batch_size)
     while progress.epoch < data.epochs and progress.epochs_without_improvement < run.patience:
         order = data.order(progress.epoch)
         for batch, count in data.load(progress.epoch, order[progress.step:]):
@@ -119,7 +120,7 @@ def fit(method: Any, phase: str, data: PhaseData, validate: Callable[[], float] 
             optimizer.step()
             progress.step += 1
             checkpointer.log({"phase": phase, "epoch": progress.epoch, "step": progress.step, **values})
-            line.update((progress.epoch * len(order) + progress.step) * data.batch_size,
+            line.update((progress.epoch * per_epoch + progress.step) * data.batch_size,
                         f"epoch {progress.epoch + 1}/{data.epochs} | "
                         + " ".join(f"{name} {value:.3f}" for name, value in values.items()))
             checkpointer.save(method, optimizer, phase, progress.step % SAVE_EVERY == 0)
