@@ -93,7 +93,7 @@ def fit(method: Any, phase: str, data: PhaseData, validate: Callable[[], float] 
         parameter.requires_grad_(name in trained)
     optimizer = method.optimizer(phase)
     checkpointer.resume(optimizer, phase)
-    per_epoch = len(data.order(0))  # the last one of SRE-CLIP may be shorter
+    per_epoch = len(data.order(0))  # the last epoch may be shorter
     line = ProgressLine(phase, data.epochs * per_epoch * data.batch_size)
     while progress.epoch < data.epochs and progress.epochs_without_improvement < run.patience:
         order = data.order(progress.epoch)

@@ -124,8 +124,8 @@ def check_output(path: Path, inputs: Sequence[Path]) -> None:
     if {path.resolve(), *path.resolve().parents} & {file.resolve() for file in inputs}:
         raise ValueError(f"{path} is, or lies among, the images of this search; name another file")
     if path.suffix == ".npy":
-        earlier = path.exists() == path.with_suffix(".paths.txt").exists()
+        allowed = path.exists() == path.with_suffix(".paths.txt").exists()
     else:
-        earlier = not path.exists() or SOFTWARE.encode() in path.read_bytes()[:99]  # a sheet's mark
-    if not earlier:
+        allowed = not path.exists() or SOFTWARE.encode() in path.read_bytes()[:99]  # a sheet's mark
+    if not allowed:
         raise ValueError(f"{path}: no earlier search wrote the file that is there; name another one")
